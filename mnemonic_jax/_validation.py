@@ -1,0 +1,142 @@
+"""Checks shared by every stage: what only values can tell is checked when values are concrete."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+def is_concrete(tree: PyTree) -> bool:
+  """Tell whether no leaf of `tree` is being traced, so that its values may be looked at."""
+  return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def require_size(name: str, value: Any) -> int:
+  """Return `value` as an int of at least one."""
+  if isinstance(value, (bool, np.bool_)):
+    raise TypeError(f"{name}: got {value!r}; expected an integer of at least 1.")
+  try:
+    size = operator.index(value)
+  except TypeError:
+    raise TypeError(f"{name}: got {value!r}; expected an integer of at least 1.") from None
+  if size < 1:
+    raise ValueError(f"{name}: got {size}; expected an integer of at least 1.")
+  return size
+
+
+def require_key(key: Any) -> jax.Array:
+  """Return `key` when it is one typed PRNG key."""
+  if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    raise TypeError(
+      f"key: got {kind(key)}; expected a typed PRNG key. "
+      "Make one with jax.random.key(seed), or wrap an old one with jax.random.wrap_key_data."
+    )
+  if key.ndim:
+    raise ValueError(f"key: got an array of {key.shape} keys; expected one key. Pass key[0], or vmap over the keys.")
+  return key
+
+
+def require_rate(rate: Any) -> Any:
+  """Return `rate` when it is a probability; a traced rate passes."""
+  if isinstance(rate, jax.core.Tracer):
+    return rate
+  if isinstance(rate, (bool, np.bool_)) or (not np.isscalar(rate) and np.ndim(rate)):
+    raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].")
+  try:
+    value = float(rate)
+  except (TypeError, ValueError):
+    raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].") from None
+  if not 0.0 <= value <= 1.0:
+    raise ValueError(f"rate: got {value}; expected a probability in [0, 1], the share of examples that become codes.")
+  return rate
+
+
+def require_classes(name: str, classes: Iterable[Any], num_classes: int, *, proper: bool = True) -> tuple[int, ...]:
+  """Return `classes` as distinct ints in [0, num_classes); `proper` also refuses none and all of them."""
+  if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
+    raise TypeError(f"{name}: got {classes!r}; expected a list of class indices, such as [0].")
+  checked: list[int] = []
+  for value in classes:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+      if not (hasattr(value, "dtype") and np.ndim(value) == 0 and np.issubdtype(value.dtype, np.integer)):
+        raise TypeError(
+          f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices (a bool mask or "
+          "a float is not one). Pass for example [0, 3]."
+        )
+    index = int(value)
+    if not 0 <= index < num_classes:
+      raise ValueError(f"{name}: got {index}; expected integers in [0, {num_classes}), one per class of the model.")
+    if index in checked:
+      raise ValueError(f"{name}: class {index} is repeated in {list(classes)}; expected each class once.")
+    checked.append(index)
+  if proper and not checked:
+    raise ValueError(f"{name}: got none; expected at least one class out of [0, {num_classes}).")
+  if proper and len(checked) == num_classes:
+    raise ValueError(f"{name}: got all {num_classes} classes; expected at least one class to keep.")
+  return tuple(checked)
+
+
+def require_labels(name: str, labels: Any, num_examples: int, num_classes: int) -> None:
+  """Refuse labels that are not integers of shape (num_examples,), or, when concrete, out of [0, num_classes)."""
+  dtype = getattr(labels, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
+    raise TypeError(f"{name}: got {kind(labels)}; expected an integer array of shape ({num_examples},).")
+  if labels.shape != (num_examples,):
+    raise ValueError(f"{name}: got shape {labels.shape}; expected ({num_examples},), one label per image.")
+  if num_examples and is_concrete(labels):
+    host = np.asarray(labels)
+    low, high = int(host.min()), int(host.max())
+    if low < 0 or high >= num_classes:
+      raise ValueError(f"{name}: got values from {low} to {high}; expected integers in [0, {num_classes}).")
+
+
+def require_codes(codes: Any) -> None:
+  """Refuse what is not a floating array (C, K, *shape) with at least two classes."""
+  dtype = getattr(codes, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise TypeError(
+      f"codes: got {kind(codes)}; expected a floating array (C, K, *shape). Make one with mnemonic_jax.make_codes."
+    )
+  if codes.ndim < 3 or 0 in codes.shape:
+    raise ValueError(
+      f"codes: got shape {codes.shape}; expected (C, K, *shape): C classes, K codes a class, each of the input's "
+      "shape. Make them with mnemonic_jax.make_codes."
+    )
+  if codes.shape[0] < 2:
+    raise ValueError(
+      f"codes: got shape {codes.shape} with one class; expected at least two, one to forget and one to keep."
+    )
+
+
+def require_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
+  """Return `value` when it can be called."""
+  if not callable(value):
+    raise TypeError(f"{name}: got {kind(value)}; expected a function {signature}.")
+  return value
+
+
+def require_finite_number(name: str, value: Any) -> None:
+  """Refuse a concrete `value` that is not a number, or not finite, or negative, anywhere."""
+  array = np.asarray(value)
+  if array.dtype == bool or not (np.issubdtype(array.dtype, np.number) or jnp.issubdtype(array.dtype, jnp.floating)):
+    raise TypeError(f"{name}: got {value!r}; expected a number, finite and not negative.")
+  if np.issubdtype(array.dtype, np.complexfloating):
+    raise TypeError(f"{name}: got {value!r}; expected a real number, finite and not negative.")
+  numbers = array.astype(np.float64)
+  if not np.all(np.isfinite(numbers)) or np.any(numbers < 0) or any(math.isnan(x) for x in numbers.ravel()):
+    raise ValueError(f"{name}: got {value!r}; expected a number, finite and not negative, such as 1e-3.")
+
+
+def kind(value: Any) -> str:
+  """What `value` is, in few words: its dtype and shape, or its type."""
+  if hasattr(value, "dtype") and hasattr(value, "shape"):
+    return f"an array of dtype {value.dtype} and shape {value.shape}"
+  return f"{value!r} of type {type(value).__name__}"

@@ -1,0 +1,136 @@
+"""Training with codes: a train step factory, and an epoch of such steps in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mnemonic_jax import _validation, losses, mixing
+
+PyTree = Any
+# (params, model_state, inputs, train) -> (logits, model_state)
+ApplyFn = Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """All that training changes, and the key that it does not."""
+
+  params: PyTree  # what may be perturbed when a class is forgotten
+  model_state: PyTree  # running statistics; {} for models without
+  optimizer_state: PyTree
+  step: jax.Array  # () int32, steps done
+  key: jax.Array  # typed key; step s draws from fold_in(key, s)
+
+
+def init_train_state(
+  params: PyTree, model_state: PyTree, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+  """Make the state before the first step.
+
+  >>> state = init_train_state({"w": jnp.zeros(3)}, {}, optax.sgd(0.1), jax.random.key(0))
+  >>> int(state.step)
+  0
+  """
+  _validation.require_key(key)
+  return TrainState(params, model_state, optimizer.init(params), jnp.int32(0), key)
+
+
+def make_train_step(
+  apply: ApplyFn,
+  optimizer: optax.GradientTransformation,
+  codes: jax.Array,
+  *,
+  rate: float,
+  loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.softmax_cross_entropy,
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+  """Make the function that does one step of training with codes mixed in.
+
+      images <- mix(fold_in(key, step), images, labels, codes, rate);  params <- optimizer(grad mean loss)
+
+  Guarantees:
+    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so.
+
+  Args:
+    apply: pure function (params, model_state, inputs, train) -> (logits, model_state).
+    optimizer: an optax gradient transformation.
+    codes: (C, K, *shape), floating, in the space that apply sees.
+    rate: probability that an example is replaced by a code of its class, the paper's t_mix.
+    loss: (logits, labels) -> (N,) losses.
+
+  Returns:
+    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch.
+
+  >>> apply = lambda params, model_state, inputs, train: (inputs @ params, model_state)
+  >>> step = make_train_step(apply, optax.sgd(1.0), jnp.eye(2)[:, None], rate=0.1)
+  >>> state = init_train_state(jnp.zeros((2, 2)), {}, optax.sgd(1.0), jax.random.key(0))
+  >>> state, metrics = jax.jit(step)(state, jnp.eye(2), jnp.array([0, 1]))
+  >>> state.params
+  Array([[ 0.25, -0.25],
+         [-0.25,  0.25]], dtype=float32)
+
+  Source: Yamashita, Yamada, Shibata (2024), section 3.1.
+  """
+  _validation.require_codes(codes)
+  _validation.require_rate(rate)
+
+  def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+    images = mixing.mix(jax.random.fold_in(state.key, state.step), images, labels, codes, rate)
+
+    def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+      logits, model_state = apply(params, state.model_state, images, True)
+      return jnp.mean(loss(logits, labels)), (logits, model_state)
+
+    (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
+    params: PyTree = optax.apply_updates(state.params, updates)
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    metrics = {"loss": value, "accuracy": accuracy}
+    return TrainState(params, model_state, optimizer_state, state.step + 1, state.key), metrics
+
+  return step
+
+
+def make_epoch(
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
+  preprocess: Callable[[jax.Array], jax.Array],
+  *,
+  batch_size: int,
+) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+  """Make one jitted call that runs every step of an epoch on a data set that lives on the device.
+
+  Epoch e (= step // steps per epoch) visits the examples in the order of one permutation drawn from the state's key
+  and e; its step s takes rows [s B, (s + 1) B) of it. The N mod B rows left over sit this epoch out.
+
+  On CPU this pays off for dense models only: convolutions inside `lax.scan` are many times slower there.
+
+  Args:
+    step: as `make_train_step` returns it.
+    preprocess: maps stored images (uint8, say) to the space the model sees; runs inside the same jit.
+    batch_size: B, at least 1 and at most the number of examples.
+
+  Returns:
+    epoch(state, images, labels) -> (state, mean metrics); the state's step must be a multiple of the steps per epoch.
+    The state given is donated: use the one returned.
+
+  Raises:
+    ValueError: a batch size below one, or (when called) above the number of examples.
+  """
+  batch_size = _validation.require_size("batch_size", batch_size)
+
+  def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+    steps = len(images) // batch_size
+    if not steps:
+      raise ValueError(f"batch_size: got {batch_size} for {len(images)} examples; expected at most that many.")
+    # Steps draw from fold_in(key, step >= 0); the order draws from another branch of the key.
+    order_key = jax.random.fold_in(jax.random.split(state.key)[1], state.step // steps)
+    rows = jax.random.permutation(order_key, len(images))[: steps * batch_size].reshape(steps, batch_size)
+    body = lambda carry, chosen: step(carry, preprocess(images[chosen]), labels[chosen])
+    state, metrics = jax.lax.scan(body, state, rows)
+    return state, jax.tree.map(jnp.mean, metrics)
+
+  return jax.jit(epoch, donate_argnums=0)
