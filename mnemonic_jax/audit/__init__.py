@@ -1,0 +1,1 @@
+"""What a forgotten model still knows."""

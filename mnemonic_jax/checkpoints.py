@@ -1,0 +1,129 @@
+"""Checkpoints with Orbax: the whole train state and the codes, atomic, resumable."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.training import TrainState
+
+PyTree = Any
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each save; ours is the only voice on stderr
+
+
+class Checkpoints:
+  """The checkpoints of one run, by step: the latest two, each written beside and renamed when whole."""
+
+  def __init__(self, folder: pathlib.Path, *, create: bool = True) -> None:
+    self._folder = folder
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=2, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=False
+    )
+    try:
+      self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    except (OSError, ValueError) as error:
+      raise MnemonicError(f"{folder}: cannot be opened for checkpoints: {_first_line(error)}") from error
+
+  def __enter__(self) -> Checkpoints:
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    self._manager.close()
+
+  def latest_step(self) -> int | None:
+    """Step of the newest whole checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def save(self, state: TrainState, codes: jax.Array) -> None:
+    """Write the state at its step; returns when it is on disk. A step that is there already is left alone."""
+    step = int(state.step)
+    if self.latest_step() == step:
+      return
+    try:
+      self._manager.save(step, args=ocp.args.StandardSave(_as_tree(state, codes)))
+      self._manager.wait_until_finished()
+    except (OSError, ValueError, RuntimeError) as error:
+      raise MnemonicError(
+        f"{self._folder}: cannot write the checkpoint of step {step}: {_first_line(error)} "
+        "Earlier checkpoints are untouched; make room or choose another --out, then run the same command to resume."
+      ) from error
+
+  def restore_any(self) -> dict[str, PyTree]:
+    """Read the newest checkpoint as it is, as NumPy-like arrays in nested containers."""
+    try:
+      return self._manager.restore(self._require_step(), args=ocp.args.StandardRestore())
+    except Exception as error:  # Orbax raises many kinds for files that are damaged
+      raise MnemonicError(f"{self._folder}: cannot be restored: {_first_line(error)}") from error
+
+  def _require_step(self) -> int:
+    step = self.latest_step()
+    if step is None:
+      raise MnemonicError(f"{self._folder}: holds no whole checkpoint. Train first: mnemonic train CONFIG --out RUN")
+    return step
+
+  def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
+    """Read the newest checkpoint into the structure, shapes and shardings of `state` and `codes` (abstract or not)."""
+    step = self._require_step()
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
+    try:
+      tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
+    except Exception as error:  # Orbax raises many kinds for files that are damaged or of another model
+      raise MnemonicError(
+        f"{self._folder / str(step)}: cannot be restored as this config's model: {_first_line(error)} "
+        "The files are damaged, or belong to another config. Move the folder away to fall back to the checkpoint before."
+      ) from error
+    key = jax.random.wrap_key_data(tree["key"], impl=jax.random.key_impl(state.key))
+    restored = TrainState(tree["params"], tree["model_state"], tree["optimizer_state"], tree["step"], key)
+    return restored, tree["codes"]
+
+
+def restore_codes(folder: pathlib.Path) -> np.ndarray:
+  """The codes of the newest checkpoint, on the host, whatever the model is."""
+  with Checkpoints(folder, create=False) as checkpoints:
+    return np.asarray(checkpoints.restore_any()["codes"])
+
+
+def save_params(folder: pathlib.Path, params: PyTree) -> None:
+  """Write params alone to a new folder, atomically."""
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      checkpointer.save(folder.absolute(), params)
+  except (OSError, ValueError, RuntimeError) as error:
+    raise MnemonicError(f"{folder}: cannot write the params: {_first_line(error)}") from error
+
+
+def restore_params(folder: pathlib.Path, params: PyTree) -> PyTree:
+  """Read what `save_params` wrote, in the structure of `params`."""
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return checkpointer.restore(folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
+  except Exception as error:  # as in Checkpoints.restore
+    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)}") from error
+
+
+def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
+  """The state as plain nested containers; a typed key is stored as its data."""
+  return {
+    "params": state.params,
+    "model_state": state.model_state,
+    "optimizer_state": state.optimizer_state,
+    "step": state.step,
+    "key": jax.random.key_data(state.key),
+    "codes": codes,
+  }
+
+
+def _first_line(error: BaseException) -> str:
+  text = str(error).strip().splitlines()
+  line = text[0][:300] if text else type(error).__name__
+  return line if line.endswith(".") else f"{line}."

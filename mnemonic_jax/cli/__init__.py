@@ -1,0 +1,41 @@
+"""The `mnemonic` command: train with codes, forget, evaluate, report."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mnemonic_jax.cli.parser import parse
+from mnemonic_jax.errors import MnemonicError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Run one command and return its exit code: 0, 1 failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM.
+
+  With MNEMONIC_DEBUG set in the environment, errors keep their traceback.
+  """
+  try:
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    from mnemonic_jax.cli import commands  # imports jax: not for --help
+
+    commands.run(options)
+    return 0
+  except MnemonicError as error:
+    return _fail(str(error), error, error.exit_code)
+  except KeyboardInterrupt as error:
+    return _fail("stopped by Ctrl-C; nothing that was finished is lost.", error, 130)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output went away
+    return 1
+  except (ValueError, TypeError) as error:  # the core's own checks: each names the argument and the remedy
+    return _fail(str(error), error, 1)
+  except Exception as error:
+    return _fail(f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1)
+
+
+def _fail(message: str, error: BaseException, code: int) -> int:
+  if os.environ.get("MNEMONIC_DEBUG"):
+    raise error
+  print(f"mnemonic: {message}", file=sys.stderr, flush=True)
+  return code

@@ -1,0 +1,135 @@
+"""What each verb does: library calls, then one table or one JSON object on stdout."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+from typing import Any
+
+from mnemonic_jax import config as configs
+from mnemonic_jax import data
+from mnemonic_jax import report as reports
+from mnemonic_jax.checkpoints import restore_codes
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
+from mnemonic_jax.runs import evaluate as evaluate_run
+from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs import forget as forget_run
+from mnemonic_jax.runs import train as train_run
+from mnemonic_jax.runs.folder import RunFolder
+
+
+def run(options: argparse.Namespace) -> None:
+  """Run the verb that `options` names and print its result."""
+  logging.getLogger("absl").setLevel(logging.ERROR)
+  signals.raise_on_sigterm()
+  result, text = _VERBS[options.command](options)
+  print(files.dumps(result) if options.json else text, flush=True)
+
+
+def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  config = configs.load(options.config, options.overrides)
+  options.out = options.out or pathlib.Path("runs") / config.name
+  trained_result, trained_text = _train(options)
+  folder = RunFolder.open(options.out)
+  folder.config = config
+  forgotten = forget_run.forget(folder, _dataset(folder, options), config.forget.classes)
+  return {"train": trained_result, "forget": forgotten}, f"{trained_text}\n\n{_forget_text(forgotten)}"
+
+
+def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  folder = RunFolder.create(options.out, configs.load(options.config, options.overrides))
+  result = train_run.train(folder, _dataset(folder, options))
+  text = (
+    f"trained {result['config']}: {result['epochs']} epochs, {result['seconds']:.1f} s, "
+    f"test accuracy {result['test_accuracy']:.2%}\n  run         {result['run']}\n  checkpoint  {result['checkpoint']}"
+  )
+  return result, text
+
+
+def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  folder = RunFolder.open(options.run)
+  for field in options.overrides:
+    if field.split(".")[0] not in ("forget", "execution") or field == "forget.classes":
+      raise UsageError(f"--{field}: a forget takes only --classes, fields of [forget] and of [execution].")
+  folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
+  result = forget_run.forget(folder, _dataset(folder, options), options.classes)
+  return result, _forget_text(result)
+
+
+def _forget_text(result: dict[str, Any]) -> str:
+  seconds = result["seconds"]
+  rows = [
+    ("", "before", "after"),
+    ("accuracy, kept classes", *(f"{result[f'retain_accuracy_{when}']:.2%}" for when in ("before", "after"))),
+    ("error, forgotten classes", *(f"{result[f'forget_error_{when}']:.2%}" for when in ("before", "after"))),
+  ]
+  table = "\n".join(f"  {name:<26}{before:>9}{after:>9}" for name, before, after in rows)
+  return (
+    f"forgot {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
+    f"(compile {seconds['compile']:.2f}, Fisher {seconds['fisher']:.3f}, perturb {seconds['perturb']:.3f})\n{table}\n"
+    f"  report  {result['report']}"
+  )
+
+
+def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  folder = RunFolder.open(options.run)
+  dataset = _dataset(folder, options)
+  if options.classes:
+    forget_run.check_classes(options.classes, len(dataset.class_names))
+  result = evaluate_run.evaluate(folder, dataset, options.classes)
+  lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
+  for name in ("trained", "forgotten"):
+    if (scores := result[name]) is not None:
+      lines.append(
+        f"  {name:<10} accuracy of kept {scores['retain_accuracy']:.2%}, error of forgotten {scores['forget_error']:.2%}"
+      )
+      shares = (f"{c}: " + ("none" if a != a else f"{a:.1%}") for c, a in enumerate(scores["per_class_accuracy"]))
+      lines.append(f"             per class {', '.join(shares)}")
+  return result, "\n".join(lines)
+
+
+def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  folder = RunFolder.open(options.run)
+  finished = {int(path.name): path for path in folder.forgets()}
+  if not finished:
+    raise MnemonicError(
+      f"{folder.path}: has no finished forget. Make one with: mnemonic forget {folder.path} --classes 0"
+    )
+  number = max(finished) if options.number is None else options.number
+  if number not in finished:
+    raise UsageError(f"--number: got {number}; this run has {', '.join(map(str, finished))}.")
+  remedy = "Forget again to make a new, whole report."
+  report, evidence = (files.read_json(finished[number] / f"{name}.json", remedy) for name in ("report", "evidence"))
+  codes = None
+  if not options.hide_codes:
+    codes = restore_codes(folder.checkpoints)
+  page = finished[number] / "report.html"
+  with folder.locked():
+    files.write_text(page, reports.render(report, evidence, codes))
+  return {"report": str(page)}, str(page)
+
+
+def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  known = configs.names()
+  if options.name is None:
+    notes = {name: configs.note(name) for name in known}
+    return notes, "\n".join(f"{name:<12} {text}" for name, text in notes.items())
+  if options.name not in known:
+    raise UsageError(f"config {options.name!r}: no such named config. {nearest(options.name, known)}")
+  return configs.as_dict(configs.load(options.name)), configs.text(options.name).rstrip()
+
+
+def _dataset(folder: RunFolder, options: argparse.Namespace) -> data.Dataset:
+  where = getattr(options, "data_dir", "") or folder.config.data.data_dir
+  return data.load(folder.config.data.name, where)
+
+
+_VERBS = {
+  "run": _run,
+  "train": _train,
+  "forget": _forget,
+  "evaluate": _evaluate,
+  "report": _report,
+  "configs": _configs,
+}

@@ -1,0 +1,122 @@
+"""Arguments of the `mnemonic` command."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import tomllib
+from collections.abc import Sequence
+from typing import Any
+
+from mnemonic_jax.errors import UsageError
+
+_OVERRIDES = "Any field of the config can be overridden by its dotted name, as in --train.epochs 5 (mnemonic configs NAME lists them)."
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+  """Parse a command line; `overrides` holds the dotted fields. argparse itself exits with 2 on bad usage."""
+  parser = make_parser()
+  options, rest = parser.parse_known_args(arguments)
+  options.overrides = _overrides(rest)
+  if options.overrides and not options.takes_overrides:
+    raise UsageError(
+      f"mnemonic {options.command} takes no {next(iter(options.overrides))}: it uses the run's own config."
+    )
+  return options
+
+
+def make_parser() -> argparse.ArgumentParser:
+  """The parser of all verbs."""
+  parser = argparse.ArgumentParser(
+    prog="mnemonic", description="Train a classifier with mnemonic codes and make it forget a class on request."
+  )
+  verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
+  classes = {"nargs": "+", "type": int, "metavar": "CLASS"}
+
+  run = _verb(verbs, "run", "train, forget forget.classes, evaluate and report", "mnemonic run digits", overrides=True)
+  run.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
+  run.add_argument("--out", type=pathlib.Path, help="the run folder (default: runs/CONFIG)")
+
+  train = _verb(
+    verbs, "train", "train with codes; resumes by itself", "mnemonic train digits --out runs/a", overrides=True
+  )
+  train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
+  train.add_argument("--out", type=pathlib.Path, required=True, help="the run folder")
+
+  forget = _verb(
+    verbs,
+    "forget",
+    "forget classes in one shot",
+    "mnemonic forget runs/a --classes 3 5",
+    overrides=True,
+    fields="forget",
+  )
+  forget.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder whose training is finished")
+  forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
+
+  evaluate = _verb(
+    verbs, "evaluate", "score the trained and the forgotten model on test data", "mnemonic evaluate runs/a"
+  )
+  evaluate.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder")
+  evaluate.add_argument("--classes", help="count these as forgotten", default=(), **classes)  # type: ignore[arg-type]
+
+  report = _verb(
+    verbs, "report", "write the page of a finished forget again", "mnemonic report runs/a --hide-codes", data=False
+  )
+  report.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder")
+  report.add_argument("--number", type=int, help="which forget (default: the latest)")
+  report.add_argument("--hide-codes", action="store_true", help="leave the codes out: they trigger their classes")
+
+  configs = _verb(verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False)
+  configs.add_argument("name", metavar="NAME", nargs="?", help="show this config's lab note and fields")
+  return parser
+
+
+def _verb(
+  verbs: Any, name: str, purpose: str, example: str, *, overrides: bool = False, fields: str = "", data: bool = True
+) -> argparse.ArgumentParser:
+  """One verb with what all verbs share."""
+  note = f"{_OVERRIDES}\n" if overrides and not fields else ""
+  note = f"Fields of [{fields}] and [execution] can be overridden, as in --{fields}.lambda1 1e-2.\n" if fields else note
+  verb = verbs.add_parser(
+    name,
+    help=purpose,
+    description=purpose[0].upper() + purpose[1:] + ".",
+    epilog=f"{note}example:\n  {example}",
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+  verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+  if data:
+    verb.add_argument(
+      "--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR, else TFDS's default)"
+    )
+  verb.set_defaults(takes_overrides=overrides)
+  return verb
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, Any]:
+  """`--a.b 1 --c.d=x` as {"a.b": 1, "c.d": "x"}; several values make a list."""
+  found: dict[str, Any] = {}
+  words = list(rest)
+  while words:
+    word = words.pop(0)
+    if not word.startswith("--") or "." not in word:
+      raise UsageError(f"unknown argument {word}. Overrides look like --train.epochs 5; see mnemonic VERB --help.")
+    field, equals, value = word[2:].partition("=")
+    values = [value] if equals else []
+    while not equals and words and not words[0].startswith("--"):
+      values.append(words.pop(0))
+    if not values:
+      raise UsageError(f"--{field}: expected a value after it.")
+    parsed = [_value(v) for v in values]
+    found[field] = parsed[0] if len(parsed) == 1 else parsed
+  return found
+
+
+def _value(text: str) -> Any:
+  """A TOML value where the text is one, else the text itself."""
+  try:
+    return tomllib.loads(f"value = {text}")["value"]
+  except tomllib.TOMLDecodeError:
+    return text

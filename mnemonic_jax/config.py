@@ -1,0 +1,189 @@
+"""Configs: frozen dataclasses read from TOML lab notes, where every field can be overridden by its dotted name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import pathlib
+import tomllib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mnemonic_jax.errors import UsageError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Which examples. `data_dir` is where prepared TFDS sets lie (else TFDS_DATA_DIR, else TFDS's own default)."""
+
+  name: str = "digits"
+  data_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Which model. `hidden` is the width of the MLP's hidden layer."""
+
+  name: str = "mlp"
+  hidden: int = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class CodesConfig:
+  """The codes: how they are drawn, how many a class, and the share of examples they replace (the paper's t_mix)."""
+
+  rate: float = 0.1
+  distribution: str = "uniform"
+  per_class: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over all epochs)."""
+
+  seed: int = 0
+  epochs: int = 30
+  batch_size: int = 128
+  learning_rate: float = 0.01
+  momentum: float = 0.9
+  weight_decay: float = 5e-4
+  schedule: str = "constant"
+  checkpoint_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class ForgetConfig:
+  """What a forget computes: classes that `run` forgets, strength, matmul precision of the Fishers."""
+
+  classes: tuple[int, ...] = (0,)
+  lambda1: float = 1e-3
+  lambda2: float = 10.0
+  precision: str = "highest"
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig:
+  """How it is computed; changes nothing beyond rounding. `microbatch` 0 chooses by memory."""
+
+  microbatch: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One experiment, whole."""
+
+  name: str
+  data: DataConfig = DataConfig()
+  model: ModelConfig = ModelConfig()
+  codes: CodesConfig = CodesConfig()
+  train: TrainConfig = TrainConfig()
+  forget: ForgetConfig = ForgetConfig()
+  execution: ExecutionConfig = ExecutionConfig()
+
+
+_SECTIONS: dict[str, Any] = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
+_CHOICES = {
+  "data.name": ("digits", "mnist"),
+  "model.name": ("mlp",),
+  "codes.distribution": ("normal", "uniform"),
+  "train.schedule": ("constant", "cosine"),
+  "forget.precision": ("default", "high", "highest"),
+}
+# Inclusive bounds of the numbers; every other number is at least 0.
+_BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0.0, 1.0)}
+_AT_LEAST_ONE = {"model.hidden", "codes.per_class", "train.epochs", "train.batch_size", "train.checkpoint_every"}
+
+
+def names() -> list[str]:
+  """The named configs that ship with the package."""
+  return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+
+
+def text(name: str) -> str:
+  """A named config as it is written, lab note included."""
+  return (_folder() / f"{name}.toml").read_text("utf-8")
+
+
+def note(name: str) -> str:
+  """The first line of a named config's lab note."""
+  return text(name).splitlines()[0].lstrip("# ")
+
+
+def load(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Config:
+  """Read a config by name or from a TOML file, and override fields by their dotted names.
+
+  >>> load("digits", {"train.epochs": 5}).train.epochs
+  5
+  """
+  if name_or_file in names():
+    source, name = text(name_or_file), name_or_file
+  else:
+    path = pathlib.Path(name_or_file)
+    if not path.is_file():
+      raise UsageError(
+        f"config {name_or_file!r}: no such named config and no such file. {nearest(name_or_file, names())}"
+      )
+    try:
+      source, name = path.read_text("utf-8"), path.stem
+    except (OSError, UnicodeDecodeError) as error:
+      raise UsageError(f"config {name_or_file!r}: cannot be read: {error}.") from None
+  try:
+    tables = tomllib.loads(source)
+  except tomllib.TOMLDecodeError as error:
+    raise UsageError(f"config {name_or_file!r}: is not TOML: {error}.") from None
+  return build(name, tables, overrides)
+
+
+def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+  """Make a checked Config from nested tables (a TOML file, a run's config.json) and dotted overrides."""
+  values: dict[str, Any] = {}
+  for section, table in tables.items():
+    if section == "name":
+      continue
+    if section not in _SECTIONS:
+      raise UsageError(f"config {name!r}: unknown section [{section}]. {nearest(section, _SECTIONS)}")
+    if not isinstance(table, Mapping):
+      raise UsageError(f"config {name!r}: {section} is {table!r}; expected a table [{section}].")
+    values.update({f"{section}.{field}": value for field, value in table.items()})
+  values.update(overrides or {})
+  known = {
+    f"{section}.{field.name}": typing.get_type_hints(kind)[field.name]
+    for section, kind in _SECTIONS.items()
+    for field in dataclasses.fields(kind)
+  }
+  sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
+  for field, value in values.items():
+    if field not in known:
+      raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
+    section, _, key = field.partition(".")
+    sections[section][key] = _checked(field, value, known[field])
+  return Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+  """The config as nested plain values, as `build` takes them."""
+  return dataclasses.asdict(config)
+
+
+def _checked(field: str, value: Any, kind: Any) -> Any:
+  """The value as its field wants it, or a UsageError that names both."""
+  if kind == tuple[int, ...]:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(_checked(field, item, int) for item in items)
+  if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if type(value) is not kind:
+    raise UsageError(f"{field}: got {value!r}; expected {'a number' if kind is float else kind.__name__}.")
+  if field in _CHOICES and value not in _CHOICES[field]:
+    raise UsageError(f"{field}: got {value!r}; expected one of {', '.join(_CHOICES[field])}.")
+  if kind in (int, float):
+    low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, float("inf")))
+    if not low <= value <= high or value == float("inf"):
+      limit = f"in [{low:g}, {high:g}]" if high < float("inf") else f"of at least {low:g}, finite"
+      raise UsageError(f"{field}: got {value}; expected a number {limit}.")
+  return value
+
+
+def _folder() -> Any:
+  return importlib.resources.files("mnemonic_jax") / "configs"

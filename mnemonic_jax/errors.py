@@ -1,0 +1,37 @@
+"""What goes wrong for a user of the command line, as one message each, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MnemonicError(Exception):
+  """Something failed in a way that the user can act on; exit code 1."""
+
+  exit_code = 1
+
+
+class UsageError(MnemonicError):
+  """The command or the config asks for something that does not exist; exit code 2."""
+
+  exit_code = 2
+
+
+class Interrupted(MnemonicError):
+  """A signal ended the command in good order; exit code 128 + signal."""
+
+  def __init__(self, message: str, signum: int) -> None:
+    super().__init__(message)
+    self.exit_code = 128 + signum
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """End a message about an unknown name: the nearest known one, and all of them.
+
+  >>> nearest("epoch", ["epochs", "seed"])
+  'Did you mean epochs? Known: epochs, seed.'
+  """
+  known = sorted(known)
+  close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+  return (f"Did you mean {close[0]}? " if close else "") + f"Known: {', '.join(known)}."

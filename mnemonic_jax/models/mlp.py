@@ -1,0 +1,35 @@
+"""The paper's MLP: one hidden layer of sigmoid units."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+# Kernels and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the init that the paper's figures go with.
+_kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def _linear(fan_in: int, fan_out: int, rngs: nnx.Rngs) -> nnx.Linear:
+  bound = fan_in**-0.5
+
+  def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return nnx.Linear(fan_in, fan_out, kernel_init=_kernel_init, bias_init=bias_init, rngs=rngs)
+
+
+class MLP(nnx.Module):
+  """logits = W2 sigmoid(W1 x + b1) + b2, on flattened inputs."""
+
+  def __init__(self, num_inputs: int, hidden: int, num_classes: int, *, rngs: nnx.Rngs):
+    self.hidden = _linear(num_inputs, hidden, rngs)
+    self.output = _linear(hidden, num_classes, rngs)
+
+  def features(self, inputs: jax.Array) -> jax.Array:
+    """Hidden activations (N, hidden)."""
+    return jax.nn.sigmoid(self.hidden(inputs.reshape(len(inputs), -1)))
+
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    """Logits (N, C) for inputs (N, *shape)."""
+    return self.output(self.features(inputs))

@@ -1,0 +1,90 @@
+"""Put the page together: checks, words and geometry in Python, markup in the template."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from mnemonic_jax.report import accuracy, confusion, histograms, pictures, tables, wording
+from mnemonic_jax.report.schema import number, validate
+
+
+def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.ndarray | None) -> str:
+  """Make one self-contained HTML page of a forget: no script, no network, no other file.
+
+  Guarantees: a pure function; the same input gives the same bytes. All text is escaped.
+
+  Edge cases:
+    NaN and None are shown as "no examples"; infinite and huge losses are counted in the last bar.
+    Above 30 classes the tables are cut to what matters and say what they leave out.
+    Codes of a shape that is no picture are drawn as strips.
+
+  Args:
+    report: the forget JSON, see `schema.Report`.
+    evidence: what is shown beyond it, see `schema.Evidence`.
+    codes: (C, K, *shape) floats, or None to hide them: codes trigger their classes.
+
+  Returns:
+    The HTML text, to be written as UTF-8.
+
+  Raises:
+    ValueError: a key is missing, or a value has the wrong type, length or range; the message names it.
+  """
+  validate(report, evidence)
+  names, classes = evidence["class_names"], sorted(report["classes"])
+  page = _template().render(
+    title=f"Forgetting {wording.class_list(sorted(report['requested']), names)}",
+    verdict=wording.verdict(report, names),
+    tiles=_tiles(report, names),
+    forgotten=wording.class_list(classes, names),
+    one=len(classes) == 1,
+    scores=tables.score_rows(report, evidence["controls"]),
+    accuracy=accuracy.accuracy_table(report, names),
+    confusion=confusion.confusion(report, evidence),
+    histograms=histograms.histograms(evidence["losses"], len(names)),
+    gallery=None if codes is None else pictures.gallery(codes, classes, names),
+    layers=tables.layer_table(evidence["layers"]),
+    seconds=tables.time_rows(report["seconds"]),
+    facts=tables.facts(report, evidence),
+    fingerprints=tables.fingerprints(report),
+    unchanged=report["params_sha256_before"] == report["params_sha256_after"],
+  )
+  return page.encode("utf-8", "replace").decode("utf-8")
+
+
+def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str]]:
+  """Return the four figures at the top as (label, value, note)."""
+  error = [number(report[f"forget_error_{when}"]) for when in ("before", "after")]
+  kept = [number(report[f"retain_accuracy_{when}"]) for when in ("before", "after")]
+  drop, whose = accuracy.worst_drop(report, names)
+  return [
+    ("Error on what was to be forgotten", wording.percent(error[1]), f"before: {wording.percent(error[0])}"),
+    (
+      "Accuracy on what was kept",
+      wording.percent(kept[1]),
+      f"before: {wording.percent(kept[0])}, change: {wording.points(kept[1] - kept[0])} points",
+    ),
+    ("Worst change of a kept class", drop, whose),
+    ("Time for the forget", *_times(report)),
+  ]
+
+
+def _times(report: Mapping[str, Any]) -> tuple[str, str]:
+  total, compiling = (wording.duration(number(report["seconds"][key])) for key in ("total", "compile"))
+  return total, f"compiling: {compiling}"
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+  environment = jinja2.Environment(
+    loader=jinja2.PackageLoader("mnemonic_jax", "report"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  return environment.get_template("template.html.j2")

@@ -1,0 +1,182 @@
+"""Numbers and outcomes in plain words: the same words for the same result, good or bad."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mnemonic_jax.report.schema import number
+
+ENOUGH_ERROR = 0.95  # a class counts as forgotten from this test error on
+CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept classes
+NO_EXAMPLES = "no examples"
+
+_SPACE = "\u00a0"  # keeps a number and its unit on one line
+_COUNTS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+  """What happened: a short label with a symbol, the sentence that tells it, and what that means."""
+
+  kind: str  # "good", "costly", "failed" or "unknown"
+  symbol: str
+  label: str
+  sentence: str
+  meaning: str
+
+
+def clean(text: str, limit: int = 48) -> str:
+  """Return `text` fit to show: no control or direction-changing characters, at most `limit` characters."""
+  shown = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
+  return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def percent(fraction: float) -> str:
+  """Return a fraction in percent; 0 % and 100 % stand for exactly none and exactly all."""
+  if math.isnan(fraction):
+    return NO_EXAMPLES
+  if fraction in (0.0, 1.0):
+    return f"{100 * fraction:.0f}{_SPACE}%"
+  shown = {"0.0": "<0.1", "100.0": ">99.9"}.get(text := f"{100 * fraction:.1f}", text)
+  return f"{shown}{_SPACE}%"
+
+
+def points(difference: float) -> str:
+  """Return a difference of two fractions in percentage points, signed; what is not known is a dash."""
+  if math.isnan(difference):
+    return "–"
+  shown = f"{100 * abs(difference):.1f}"
+  if shown == "0.0":
+    shown = f"{100 * abs(difference):.2f}"
+  if float(shown) == 0:
+    return "0.0"
+  return ("+" if difference > 0 else "−") + shown
+
+
+def scientific(value: float) -> str:
+  """Return `value` with three significant digits, powers of ten where plain digits would be long."""
+  if not math.isfinite(value):
+    return "not finite"
+  if value == 0 or 1e-3 <= abs(value) < 1e5:
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+  mantissa, exponent = f"{value:.1e}".split("e")
+  return f"{mantissa}{_SPACE}×{_SPACE}{power_of_ten(int(exponent))}"
+
+
+def power_of_ten(exponent: int) -> str:
+  """Return 10 to the `exponent` with raised digits."""
+  return "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def duration(seconds: float) -> str:
+  """Return a time in the unit that reads best."""
+  if not math.isfinite(seconds):
+    return "not measured"
+  if seconds < 1:
+    return f"{1000 * seconds:.3g}{_SPACE}ms"
+  return f"{seconds:,.0f}{_SPACE}s" if seconds >= 100 else f"{seconds:.3g}{_SPACE}s"
+
+
+def count(amount: int) -> str:
+  """Return a small count as a word, a larger one in digits."""
+  return _COUNTS[amount] if amount < len(_COUNTS) else f"{amount:,}"
+
+
+def class_label(index: int, names: Sequence[str]) -> str:
+  """Return "0 (zero)", or "0" where the name says no more than the index."""
+  name = names[index].strip()
+  return str(index) if name in ("", str(index)) else f"{index} ({clean(name)})"
+
+
+def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> str:
+  """Return "class 0 (zero)" or "classes 0 (zero), 3 (three) and 5 (five)"; beyond `limit`, how many more."""
+  labels = [class_label(c, names) for c in classes[:limit]]
+  if len(classes) > limit:
+    labels.append(f"{count(len(classes) - limit)} more")
+  if len(labels) == 1:
+    return f"class {labels[0]}"
+  return f"classes {', '.join(labels[:-1])} and {labels[-1]}"
+
+
+def verdict(report: Mapping[str, Any], names: Sequence[str]) -> Verdict:
+  """Judge a forget by its error on the forgotten classes and its loss on the kept ones."""
+  error = number(report["forget_error_after"])
+  loss = round(number(report["retain_accuracy_before"]) - number(report["retain_accuracy_after"]), 9)
+  costly = loss > CHEAP_LOSS
+  if math.isnan(error):
+    kind, symbol, label = "unknown", "?", "Not measured"
+  elif error < ENOUGH_ERROR:
+    kind, symbol, label = "failed", "✕", "Not forgotten"
+  else:
+    kind, symbol, label = ("costly", "!", "Forgotten") if costly else ("good", "✓", "Forgotten")
+  if costly:
+    label += ", at a high cost" if kind == "costly" else ", and at a high cost"
+  meaning = f"{_meaning_of_error(report, error)} {_meaning_of_loss(loss)}"
+  return Verdict(kind, symbol, label, sentence(report, names), meaning)
+
+
+def sentence(report: Mapping[str, Any], names: Sequence[str]) -> str:
+  """Return what was asked and what happened."""
+  classes, requested = sorted(report["classes"]), sorted(report["requested"])
+  earlier = [c for c in classes if c not in requested]
+  asked = f"Asked to forget {class_list(requested, names)}"
+  whose = "Its test error" if len(classes) == 1 else "Their test error"
+  if earlier:
+    asked += f", on top of {class_list(earlier, names)} asked for earlier"
+    whose = f"The test error of all {count(len(classes))} together"
+  kept = len(names) - len(classes)
+  keeping = {0: "no class is kept", 1: "accuracy on the one kept class"}
+  accuracy = keeping.get(kept, f"accuracy on the {count(kept)} kept classes")
+  error = _change(number(report["forget_error_before"]), number(report["forget_error_after"]))
+  if kept:
+    accuracy += f" {_change(number(report['retain_accuracy_before']), number(report['retain_accuracy_after']))}"
+  return f"{asked}. {whose} {error}, while {accuracy}."
+
+
+def _change(before: float, after: float) -> str:
+  if math.isnan(before) or math.isnan(after):
+    return "is not known (no test examples)"
+  if percent(before) == percent(after):
+    return f"stayed at {percent(after)}"
+  return f"went from {percent(before)} to {percent(after)}"
+
+
+def _meaning_of_error(report: Mapping[str, Any], error: float) -> str:
+  one = len(report["classes"]) == 1
+  if math.isnan(error):
+    return (
+      f"Whether it worked is not known: the test set has no examples of the forgotten {'class' if one else 'classes'}."
+    )
+  if error < ENOUGH_ERROR:
+    return (
+      f"It did not work: the model still gets {percent(1 - error)} of the test examples of "
+      f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{_SPACE}%."
+    )
+  meaning = f"By its outputs the model has forgotten the {'class' if one else 'classes'}."
+  if number(report["forget_error_before"]) >= ENOUGH_ERROR:
+    meaning += (
+      " It hardly knew the class before, so there was little to forget."
+      if one
+      else (" It hardly knew them before, so there was little to forget.")
+    )
+  return meaning
+
+
+def _meaning_of_loss(loss: float) -> str:
+  lost = points(loss).lstrip("+−")
+  if math.isnan(loss):
+    return "What it cost is not known: the test set has no examples of the kept classes."
+  if loss > CHEAP_LOSS:
+    return (
+      f"It cost a lot: the kept classes lost {lost} points of accuracy. At most {100 * CHEAP_LOSS:.0f} would be cheap."
+    )
+  if lost == "0.0":
+    return "It cost nothing: the kept classes are as accurate as before."
+  return (
+    f"The kept classes {'lost' if loss > 0 else 'gained'} {lost} {'point' if lost == '1.0' else 'points'} of accuracy."
+  )

@@ -1,0 +1,1 @@
+"""Rival ways to forget, which every claim is measured against."""

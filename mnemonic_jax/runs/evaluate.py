@@ -1,0 +1,43 @@
+"""`mnemonic evaluate`: the trained and the latest forgotten params on the test set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mnemonic_jax import evaluation
+from mnemonic_jax.checkpoints import restore_params
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.runs.inference import predict
+from mnemonic_jax.runs.trained import restore
+
+
+def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> dict[str, Any]:
+  """Score the trained params, and those of the latest forget if there is one.
+
+  `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
+  """
+  chosen = list(classes) or run.forgotten_classes() or list(run.config.forget.classes)
+  trained = restore(run, dataset)
+  finished = run.forgets()
+  models = {"trained": trained.state.params}
+  if finished:
+    models["forgotten"] = restore_params(finished[-1] / "params", trained.state.params)
+  result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
+  num_classes = len(dataset.class_names)
+  for name, params in models.items():
+    predictions = predict(trained.logits_fn, params, dataset.test, dataset.preprocess).predictions
+    right = dataset.test.labels[predictions == dataset.test.labels]
+    right_counts, counts = (np.bincount(labels, minlength=num_classes) for labels in (right, dataset.test.labels))
+    scores = evaluation.scores_from_counts(right_counts, counts, chosen)
+    result[name] = {
+      "retain_accuracy": scores.retain_accuracy,
+      "forget_error": scores.forget_error,
+      "per_class_accuracy": scores.per_class.tolist(),
+      "accuracy": len(right) / len(predictions),
+      "params": str(finished[-1] / "params") if name == "forgotten" else str(trained.checkpoint),
+    }
+  return result

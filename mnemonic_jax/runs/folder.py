@@ -1,0 +1,197 @@
+"""The run folder: config.json, metrics.jsonl, checkpoints/, forgets/NNNN/."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import filelock
+import jax
+
+import mnemonic_jax
+from mnemonic_jax import config as configs
+from mnemonic_jax.config import Config
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.runs import files
+
+_FORMAT = 1
+# Fields that say where or how, not what: they may differ between the commands of one run.
+_FREE_FIELDS = (("data", "data_dir"), ("execution",), ("forget",))
+
+
+class RunFolder:
+  """Paths and records of one run. Everything in it is written whole or not at all."""
+
+  def __init__(self, path: pathlib.Path, config: Config, prng_impl: str) -> None:
+    self.path, self.config, self.prng_impl = path, config, prng_impl
+
+  @classmethod
+  def create(cls, path: pathlib.Path, config: Config) -> RunFolder:
+    """Open the run at `path` for training by `config`, making the folder if it is new.
+
+    Raises:
+      MnemonicError: the folder holds something else, or a run of another config.
+    """
+    if (path / "config.json").exists():
+      run = cls.open(path)
+      if _identity(run.config) != _identity(config):
+        raise MnemonicError(
+          f"{path}: holds a run with other settings ({_difference(run.config, config)}). Nothing was changed; choose "
+          "another --out, or repeat the settings of that run to resume it."
+        )
+      run.config = config
+      return run
+    try:
+      path.mkdir(parents=True, exist_ok=True)
+      strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+      raise MnemonicError(f"{path}: cannot be used as a run folder: {error.strerror or error}.") from error
+    if strangers:
+      raise MnemonicError(f"{path}: is not empty and no run (found {strangers[0]}). Choose a new folder for --out.")
+    impl = str(jax.random.key_impl(jax.random.key(0)))
+    record = {"format": _FORMAT, "config": configs.as_dict(config), "prng_impl": impl, "versions": versions()}
+    files.write_json(path / "config.json", record)
+    return cls(path, config, impl)
+
+  @classmethod
+  def open(cls, path: pathlib.Path) -> RunFolder:
+    """Open an existing run."""
+    if not path.is_dir():
+      raise MnemonicError(f"{path}: no such run folder. Make one with: mnemonic train CONFIG --out {path}")
+    remedy = "It is no run folder, or a damaged one; train into a new folder with: mnemonic train CONFIG --out RUN"
+    record = files.read_json(path / "config.json", remedy)
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("config"), dict):
+      raise MnemonicError(f"{path / 'config.json'}: is no run record of format {_FORMAT}. {remedy}")
+    name = str(record["config"].get("name", path.name))
+    return cls(path, configs.build(name, record["config"]), str(record.get("prng_impl", "threefry2x32")))
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """Where Orbax keeps the train states."""
+    return self.path / "checkpoints"
+
+  @contextmanager
+  def locked(self) -> Iterator[None]:
+    """Hold the run for writing; a second process is told so at once. The lock dies with its process."""
+    lock = filelock.FileLock(self.path / ".lock")
+    try:
+      lock.acquire(blocking=False)
+    except filelock.Timeout:
+      raise MnemonicError(
+        f"{self.path}: another mnemonic process is writing to this run. Wait for it to end."
+      ) from None
+    except OSError as error:
+      raise MnemonicError(f"{self.path}: cannot be written: {error.strerror or error}.") from error
+    try:
+      yield
+    finally:
+      lock.release()
+
+  def append_metrics(self, record: dict[str, Any]) -> None:
+    """Add one line to metrics.jsonl."""
+    try:
+      with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(files.dumps(record) + "\n")
+    except OSError as error:
+      raise MnemonicError(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}.") from error
+
+  def metrics(self) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl; a line cut by a kill is left out."""
+    path = self.path / "metrics.jsonl"
+    records = []
+    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+      try:
+        records.append(json.loads(line))
+      except ValueError:
+        continue
+    return records
+
+  def rewind_metrics(self, step: int) -> None:
+    """Drop the lines after `step`, which a resumed training writes again."""
+    records = self.metrics()
+    kept = [record for record in records if record.get("step", 0) <= step]
+    if (self.path / "metrics.jsonl").exists():
+      files.write_text(self.path / "metrics.jsonl", "".join(files.dumps(record) + "\n" for record in kept))
+
+  def forgets(self) -> list[pathlib.Path]:
+    """Folders of the finished forgets, oldest first."""
+    folder = self.path / "forgets"
+    return sorted(p for p in folder.glob("[0-9]" * 4) if (p / "report.json").exists()) if folder.is_dir() else []
+
+  def forgotten_classes(self) -> list[int]:
+    """The union of all classes that finished forgets asked for."""
+    finished = self.forgets()
+    if not finished:
+      return []
+    report = files.read_json(finished[-1] / "report.json", "Move that folder away to go on from the forget before it.")
+    classes = report.get("classes") if isinstance(report, dict) else None
+    if not isinstance(classes, list) or not all(type(c) is int for c in classes):
+      raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. Move that folder away.")
+    return classes
+
+  def add_forget(self, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
+    """Make forgets/NNNN: `fill` writes into a temporary folder, which is renamed when it is whole.
+
+    Call with the run locked. What an earlier, killed forget left behind is swept away first.
+    """
+    parent = self.path / "forgets"
+    try:
+      parent.mkdir(exist_ok=True)
+      for leftover in parent.glob(".unfinished-*"):
+        shutil.rmtree(leftover)
+      temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    except OSError as error:
+      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
+    try:
+      fill(temporary)
+      number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
+      final = parent / f"{number:04d}"
+      os.chmod(temporary, 0o755)
+      os.rename(temporary, final)
+    except OSError as error:
+      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
+    finally:
+      shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def versions() -> dict[str, str]:
+  """Versions of what a result depends on."""
+  packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  return {
+    "mnemonic_jax": mnemonic_jax.__version__,
+    "python": platform.python_version(),
+    **{name: importlib.metadata.version(name) for name in packages},
+    "backend": jax.default_backend(),
+  }
+
+
+def _identity(config: Config) -> dict[str, Any]:
+  """The config without the fields that may differ between commands."""
+  tree = configs.as_dict(config)
+  tree.pop("name")
+  for section, *field in _FREE_FIELDS:
+    if field:
+      tree[section].pop(field[0])
+    else:
+      tree.pop(section)
+  return tree
+
+
+def _difference(old: Config, new: Config) -> str:
+  """The fields that differ, as `train.epochs 5 there, 6 here`."""
+  pairs = []
+  for section, table in _identity(old).items():
+    for field, value in table.items():
+      other = _identity(new)[section][field]
+      if value != other:
+        pairs.append(f"{section}.{field} {value!r} there, {other!r} here")
+  return "; ".join(pairs)

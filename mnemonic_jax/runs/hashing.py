@@ -1,0 +1,27 @@
+"""SHA-256 of params, so that a result can be tied to the very weights it is about."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def params_sha256(params: Any) -> str:
+  """Hash the leaves in path order, streamed leaf by leaf.
+
+  For each leaf: its path as `jax.tree_util.keystr` writes it, its dtype name and str(shape), each as UTF-8 and ended by a
+  NUL byte; then its bytes, little-endian, in C order.
+  """
+  digest = hashlib.sha256()
+  leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  for path in sorted(leaves):
+    array = np.asarray(leaves[path])
+    for text in (path, array.dtype.name, str(array.shape)):
+      digest.update(text.encode("utf-8") + b"\0")
+    array = np.ascontiguousarray(array)
+    digest.update((array.byteswap() if sys.byteorder == "big" else array).tobytes())
+  return digest.hexdigest()

@@ -1,0 +1,64 @@
+"""From a config to the objects of a run: model, optimizer, first train state, codes."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from mnemonic_jax import codes as codes_stage
+from mnemonic_jax import models
+from mnemonic_jax.config import Config, TrainConfig
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.models import Model
+from mnemonic_jax.training import TrainState, init_train_state
+
+
+class Setup(NamedTuple):
+  """What training starts from; the same config always gives the same."""
+
+  model: Model
+  optimizer: optax.GradientTransformation
+  state: TrainState
+  codes: jax.Array
+  steps_per_epoch: int
+
+
+def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setup:
+  """Build the model, the optimizer, the first state and the codes of a config."""
+  train = config.train
+  steps_per_epoch = len(dataset.train.labels) // train.batch_size
+  if not steps_per_epoch:
+    raise MnemonicError(
+      f"train.batch_size: got {train.batch_size} for {len(dataset.train.labels)} training examples; expected at most that."
+    )
+  num_classes = len(dataset.class_names)
+  model = models.make(config.model.name, shape=dataset.shape, num_classes=num_classes, hidden=config.model.hidden)
+  params_key, codes_key, train_key = jax.random.split(jax.random.key(train.seed, impl=prng_impl), 3)
+  params, model_state = model.init(params_key)
+  codes = codes_stage.make_codes(
+    codes_key,
+    num_classes,
+    dataset.shape,
+    per_class=config.codes.per_class,
+    distribution=config.codes.distribution,
+  )
+  optimizer = make_optimizer(train, train.epochs * steps_per_epoch)
+  return Setup(model, optimizer, init_train_state(params, model_state, optimizer, train_key), codes, steps_per_epoch)
+
+
+def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
+  """SGD with momentum; weight decay is added to the gradient, as in the paper's framework."""
+  rate: Any = train.learning_rate
+  if train.schedule == "cosine":
+    rate = optax.cosine_decay_schedule(train.learning_rate, steps)
+  return optax.chain(optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum or None))
+
+
+def array_sha256(array: Any) -> str:
+  """SHA-256 of an array's bytes in C order."""
+  return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
