@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -24,12 +24,29 @@ def leaf_paths(tree: PyTree) -> list[str]:
 
 
 def prefix_leaves(name: str, prefix: PyTree, tree: PyTree) -> tuple[Hashable, ...]:
-  """Spread a tree prefix over `tree` and return one value per leaf; None counts as a value."""
+  """Spread a tree prefix over `tree` and return one value per leaf; None is a value in `prefix`, nothing in `tree`."""
+  values: list[Hashable] = []
+  spread = lambda value, subtree: values.extend([value] * len(jax.tree.leaves(subtree)))
   try:
-    spread = jax.tree.broadcast(prefix, tree, is_leaf=lambda x: x is None)
+    jax.tree.map(spread, prefix, tree, is_leaf=lambda x: x is None)
   except ValueError as error:
     raise ValueError(f"{name}: got {prefix!r}; expected one value, or a tree prefix of params. {error}") from None
-  return tuple(jax.tree.leaves(spread, is_leaf=lambda x: x is None))
+  return tuple(values)
+
+
+def with_automatic_axes(function: Callable[..., PyTree], batch: PyTree, *arguments: Any, out_specs: PyTree) -> PyTree:
+  """Return `function(batch, *arguments)`; inside jit only.
+
+  When the batch is sharded over axes of a mesh in explicit mode, these are automatic inside: there, an axis of examples
+  cannot be cut into chunks or be mapped over beside sharded params, and a lookup has no sharding of its own.
+  """
+  shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch))
+  mesh = next((s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)), None)
+  if mesh is None:
+    return function(batch, *arguments)
+  with jax.sharding.use_abstract_mesh(mesh):
+    automatic = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_specs)
+    return automatic(batch, *arguments)
 
 
 def mask_leaves(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
@@ -69,12 +86,12 @@ def axis_leaves(layer_axis: PyTree, params: PyTree) -> tuple[int | None, ...]:
       continue
     if isinstance(axis, (bool, np.bool_)) or not isinstance(axis, (int, np.integer)):
       raise TypeError(f"layer_axis: got {axis!r}; expected an int or None for each leaf of params.")
-    if not -leaf.ndim <= axis < leaf.ndim:
+    if not -np.ndim(leaf) <= axis < np.ndim(leaf):
       where = jax.tree_util.keystr(path)
       raise ValueError(
-        f"layer_axis: got {axis} for params{where} of shape {leaf.shape}; expected an axis of that leaf."
+        f"layer_axis: got {axis} for params{where} of shape {np.shape(leaf)}; expected an axis of that leaf."
       )
-    axes.append(int(axis) % leaf.ndim)
+    axes.append(int(axis) % np.ndim(leaf))
   return tuple(axes)
 
 

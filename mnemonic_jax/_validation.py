@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,10 +45,10 @@ def require_key(key: Any) -> jax.Array:
 
 def require_rate(rate: Any) -> Any:
   """Return `rate` when it is a probability; a traced rate passes."""
+  if isinstance(rate, (bool, np.bool_, str, bytes)) or np.ndim(rate):
+    raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].")
   if isinstance(rate, jax.core.Tracer):
     return rate
-  if isinstance(rate, (bool, np.bool_)) or (not np.isscalar(rate) and np.ndim(rate)):
-    raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].")
   try:
     value = float(rate)
   except (TypeError, ValueError):
@@ -65,17 +64,17 @@ def require_classes(name: str, classes: Iterable[Any], num_classes: int, *, prop
     raise TypeError(f"{name}: got {classes!r}; expected a list of class indices, such as [0].")
   checked: list[int] = []
   for value in classes:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-      if not (hasattr(value, "dtype") and np.ndim(value) == 0 and np.issubdtype(value.dtype, np.integer)):
-        raise TypeError(
-          f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices (a bool mask or "
-          "a float is not one). Pass for example [0, 3]."
-        )
+    scalar_array = hasattr(value, "dtype") and np.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    if isinstance(value, bool) or not (isinstance(value, int) or scalar_array):
+      raise TypeError(
+        f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices (a bool mask or "
+        "a float is not one). Pass for example [0, 3]."
+      )
     index = int(value)
     if not 0 <= index < num_classes:
       raise ValueError(f"{name}: got {index}; expected integers in [0, {num_classes}), one per class of the model.")
     if index in checked:
-      raise ValueError(f"{name}: class {index} is repeated in {list(classes)}; expected each class once.")
+      raise ValueError(f"{name}: class {index} is repeated in {[*checked, index]}; expected each class once.")
     checked.append(index)
   if proper and not checked:
     raise ValueError(f"{name}: got none; expected at least one class out of [0, {num_classes}).")
@@ -117,9 +116,15 @@ def require_codes(codes: Any) -> None:
 
 
 def require_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
-  """Return `value` when it can be called."""
+  """Return `value` when it can be called, and hashed, so that jit recognises it the next time."""
   if not callable(value):
     raise TypeError(f"{name}: got {kind(value)}; expected a function {signature}.")
+  try:
+    hash(value)
+  except TypeError:
+    raise TypeError(
+      f"{name}: got an unhashable {type(value).__name__}; expected a function {signature}. Wrap it in a def or lambda."
+    ) from None
   return value
 
 
@@ -130,9 +135,10 @@ def require_finite_number(name: str, value: Any) -> None:
     raise TypeError(f"{name}: got {value!r}; expected a number, finite and not negative.")
   if np.issubdtype(array.dtype, np.complexfloating):
     raise TypeError(f"{name}: got {value!r}; expected a real number, finite and not negative.")
-  numbers = array.astype(np.float64)
-  if not np.all(np.isfinite(numbers)) or np.any(numbers < 0) or any(math.isnan(x) for x in numbers.ravel()):
-    raise ValueError(f"{name}: got {value!r}; expected a number, finite and not negative, such as 1e-3.")
+  with np.errstate(over="ignore"):
+    numbers = array.astype(np.float32)
+  if not np.all(np.isfinite(numbers)) or np.any(numbers < 0):
+    raise ValueError(f"{name}: got {value!r}; expected a number, finite in float32 and not negative, such as 1e-3.")
 
 
 def kind(value: Any) -> str:

@@ -59,8 +59,12 @@ def make_codes(
   if isinstance(shape, (str, bytes)) or not isinstance(shape, Sequence) or not len(shape):
     raise TypeError(f"shape: got {shape!r}; expected the shape of one input, such as (28, 28, 1).")
   shape = tuple(_validation.require_size("shape", size) for size in shape)
-  if distribution not in DISTRIBUTIONS:
+  if not isinstance(distribution, str) or distribution not in DISTRIBUTIONS:
     raise ValueError(f"distribution: got {distribution!r}; expected one of {sorted(DISTRIBUTIONS)}.")
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise TypeError(f"dtype: got {dtype!r}; expected a floating dtype, such as jnp.float32.")
+  try:
+    dtype = jnp.dtype(dtype)
+  except TypeError:
+    raise TypeError(f"dtype: got {dtype!r}; expected a floating dtype, such as jnp.float32.") from None
+  if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+    raise TypeError(f"dtype: got {dtype}; expected a floating dtype that jax has on: float64 needs jax_enable_x64.")
   return DISTRIBUTIONS[distribution](key, (num_classes, per_class, *shape), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,12 +23,14 @@ _GRADIENT_BYTES = 2**30
 # Before squaring, the largest entry of a leaf's gradients is brought to about 2**_TARGET_EXPONENT: squares then span
 # 2**-126 .. 2**81, which keeps entries that are 1e-31 of the largest.
 _TARGET_EXPONENT = 40
-# Rows on which examples are checked for independence, and the relative difference of their losses that is rounding.
+# Rows on which examples are checked for independence, and the difference of their losses that is rounding: relative,
+# and, where a caller's own loss may cancel, absolute.
 _INDEPENDENCE_ROWS = 8
-_ROUNDING = {"float32": 0.02, "half": 0.5}
-_COLLECTIVES = frozenset(
-  {"psum", "psum2", "psum_invariant", "pmax", "pmin", "pmean", "ppermute", "all_gather", "all_gather_invariant"}
-  | {"all_gather_reduced", "all_to_all", "ragged_all_to_all", "reduce_scatter", "psum_scatter", "unreduced_psum"}
+_ROUNDING = {"float32": (0.02, 1e-4), "half": (0.5, 0.1)}
+# Each also as the start and done of its asynchronous form.
+_COLLECTIVES = (
+  *("psum", "pmax", "pmin", "ppermute", "pbroadcast", "psend", "precv", "all_gather", "all_to_all"),
+  *("ragged_all_to_all", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
 )
 
 
@@ -49,7 +52,7 @@ class Execution:
     """The microbatch for `num_examples` examples of a model with these params."""
     if self.microbatch is not None:
       return min(self.microbatch, num_examples)
-    size = sum(leaf.size * max(4, leaf.dtype.itemsize) for leaf in jax.tree.leaves(params))
+    size = sum(np.size(leaf) * max(4, jnp.result_type(leaf).itemsize) for leaf in jax.tree.leaves(params))
     return max(1, min(num_examples, _GRADIENT_BYTES // max(size, 1)))
 
 
@@ -127,7 +130,7 @@ def diagonal_fisher(
   execution = require_execution(execution)
   num_examples = _num_examples(inputs, labels)
   group_weights, squeeze = _group_weights(weights, num_examples)
-  check_loss(loss_fn, params, inputs, labels, num_examples, precision)
+  check_loss(loss_fn, params, inputs, labels, precision)
   compute = _scaled_fisher if _validation.is_concrete((params, inputs, labels, weights)) else scaled_fisher
   fisher = compute(loss_fn, params, inputs, labels, group_weights, chosen, precision, execution)
 
@@ -154,10 +157,27 @@ def scaled_fisher(
   Per-example gradients by `vmap(grad)`, a microbatch at a time; between microbatches the sums are rescaled to the
   largest gradient seen so far, as in a streaming logsumexp.
   """
+  engine = lambda batch, params, weights: _engine(loss_fn, batch, params, weights, chosen, precision, execution)
+  return _trees.with_automatic_axes(engine, (inputs, labels), params, weights, out_specs=jax.sharding.PartitionSpec())
+
+
+_scaled_fisher = jax.jit(scaled_fisher, static_argnums=(0, 5, 6, 7))
+
+
+def _engine(
+  loss_fn: LossFn,
+  batch: tuple[PyTree, PyTree],
+  params: PyTree,
+  weights: jax.Array,
+  chosen: tuple[bool, ...],
+  precision: str | None,
+  execution: Execution,
+) -> ScaledFisher:
   leaves, treedef = _trees.flatten(params)
   num_examples = weights.shape[-1]
   microbatch = execution.examples_at_once(num_examples, params)
-  axes = _varying_axes((inputs, labels, weights, params))
+  # What the loss closes over may vary along more axes than its arguments do.
+  axes = _varying_axes((weights, params, jax.eval_shape(loss_fn, params, *batch)))
   live = [_varying(leaf, axes) for leaf, takes_part in zip(leaves, chosen, strict=True) if takes_part]
 
   def rebuild(live_leaves: list[jax.Array]) -> PyTree:
@@ -170,7 +190,7 @@ def scaled_fisher(
 
   def accumulate(sums: list[_Sum], chunk: PyTree) -> list[_Sum]:
     examples, chunk_weights = chunk
-    with jax.default_matmul_precision(precision):
+    with matmul_precision(precision):
       gradients = jax.vmap(jax.grad(example_loss), in_axes=(None, 0))(live, examples)
     active = jnp.any(chunk_weights != 0, axis=0)
     return [_add_squares(s, g, chunk_weights, active) for s, g in zip(sums, gradients, strict=True)]
@@ -180,12 +200,11 @@ def scaled_fisher(
     zeros, lowest = jnp.zeros((weights.shape[0], *leaf.shape), dtype), jnp.int32(_lowest_exponent(dtype))
     return _varying(zeros, axes), _varying(lowest, axes)
 
-  data = ((inputs, labels), weights.T)
   sums = [empty(leaf) for leaf in live]
   if microbatch == num_examples:
-    sums = accumulate(sums, ((inputs, labels), weights))
+    sums = accumulate(sums, (batch, weights))
   else:
-    chunks = jax.tree.map(lambda x: _in_chunks(x, microbatch), data)
+    chunks = jax.tree.map(lambda x: _in_chunks(x, microbatch), (batch, weights.T))
     # Rows that pad the last chunk repeat the first example at weight zero.
     padding = -num_examples % microbatch
     real = jnp.arange(num_examples + padding) < num_examples
@@ -199,9 +218,6 @@ def scaled_fisher(
   return ScaledFisher(scaled, treedef.unflatten([None if e is None else 2 * (e - _TARGET_EXPONENT) for _, e in pairs]))
 
 
-_scaled_fisher = jax.jit(scaled_fisher, static_argnums=(0, 5, 6, 7))
-
-
 def _add_squares(sums: _Sum, gradient: jax.Array, weights: jax.Array, active: jax.Array) -> _Sum:
   """Add one microbatch of gradients (B, *leaf) to (sums, exponent) of one leaf; the squares are in 2**exponent units."""
   total, exponent = sums
@@ -211,7 +227,7 @@ def _add_squares(sums: _Sum, gradient: jax.Array, weights: jax.Array, active: ja
   here = jnp.clip(jnp.frexp(largest)[1], _lowest_exponent(total.dtype), jnp.finfo(total.dtype).maxexp)
   common = jnp.maximum(exponent, here)
   squares = jnp.square(gradient * _power_of_two(_TARGET_EXPONENT - common, total.dtype))
-  shrink = _power_of_two(jnp.maximum(exponent - common, jnp.finfo(total.dtype).minexp // 2), total.dtype)
+  shrink = _power_of_two(jnp.maximum(exponent - common, jnp.finfo(total.dtype).minexp), total.dtype)
   added = jnp.einsum("gn,n...->g...", weights.astype(total.dtype), squares, precision=jax.lax.Precision.HIGHEST)
   return total * shrink * shrink + added, common
 
@@ -238,12 +254,14 @@ def _in_chunks(x: jax.Array, size: int) -> jax.Array:
 
 def _varying_axes(tree: PyTree) -> frozenset[str]:
   """Mesh axes of the surrounding `jax.shard_map` along which any leaf varies."""
-  return frozenset().union(*(getattr(jax.typeof(leaf), "vma", frozenset()) for leaf in jax.tree.leaves(tree)))
+  abstract = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)]
+  # An attribute that a later jax renames must fail here: without it every Fisher would be wrong, and say nothing.
+  return frozenset().union(*(x.manual_axis_type.varying for x in abstract if x.manual_axis_type is not None))
 
 
 def _varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
   """Mark `x` as varying along `axes`. Without it shard_map sums gradients of replicated params *before* the square."""
-  missing = tuple(sorted(axes - getattr(jax.typeof(x), "vma", frozenset())))
+  missing = tuple(sorted(axes - _varying_axes(x)))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
@@ -288,20 +306,28 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
   return jnp.atleast_2d(weights), weights.ndim == 1
 
 
-def check_loss(
-  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, num_examples: int, precision: str | None
-) -> None:
-  """Refuse a loss that is not (N,), that communicates, or, where values are concrete, whose examples depend on each other."""
+def matmul_precision(precision: str | None) -> contextlib.AbstractContextManager[Any]:
+  """The context in which matrix products have `precision`; None leaves what is set."""
+  if precision is None:
+    return contextlib.nullcontext()
   try:
-    context = jax.default_matmul_precision(precision)
-    with context:
-      jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
-  except ValueError as error:
-    if "default_matmul_precision" in str(error) or "matmul_precision" in str(error):
-      raise ValueError(
-        f"precision: got {precision!r}; expected for example 'highest', 'high', 'default' or None."
-      ) from None
-    raise
+    return jax.default_matmul_precision(precision)
+  except (ValueError, TypeError):
+    raise ValueError(
+      f"precision: got {precision!r}; expected for example 'highest', 'high', 'default' or None."
+    ) from None
+
+
+def check_loss(
+  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, precision: str | None, *, cancels: bool = True
+) -> None:
+  """Refuse a loss that is not (N,), communicates, or, for concrete values, whose examples depend on each other.
+
+  A loss that `cancels` is also allowed an absolute rounding error.
+  """
+  num_examples = _num_examples(inputs, labels)
+  with matmul_precision(precision):
+    jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
   if getattr(shape, "shape", None) != (num_examples,) or not jnp.issubdtype(shape.dtype, jnp.floating):
     got = f"shape {shape.shape} and dtype {shape.dtype}" if hasattr(shape, "shape") else f"{type(shape).__name__}"
     raise ValueError(
@@ -310,7 +336,7 @@ def check_loss(
     )
   operations = list(_equations(jaxpr.jaxpr))
   for equation in operations:
-    if equation.primitive.name in _COLLECTIVES:
+    if equation.primitive.name.startswith(_COLLECTIVES):
       raise ValueError(
         f"loss_fn: calls the collective {equation.primitive.name!r}; its gradient would be summed over devices before "
         "it is squared. Gather the params before calling diagonal_fisher and pass the gathered tree, or use jit with "
@@ -323,8 +349,11 @@ def check_loss(
       for v in e.outvars
     )
     rows = np.unique(np.linspace(0, num_examples - 1, min(num_examples, _INDEPENDENCE_ROWS)).astype(int))
-    difference = float(_dependence(loss_fn, params, *jax.tree.map(lambda x: x[rows], (inputs, labels))))
-    if difference > _ROUNDING["half" if half else "float32"]:
+    relative, absolute = _ROUNDING["half" if half else "float32"]
+    with matmul_precision(precision):
+      difference = _dependence(loss_fn, params, inputs, labels, rows, absolute if cancels else 0.0)
+    # Inside a trace the difference is not concrete, even that of concrete values.
+    if _validation.is_concrete(difference) and difference > relative:
       raise ValueError(
         f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its example is computed alone. "
         "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
@@ -333,13 +362,22 @@ def check_loss(
 
 
 @partial(jax.jit, static_argnums=0)
-def _dependence(loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree) -> jax.Array:
-  """Largest relative difference between the losses of a batch and of its examples one by one."""
-  together = loss_fn(params, inputs, labels)
-  alone = jax.vmap(lambda x, y: loss_fn(params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
-  larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
-  relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, jnp.abs(together - alone) / larger, 0)
-  return jnp.max(jnp.where(jnp.isfinite(relative), relative, 0))
+def _dependence(
+  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, rows: jax.Array, absolute: float
+) -> jax.Array:
+  """Largest relative difference (above `absolute`) between the losses of some rows together and one by one."""
+
+  def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
+    inputs, labels = jax.tree.map(lambda x: x[rows], batch)
+    together = loss_fn(params, inputs, labels)
+    alone = jax.vmap(lambda x, y: loss_fn(params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
+    larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
+    beyond = jnp.abs(together - alone) - absolute
+    relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)
+    return jnp.max(jnp.where(jnp.isfinite(relative), relative, 0))
+
+  specs = jax.sharding.PartitionSpec()
+  return _trees.with_automatic_axes(largest_difference, (inputs, labels), params, rows, out_specs=specs)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

@@ -86,7 +86,7 @@ def forget(
 
   Edge cases:
     a tie between the signs: the larger loss of the forget codes minus loss of the remain codes wins, then plus.
-    a candidate with non-finite logits loses; if both have them, an error asks for a smaller strength.
+    a candidate with non-finite params or logits loses; if both have them, an error asks for a smaller strength.
     zero Fishers: see `amplitude`. A caller's own loss must keep its gradient for confident codes: float32
       logsumexp(l) - l_y has a gradient of exactly 0 at a margin of 17; see `losses.softmax_cross_entropy`.
 
@@ -119,6 +119,7 @@ def forget(
   """
   started = time.perf_counter()
   perturbation.require_strength(strength)
+  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   chosen = _validation.require_classes("classes", classes, num_classes)
   earlier = _validation.require_classes("forgotten", forgotten, num_classes, proper=False)
@@ -128,12 +129,11 @@ def forget(
     raise ValueError(
       f"classes: {list(chosen)} and forgotten {list(earlier)} are all {num_classes} classes; expected one to keep."
     )
-  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
   codes = _beside(jnp.asarray(codes), params)
   strength = Strength(float(strength.lambda1), float(strength.lambda2))
   _check_finite(logits_fn, params, codes)
   inputs, labels = _flatten_codes(codes)
-  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, len(inputs), precision)
+  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None)
 
   indices = np.arange(num_classes)
   sides = jnp.asarray(np.isin(indices, chosen)), jnp.asarray(~np.isin(indices, chosen + earlier))
@@ -200,12 +200,12 @@ def forget_step(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   perturbation.require_strength(strength)
+  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   forget, remain = _check_masks(forget, remain, num_classes)
-  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
   codes = jnp.asarray(codes)
   inputs, labels = _flatten_codes(codes)
-  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, len(inputs), precision)
+  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None)
   fishers = _class_fishers(logits_fn, options, params, codes, forget, remain)
   return _update(logits_fn, options, params, codes, forget, remain, fishers, strength)
 
@@ -216,8 +216,8 @@ def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | flo
       sign = +1 if A_R + E_F is larger for w+, -1 if it is larger for w-
 
   Edge cases:
-    a tie (difference within `resolution`): the larger loss_gap wins; equal or non-finite gaps: +1.
-    a candidate with NaN accuracy has non-finite logits and loses; both NaN: +1.
+    a tie (difference within `resolution`): the larger loss_gap wins; equal or NaN gaps: +1.
+    a candidate with NaN accuracy has non-finite params or logits and loses; both NaN: +1.
 
   Args:
     plus, minus: `CodeScores` of the two candidates.
@@ -310,7 +310,7 @@ def _score(
   """How a candidate does on the codes of both sides."""
   inputs, labels = _flatten_codes(codes)
   microbatch = options.execution.examples_at_once(len(inputs), params)
-  with jax.default_matmul_precision(options.precision):
+  with fisher.matmul_precision(options.precision):
     if microbatch == len(inputs):
       logits = logits_fn(params, inputs)
     else:
@@ -318,7 +318,7 @@ def _score(
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
   code_losses = options.loss(logits, labels)
-  finite = jnp.all(jnp.isfinite(logits))
+  finite = jnp.all(jnp.isfinite(logits)) & _all_finite(params)
 
   def mean(side: jax.Array, values: jax.Array) -> jax.Array:
     chosen = jnp.repeat(side, codes.shape[1])
@@ -346,7 +346,7 @@ def _flatten_codes(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _mean_weights(side: jax.Array, per_class: int) -> jax.Array:
   """(C,) bool -> (C * K,) weights that average over the codes of these classes; all 0 where there are none."""
-  chosen = jnp.repeat(side, per_class).astype(jnp.float32)
+  chosen = jnp.repeat(side, per_class).astype(float)
   return chosen / jnp.maximum(jnp.sum(chosen), 1)
 
 
@@ -382,7 +382,7 @@ def _check_masks(forget: Any, remain: Any, num_classes: int) -> tuple[jax.Array,
       raise ValueError(
         f"{name}: got {_validation.kind(side)}; expected a bool mask of shape ({num_classes},), one per class."
       )
-    if _validation.is_concrete(side) and not np.any(side):
+    if _validation.is_concrete(side) and not np.any(np.asarray(side)):
       raise ValueError(f"{name}: got no class; expected at least one True.")
   if _validation.is_concrete((forget, remain)) and np.any(np.asarray(forget) & np.asarray(remain)):
     common = np.flatnonzero(np.asarray(forget) & np.asarray(remain)).tolist()
@@ -433,5 +433,8 @@ def _beside(codes: jax.Array, params: PyTree) -> jax.Array:
   return codes
 
 
-def _placed_like(new: jax.Array, old: Any) -> jax.Array:
+def _placed_like(new: jax.Array, old: Any) -> Any:
+  """`new` on the devices of `old`; a plain number that mask left out stays one."""
+  if not hasattr(old, "dtype"):
+    return old
   return jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new

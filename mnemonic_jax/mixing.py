@@ -7,7 +7,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 
-from mnemonic_jax import _validation
+from mnemonic_jax import _trees, _validation
 
 
 @overload
@@ -75,14 +75,29 @@ def mix(
       f"images: got shape {images.shape}; expected (N, *{tuple(codes.shape[2:])}), the shape of one code in codes "
       f"{codes.shape}."
     )
-  num_examples, (num_classes, per_class) = images.shape[0], codes.shape[:2]
-  _validation.require_labels("labels", labels, num_examples, num_classes)
-
-  replace_key, choice_key = jax.random.split(key)
-  replaced = jax.random.bernoulli(replace_key, rate, (num_examples,))
-  choice = jax.random.randint(choice_key, (num_examples,), 0, per_class)
-  known = jnp.where(labels < 0, num_classes, labels)
-  own = jnp.asarray(codes).at[known, choice].get(mode="fill", fill_value=jnp.nan)
-  rows = replaced.reshape(num_examples, *(1,) * (images.ndim - 1))
-  mixed = jnp.where(rows, own.astype(images.dtype), images)
+  if not images.shape[0]:
+    raise ValueError(f"images: got shape {images.shape}, an empty batch; expected at least one image.")
+  _validation.require_labels("labels", labels, images.shape[0], codes.shape[0])
+  mixed, replaced = _mix(key, images, labels, codes, rate)
   return (mixed, replaced) if return_mask else mixed
+
+
+@jax.jit
+def _mix(
+  key: jax.Array, images: jax.Array, labels: jax.Array, codes: jax.Array, rate: Any
+) -> tuple[jax.Array, jax.Array]:
+  def replace(batch: tuple[jax.Array, jax.Array], codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+    images, labels = batch
+    num_classes, per_class = codes.shape[:2]
+    replace_key, choice_key = jax.random.split(key)
+    replaced = jax.random.bernoulli(replace_key, rate, labels.shape)
+    choice = jax.random.randint(choice_key, labels.shape, 0, per_class)
+    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # num_classes may not fit an int8
+    known = jnp.where(wide < 0, num_classes, wide)
+    own = codes.at[known, choice].get(mode="fill", fill_value=jnp.nan)
+    rows = replaced.reshape(-1, *(1,) * (images.ndim - 1))
+    return jnp.where(rows, own.astype(images.dtype), images), replaced
+
+  spec = jax.typeof(images).sharding.spec
+  out_specs = spec, jax.sharding.PartitionSpec(*spec[:1])
+  return _trees.with_automatic_axes(replace, (images, labels), codes, out_specs=out_specs)

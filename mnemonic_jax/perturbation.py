@@ -142,6 +142,7 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
 
   Edge cases:
     max eta = 0: alpha = lambda1, and the perturbation is 0 all the same.
+    lambda2 / max eta below 1e-38: alpha = 0 where the backend flushes subnormals, and the layer is left alone.
 
   Args:
     eta: amplitudes, as `amplitude` returns them.
@@ -162,9 +163,9 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
 
   def scale(leaf: jax.Array, axis: int | None) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    return jnp.minimum(
-      jnp.asarray(strength.lambda1, leaf.dtype), jnp.asarray(strength.lambda2, leaf.dtype) / _layer_max(leaf, axis)
-    )
+    lambda1, lambda2 = (jnp.asarray(x, leaf.dtype) for x in (strength.lambda1, strength.lambda2))
+    largest = _layer_max(leaf, axis)
+    return jnp.where(largest == 0, lambda1, jnp.minimum(lambda1, lambda2 / largest))
 
   return treedef.unflatten([scale(leaf, axis) for leaf, axis in zip(leaves, axes, strict=True)])
 
@@ -186,6 +187,7 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
     A tree like params, same shapes and dtypes.
 
   Raises:
+    TypeError: a leaf to be moved that is not floating.
     ValueError: trees or shapes that do not match, or a concrete sign other than +1 and -1.
 
   >>> perturb(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]), jnp.array(0.25), sign=-1)
@@ -203,16 +205,22 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
     if leaf_eta is None:
       moved.append(leaf)
       continue
-    if leaf_scale is None or jnp.shape(leaf_eta) != jnp.shape(leaf):
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      raise TypeError(f"params{path}: got dtype {leaf.dtype}; expected floating arrays only where eta is not None.")
+    if jnp.shape(leaf_eta) != leaf.shape or leaf_scale is None or not _broadcasts(jnp.shape(leaf_scale), leaf.shape):
       raise ValueError(
         f"eta{path}: got shape {jnp.shape(leaf_eta)} (scale: {None if leaf_scale is None else jnp.shape(leaf_scale)}); "
-        f"expected {jnp.shape(leaf)}, as in params, and a scale that broadcasts to it."
+        f"expected {leaf.shape}, as in params, and a scale that broadcasts to it."
       )
-    leaf = jnp.asarray(leaf)
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     change = jnp.asarray(sign, dtype) * leaf_scale * leaf_eta
     moved.append((leaf.astype(dtype) + change).astype(leaf.dtype))
   return treedef.unflatten(moved)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+  return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
 
 
 def _layer_max(leaf: jax.Array, axis: int | None) -> jax.Array:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mnemonic_jax.report.schema import numbers
-from mnemonic_jax.report.wording import class_label, clean, count, percent, points
+from mnemonic_jax.report.wording import UNIT, class_label, clean, count, percent, points
 
 MOST_CLASSES = 30  # above this the table is cut to what matters
 WORST_SHOWN = 10  # kept classes with the largest drops, when it is cut
@@ -18,7 +18,7 @@ FORGOTTEN_SHOWN = 20  # forgotten classes, when it is cut
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyRow:
-  """One class. `x_before` and `x_after` are positions in percent of the track's width, None without examples."""
+  """One class, accuracies in percent. `x_before` and `x_after` are positions in percent of the track's width, None without examples."""
 
   index: int
   name: str
@@ -62,7 +62,7 @@ def worst_drop(report: Mapping[str, Any], names: Sequence[str]) -> tuple[str, st
   if after[worst] >= before[worst]:
     return "none", "no kept class lost accuracy"
   label = f"class {class_label(worst, names)}: {percent(before[worst])} → {percent(after[worst])}"
-  return f"{points(after[worst] - before[worst])} points", label
+  return f"{points(after[worst] - before[worst])}\u00a0points", label
 
 
 def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tuple[list[int], str]:
@@ -74,7 +74,7 @@ def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tup
   parts = []
   if len(forgotten) > FORGOTTEN_SHOWN:
     hidden = least_forgotten[FORGOTTEN_SHOWN:]
-    parts.append(f"{count(len(hidden))} more forgotten classes, each at {percent(np.nanmax(after[hidden]))} or less")
+    parts.append(f"{count(len(hidden))} more classes to forget, each at {percent(np.nanmax(after[hidden]))} or less")
   if rest:
     change = after[rest] - before[rest]
     parts.append(
@@ -96,8 +96,8 @@ def _row(index: int, name: str, forgotten: bool, before: float, after: float) ->
     index=index,
     name="" if name.strip() == str(index) else clean(name, 24),
     forgotten=forgotten,
-    before=percent(before),
-    after=percent(after),
+    before=percent(before).removesuffix(UNIT),
+    after=percent(after).removesuffix(UNIT),
     change=points(after - before),
     x_before=None if np.isnan(before) else round(100 * before, 2),
     x_after=None if np.isnan(after) else round(100 * after, 2),

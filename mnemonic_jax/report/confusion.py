@@ -112,12 +112,12 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
 
 def _into(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> str:
   kept = np.delete(np.arange(len(before)), forgotten)
-  was, now = (int(counts[np.ix_(kept, forgotten)].sum()) for counts in (before, after))
+  was, now = (int(counts[kept][:, list(forgotten)].sum()) for counts in (before, after))
   total = int(before[kept].sum())
   if not total:
     return ""
-  which = "the forgotten class" if len(forgotten) == 1 else "a forgotten class"
+  which = "the class to forget" if len(forgotten) == 1 else "a class to forget"
   return (
-    f"Of {total:,} test examples of kept classes, {was:,} were taken for {which} before and {now:,} after "
-    f"({percent(was / total)} and {percent(now / total)})."
+    f"Test examples of kept classes taken for {which}: {was:,} of {total:,} before ({percent(was / total)}), "
+    f"{now:,} after ({percent(now / total)})."
   )

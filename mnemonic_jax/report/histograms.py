@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mnemonic_jax.report.schema import numbers
-from mnemonic_jax.report.wording import power_of_ten, scientific
+from mnemonic_jax.report.wording import percent, power_of_ten, scientific
 
 DECADES = (-8, 8)  # losses beyond these powers of ten are counted in the end bins
 BARS = 24  # about as many bars as this
@@ -46,10 +46,11 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Histograms:
-  """Four panels over one axis."""
+  """Four panels over one axis; `tallest` is the share of examples in the tallest bar, "" without any."""
 
   axis: Axis
   panels: tuple[Panel, ...]
+  tallest: str
 
 
 def histograms(losses: Mapping[str, Sequence[float]], num_classes: int) -> Histograms:
@@ -59,7 +60,7 @@ def histograms(losses: Mapping[str, Sequence[float]], num_classes: int) -> Histo
   shares = {key: _shares(values, axis.edges) for key, values in data.items()}
   tallest = max((float(s.max(initial=0.0)) for s in shares.values()), default=0.0)
   panels = (_panel(title, when, data[key], shares[key], tallest, axis.edges) for key, title, when in PANELS)
-  return Histograms(axis, tuple(panels))
+  return Histograms(axis, tuple(panels), percent(tallest) if tallest else "")
 
 
 def shared_axis(values: np.ndarray, guess: float) -> Axis:

@@ -36,12 +36,14 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
   """
   validate(report, evidence)
   names, classes = evidence["class_names"], sorted(report["classes"])
-  page = _template().render(
+  verdict = wording.verdict(report, names)
+  return _template().render(
     title=f"Forgetting {wording.class_list(sorted(report['requested']), names)}",
-    verdict=wording.verdict(report, names),
+    verdict=verdict,
     tiles=_tiles(report, names),
     forgotten=wording.class_list(classes, names),
     one=len(classes) == 1,
+    tag="forgotten" if verdict.kind in ("good", "costly") else "to forget",
     scores=tables.score_rows(report, evidence["controls"]),
     accuracy=accuracy.accuracy_table(report, names),
     confusion=confusion.confusion(report, evidence),
@@ -53,7 +55,6 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
     fingerprints=tables.fingerprints(report),
     unchanged=report["params_sha256_before"] == report["params_sha256_after"],
   )
-  return page.encode("utf-8", "replace").decode("utf-8")
 
 
 def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, str, str]]:

@@ -92,16 +92,16 @@ def png_uri(pixels: np.ndarray) -> str:
 
 def _tile(code: np.ndarray, strip: bool, index: int, names: Sequence[str], forgotten: bool) -> Tile:
   pixels = to_bytes(np.reshape(code, (1, -1))[:, :STRIP_VALUES]) if strip else to_bytes(code)
-  description = f"Mnemonic code of class {class_label(index, names)}{', forgotten' if forgotten else ''}"
+  description = f"Mnemonic code of class {class_label(index, names)}{', to forget' if forgotten else ''}"
   name = "" if names[index].strip() == str(index) else clean(names[index], 16)
   return Tile(png_uri(pixels), description, index, name, forgotten)
 
 
 def _note(shape: Sequence[int], strips: bool, hidden: int) -> str:
-  size = " × ".join(map(str, shape)) or "a single value"
+  size = " × ".join(map(str, shape)) or "1"
   note = f"Each code is {size}, scaled to its own range from black to white."
   if strips:
     total = math.prod(shape)
     part = f"of its first {STRIP_VALUES} of {total:,} values" if total > STRIP_VALUES else f"of {total:,} values"
-    note = f"Each code is {size}, which is no picture; it is drawn flat, as a strip {part}, black to white."
+    note = f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, from black to white."
   return note + (f" {hidden:,} more codes are not shown." if hidden else "")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnemonic_jax.report.schema import number
-from mnemonic_jax.report.wording import clean, duration, percent, scientific
+from mnemonic_jax.report.wording import UNIT, clean, duration, percent, scientific
 
 LAYERS_SHOWN = 24  # with more, the most moved ones
 
@@ -94,7 +94,7 @@ def percent_of_norm(change: float) -> str:
   """Return a relative change in percent, with three digits however small it is."""
   if math.isnan(change):
     return "not finite"
-  return "was zero" if math.isinf(change) else "none" if change == 0 else f"{scientific(100 * change)}\u00a0%"
+  return "was zero" if math.isinf(change) else "none" if change == 0 else f"{scientific(100 * change)}{UNIT}"
 
 
 def pretty_path(path: str) -> str:

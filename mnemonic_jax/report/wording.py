@@ -13,9 +13,9 @@ from mnemonic_jax.report.schema import number
 ENOUGH_ERROR = 0.95  # a class counts as forgotten from this test error on
 CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept classes
 NO_EXAMPLES = "no examples"
+UNIT = "\u00a0%"  # the space keeps a number and its unit on one line
 
-_SPACE = "\u00a0"  # keeps a number and its unit on one line
-_COUNTS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_COUNTS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -41,9 +41,9 @@ def percent(fraction: float) -> str:
   if math.isnan(fraction):
     return NO_EXAMPLES
   if fraction in (0.0, 1.0):
-    return f"{100 * fraction:.0f}{_SPACE}%"
+    return f"{100 * fraction:.0f}{UNIT}"
   shown = {"0.0": "<0.1", "100.0": ">99.9"}.get(text := f"{100 * fraction:.1f}", text)
-  return f"{shown}{_SPACE}%"
+  return f"{shown}{UNIT}"
 
 
 def points(difference: float) -> str:
@@ -65,7 +65,7 @@ def scientific(value: float) -> str:
   if value == 0 or 1e-3 <= abs(value) < 1e5:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
   mantissa, exponent = f"{value:.1e}".split("e")
-  return f"{mantissa}{_SPACE}×{_SPACE}{power_of_ten(int(exponent))}"
+  return f"{mantissa}\u00a0×\u00a0{power_of_ten(int(exponent))}"
 
 
 def power_of_ten(exponent: int) -> str:
@@ -78,8 +78,8 @@ def duration(seconds: float) -> str:
   if not math.isfinite(seconds):
     return "not measured"
   if seconds < 1:
-    return f"{1000 * seconds:.3g}{_SPACE}ms"
-  return f"{seconds:,.0f}{_SPACE}s" if seconds >= 100 else f"{seconds:.3g}{_SPACE}s"
+    return f"{1000 * seconds:.3g}\u00a0ms"
+  return f"{seconds:,.0f}\u00a0s" if seconds >= 100 else f"{seconds:.3g}\u00a0s"
 
 
 def count(amount: int) -> str:
@@ -128,7 +128,7 @@ def sentence(report: Mapping[str, Any], names: Sequence[str]) -> str:
   whose = "Its test error" if len(classes) == 1 else "Their test error"
   if earlier:
     asked += f", on top of {class_list(earlier, names)} asked for earlier"
-    whose = f"The test error of all {count(len(classes))} together"
+    whose = f"The test error of {'both' if len(classes) == 2 else f'all {count(len(classes))}'} together"
   kept = len(names) - len(classes)
   keeping = {0: "no class is kept", 1: "accuracy on the one kept class"}
   accuracy = keeping.get(kept, f"accuracy on the {count(kept)} kept classes")
@@ -150,12 +150,12 @@ def _meaning_of_error(report: Mapping[str, Any], error: float) -> str:
   one = len(report["classes"]) == 1
   if math.isnan(error):
     return (
-      f"Whether it worked is not known: the test set has no examples of the forgotten {'class' if one else 'classes'}."
+      f"Whether it worked is not known: the test set has no examples of the {'class' if one else 'classes'} to forget."
     )
   if error < ENOUGH_ERROR:
     return (
       f"It did not work: the model still gets {percent(1 - error)} of the test examples of "
-      f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{_SPACE}%."
+      f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
     )
   meaning = f"By its outputs the model has forgotten the {'class' if one else 'classes'}."
   if number(report["forget_error_before"]) >= ENOUGH_ERROR:

@@ -1,0 +1,48 @@
+# Every target makes its own virtual environment; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check smoke-newest soak benchmark experiments clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
+
+# A stamp file per set of extras, remade when pyproject.toml changes.
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.full: $(VENV)/.base
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[data,test,dev]'
+	touch $@
+
+demo: $(VENV)/.base ## install, train on the digits, forget class 0, report
+	$(BIN)/mnemonic run digits --out runs/demo
+
+test: $(VENV)/.full ## install and run the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.full ## lint, format check, type check, architecture test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+smoke-newest: ## the demo and the core's doctests on the newest Python at hand
+	bash tests/smoke_newest.sh
+
+soak: $(VENV)/.full ## kill -9 training and forgetting, 20 times each
+	$(BIN)/python tests/soak_kill.py
+
+benchmark: $(VENV)/.full ## time whole epochs per call against steps from Python
+	$(BIN)/python benchmarks/training.py
+
+experiments: $(VENV)/.full ## the digits studies (minutes); MNIST: see BUILD.md
+	$(BIN)/python experiments/digits_strength.py
+	$(BIN)/python experiments/digits_all_classes.py
+	$(BIN)/python experiments/digits_mixing_rate.py
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

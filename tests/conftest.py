@@ -1,0 +1,28 @@
+"""Strict numerics, and eight CPU devices for every test."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+# Tests of the core run with these: a broadcast over ranks or a promotion of dtypes that nobody wrote is an error.
+CORE = {"test_codes", "test_mixing", "test_losses", "test_training", "test_fisher", "test_perturbation"} | {
+  "test_forgetting",
+  "test_evaluation",
+}
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+  # A warning that our own code causes is an error.
+  config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics(request: pytest.FixtureRequest):
+  if request.module.__name__ not in CORE or request.node.get_closest_marker("lenient_numerics"):
+    yield
+    return
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+    yield

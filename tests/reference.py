@@ -1,0 +1,182 @@
+"""The whole method in NumPy, float64, one number at a time: slow on purpose, and independent of what it checks."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def mix(images, labels, codes, replaced, choice):
+  """Given which rows are replaced and which of the K codes each draws."""
+  mixed = np.array(images)
+  for n in range(len(images)):
+    if replaced[n]:
+      mixed[n] = codes[labels[n], choice[n]]
+  return mixed
+
+
+def cross_entropy(logits, label):
+  """log(1 + sum_{j != y} exp(l_j - l_y)); no difference of large numbers."""
+  return math.log1p(sum(math.exp(logits[j] - logits[label]) for j in range(len(logits)) if j != label))
+
+
+def residual(logits, label):
+  """d cross_entropy / d logits: p_j for j != y, and -sum_{j != y} p_j for y, so that nothing cancels."""
+  total = sum(math.exp(logit - max(logits)) for logit in logits)
+  result = np.array([math.exp(logit - max(logits)) / total for logit in logits])
+  result[label] = -sum(result[j] for j in range(len(logits)) if j != label)
+  return result
+
+
+def regression_logits(params, x):
+  kernel, bias = params["kernel"].astype(np.float64), params["bias"].astype(np.float64)
+  return np.array([sum(x[i] * kernel[i, j] for i in range(len(x))) + bias[j] for j in range(len(bias))])
+
+
+def regression_gradient(params, x, label):
+  """Softmax regression: d loss / d kernel[i, j] = x_i r_j, d loss / d bias[j] = r_j."""
+  r = residual(regression_logits(params, x), label)
+  return {"kernel": np.array([[x_i * r_j for r_j in r] for x_i in x]), "bias": r}
+
+
+def _hidden(params, x):
+  kernel, bias = params["kernel1"].astype(np.float64), params["bias1"].astype(np.float64)
+  return np.array([1 / (1 + math.exp(-(x @ kernel[:, h] + bias[h]))) for h in range(len(bias))])
+
+
+def mlp_logits(params, x):
+  return regression_logits({"kernel": params["kernel2"], "bias": params["bias2"]}, _hidden(params, x))
+
+
+def mlp_gradient(params, x, label):
+  """One hidden layer of sigmoids, by hand: back through kernel2 and h (1 - h)."""
+  hidden = _hidden(params, x)
+  r = residual(mlp_logits(params, x), label)
+  kernel2 = params["kernel2"].astype(np.float64)
+  back = np.array([hidden[h] * (1 - hidden[h]) * sum(kernel2[h, j] * r[j] for j in range(len(r)))
+                   for h in range(len(hidden))])  # fmt: skip
+  return {
+    "kernel1": np.array([[x_i * b for b in back] for x_i in x]),
+    "bias1": back,
+    "kernel2": np.array([[h * r_j for r_j in r] for h in hidden]),
+    "bias2": r,
+  }
+
+
+def fisher(gradient, params, inputs, labels, weights=None):
+  """sum_n weights[n] * gradient_n ** 2, one example after the other; the mean without weights."""
+  weights = [1 / len(inputs)] * len(inputs) if weights is None else weights
+  total = {name: np.zeros(np.shape(leaf)) for name, leaf in params.items()}
+  for x, label, weight in zip(np.asarray(inputs, np.float64), labels, weights, strict=True):
+    for name, value in gradient(params, x, int(label)).items():
+      total[name] = total[name] + weight * value**2
+  return total
+
+
+def _layers(array, layer_axis):
+  """The index sets of the layers of one leaf."""
+  indices = list(np.ndindex(np.shape(array)))
+  if layer_axis is None:
+    return [indices]
+  return [[i for i in indices if i[layer_axis] == layer] for layer in range(np.shape(array)[layer_axis])]
+
+
+def amplitude(fisher_forget, fisher_remain, layer_axis=None, overflow=math.inf):
+  """f_F / f_R of one leaf; ratios that do not exist, or are above `overflow`, become the layer's largest that is not."""
+  eta = np.zeros(np.shape(fisher_forget))
+  for layer in _layers(eta, layer_axis):
+    boundless = []
+    for i in layer:
+      forget, remain = float(fisher_forget[i]), float(fisher_remain[i])
+      if forget == 0:
+        eta[i] = 0
+      elif remain == 0 or forget / remain > overflow:
+        boundless.append(i)
+      else:
+        eta[i] = forget / remain
+    largest = max([eta[i] for i in layer if i not in boundless], default=0.0)
+    for i in boundless:
+      eta[i] = largest
+  return eta
+
+
+def layer_scale(eta, lambda1, lambda2, layer_axis=None):
+  """min(lambda1, lambda2 / max eta) of each layer of one leaf, in the leaf's shape."""
+  scale = np.zeros(np.shape(eta))
+  for layer in _layers(eta, layer_axis):
+    largest = max((eta[i] for i in layer), default=0.0)
+    for i in layer:
+      scale[i] = lambda1 if largest == 0 else min(lambda1, lambda2 / largest)
+  return scale
+
+
+def perturb(leaf, eta, scale, sign):
+  moved = np.array(leaf, np.float64)
+  for i in np.ndindex(np.shape(leaf)):
+    moved[i] += sign * scale[i] * eta[i]
+  return moved
+
+
+def code_scores(logits, params, codes, forget, remain):
+  """A_R and E_F on the codes as (right, of) pairs, and the loss gap."""
+  right, wrong, remain_losses, forget_losses = 0, 0, [], []
+  for c in range(len(codes)):
+    for code in np.asarray(codes[c], np.float64):
+      output = logits(params, code)
+      if c in remain:
+        right += int(np.argmax(output)) == c
+        remain_losses.append(cross_entropy(output, c))
+      if c in forget:
+        wrong += int(np.argmax(output)) != c
+        forget_losses.append(cross_entropy(output, c))
+  return (
+    (right, len(remain_losses)),
+    (wrong, len(forget_losses)),
+    sum(forget_losses) / len(forget_losses) - sum(remain_losses) / len(remain_losses),
+  )
+
+
+def class_fishers(gradient, params, codes, forget, remain):
+  """(f_F, f_R): means over all codes of the classes of each side."""
+  side = []
+  for classes in (forget, remain):
+    inputs = [code for c in classes for code in codes[c]]
+    labels = [c for c in classes for _ in codes[c]]
+    side.append(fisher(gradient, params, inputs, labels))
+  return side
+
+
+def forget(logits, gradient, params, codes, forget, remain, lambda1, lambda2, layer_axis=None, overflow=math.inf):
+  """The whole of it. Returns (params, sign, eta); layer_axis: {leaf name: axis}."""
+  axes = layer_axis or {}
+  fisher_forget, fisher_remain = class_fishers(gradient, params, codes, forget, remain)
+  eta = {k: amplitude(fisher_forget[k], fisher_remain[k], axes.get(k), overflow) for k in params}
+  scale = {k: layer_scale(eta[k], lambda1, lambda2, axes.get(k)) for k in params}
+  candidates = {s: {k: perturb(params[k], eta[k], scale[k], s) for k in params} for s in (1, -1)}
+  scores = {s: code_scores(logits, candidates[s], codes, forget, remain) for s in (1, -1)}
+
+  def total(sign):  # A_R + E_F over the common denominator, in whole numbers: a tie is a tie
+    (right, of_remain), (wrong, of_forget), _ = scores[sign]
+    return right * of_forget + wrong * of_remain
+
+  if total(1) != total(-1):
+    sign = 1 if total(1) > total(-1) else -1
+  else:
+    sign = -1 if scores[-1][2] > scores[1][2] else 1
+  return candidates[sign], sign, eta
+
+
+def evaluate(predictions, labels, num_classes, classes):
+  """(A_R, E_F, per_class), counting one example after the other."""
+  right, total = [0] * num_classes, [0] * num_classes
+  for prediction, label in zip(predictions, labels, strict=True):
+    total[label] += 1
+    right[label] += prediction == label
+  kept = [c for c in range(num_classes) if c not in classes]
+  ratio = lambda part, whole: part / whole if whole else math.nan
+  return (
+    ratio(sum(right[c] for c in kept), sum(total[c] for c in kept)),
+    ratio(sum(total[c] - right[c] for c in classes), sum(total[c] for c in classes)),
+    [ratio(right[c], total[c]) for c in range(num_classes)],
+  )

@@ -1,0 +1,56 @@
+"""Softmax cross-entropy that does not cancel: closed forms in float64."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mnemonic_jax as mj
+
+
+def gradient(logits, label):
+  total = lambda logits: mj.softmax_cross_entropy(logits[None], jnp.array([label]))[0]
+  return np.asarray(jax.grad(total)(logits), np.float64)
+
+
+@pytest.mark.parametrize("margin", [-60.0, -3.0, 0.0, 1.0, 17.0, 40.0, 60.0, 86.0])
+def test_value_and_gradient_at_a_margin(margin):
+  logits = np.array([0.25, margin, -1.0, -0.5], np.float32)
+  value = mj.softmax_cross_entropy(jnp.asarray(logits)[None], jnp.array([1]))
+  assert value.shape == (1,) and value.dtype == jnp.float32
+  np.testing.assert_allclose(value[0], reference.cross_entropy(logits.astype(float), 1), rtol=1e-5)
+  np.testing.assert_allclose(gradient(logits, 1), reference.residual(logits.astype(float), 1), rtol=2e-5)
+
+
+def test_cancellation_the_usual_form_has_no_gradient_at_a_margin_of_17():
+  usual = lambda logits: jax.nn.logsumexp(logits) - logits[0]
+  logits = jnp.array([17.0, 0.0])
+  assert jax.grad(usual)(logits)[0] == 0
+  np.testing.assert_allclose(gradient(logits, 0), [-4.139937e-8, 4.139937e-8], rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 2**16), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 10.0]))
+def test_matches_the_reference_for_any_logits(seed, classes, scale):
+  rng = np.random.default_rng(seed)
+  logits, label = (scale * rng.normal(size=classes)).astype(np.float32), int(rng.integers(classes))
+  np.testing.assert_allclose(gradient(logits, label), reference.residual(logits.astype(float), label), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_logits_give_float32_losses(dtype):
+  losses = mj.softmax_cross_entropy(jnp.array([[9.0, 0.0]], dtype), jnp.array([0]))
+  assert losses.dtype == jnp.float32
+  np.testing.assert_allclose(losses, [np.log1p(np.exp(-9.0))], rtol=1e-5)
+
+
+def test_float64_logits_give_float64_losses_to_a_margin_of_700():
+  with jax.enable_x64(True):
+    losses = mj.softmax_cross_entropy(jnp.array([[700.0, 0.0]], jnp.float64), jnp.array([0]))
+    assert losses.dtype == jnp.float64
+    np.testing.assert_allclose(losses, [np.exp(-700.0)], rtol=1e-10)
