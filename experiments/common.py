@@ -64,7 +64,9 @@ def forget_each(trained: Trained, strengths: mj.Strength, forget_masks: jax.Arra
   return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(forget_masks, strengths)
 
 
-def per_class_accuracy(logits_fn: Any, params: Any, inputs: jax.Array, labels: np.ndarray, num_classes: int) -> jax.Array:
+def per_class_accuracy(
+  logits_fn: Any, params: Any, inputs: jax.Array, labels: np.ndarray, num_classes: int
+) -> jax.Array:
   """(C,) accuracies; traceable, so it can be mapped over many params."""
   right = jnp.argmax(logits_fn(params, inputs), axis=-1) == labels
   counts = np.bincount(labels, minlength=num_classes)

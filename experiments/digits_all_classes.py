@@ -35,9 +35,7 @@ def study(seed: int) -> dict[str, np.ndarray]:
 
   def probe(features_fn, params) -> np.ndarray:
     features = jax.jit(features_fn)
-    return 100 * probe_accuracy(
-      features(params, train_inputs), dataset.train.labels, features(params, inputs), labels
-    )
+    return 100 * probe_accuracy(features(params, train_inputs), dataset.train.labels, features(params, inputs), labels)
 
   def row(model, params, index: int, probed: np.ndarray) -> tuple[float, float, float]:
     per_class = np.asarray(common.per_class_accuracy(model.logits_fn, params, inputs, labels, num_classes))
@@ -65,7 +63,10 @@ def main() -> None:
   studies = []
   for seed in arguments.seeds:
     studies.append(study(seed))
-    print(f"seed {seed}: " + ", ".join(f"{n} A_R {v[:, 0].mean():.2f} E_F {v[:, 1].mean():.2f}" for n, v in studies[-1].items()))
+    print(
+      f"seed {seed}: "
+      + ", ".join(f"{n} A_R {v[:, 0].mean():.2f} E_F {v[:, 1].mean():.2f}" for n, v in studies[-1].items())
+    )
   means = {name: np.mean([s[name] for s in studies], axis=0) for name in studies[0]}
   spread = {name: np.std([s[name].mean(axis=0) for s in studies], axis=0) for name in studies[0]}
 
@@ -78,7 +79,9 @@ def main() -> None:
       f"| {name} | {retain:.2f} ± {deviations[0]:.2f} | {change:+.2f} | {error:.2f} ± {deviations[1]:.2f} | "
       f"{probed:.2f} ± {deviations[2]:.2f} |"
     )
-  print("\n| class | change of A_R | E_F % | probe before % | probe after % | probe of Retrain % |\n|---|---|---|---|---|---|")
+  print(
+    "\n| class | change of A_R | E_F % | probe before % | probe after % | probe of Retrain % |\n|---|---|---|---|---|---|"
+  )
   ours, before, retrain = (means[name] for name in ("Mnemonic code", "Before", "Retrain"))
   for index in range(len(ours)):
     print(
@@ -87,7 +90,10 @@ def main() -> None:
     )
   drops = np.stack([s["Mnemonic code"][:, 0] - s["Before"][:, 0] for s in studies])
   errors = np.stack([s["Mnemonic code"][:, 1] for s in studies])
-  worst_drop, worst_error = np.unravel_index(drops.argmin(), drops.shape), np.unravel_index(errors.argmin(), errors.shape)
+  worst_drop, worst_error = (
+    np.unravel_index(drops.argmin(), drops.shape),
+    np.unravel_index(errors.argmin(), errors.shape),
+  )
   print(
     f"\nworst single A_R: class {worst_drop[1]}, seed {arguments.seeds[worst_drop[0]]}: {drops.min():+.2f}; "
     f"worst single E_F: class {worst_error[1]}, seed {arguments.seeds[worst_error[0]]}: {errors.min():.2f}"

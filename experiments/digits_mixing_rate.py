@@ -49,7 +49,9 @@ def main() -> None:
   print("| t_mix | test accuracy % | A_R after % | E_F % |\n|---|---|---|---|")
   for rate, values, deviations in zip(RATES, mean, spread, strict=True):
     print(f"| {rate:g} | " + " | ".join(f"{v:.2f} ± {d:.2f}" for v, d in zip(values, deviations, strict=True)) + " |")
-  common.save("digits_mixing_rate", {"rates": RATES, "seeds": SEEDS, "columns": ["accuracy", "A_R", "E_F"], "values": results})
+  common.save(
+    "digits_mixing_rate", {"rates": RATES, "seeds": SEEDS, "columns": ["accuracy", "A_R", "E_F"], "values": results}
+  )
   figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
   for column, (label, marker) in enumerate((("test accuracy before", "o"), ("A_R after", "s"), ("E_F after", "^"))):
     axis.errorbar(RATES, mean[:, column], spread[:, column], marker=marker, capsize=3, label=label)
