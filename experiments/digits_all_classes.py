@@ -1,6 +1,6 @@
 """Digits: forget each of the ten classes, five training seeds, one strength for all; beside Retrain and the head edit.
 
-Command:  python experiments/digits_all_classes.py      (a few minutes on 2 CPU cores; --seeds 0 for one seed)
+Command:  python experiments/digits_all_classes.py      (about ten minutes on 2 CPU cores; --seeds 0 for one seed)
 
 The strength is that of `mnemonic_jax/configs/digits.toml`, chosen by digits_strength.py on a part of the training set. All
 figures are on the test set. The linear probe refits a linear head on the features, with all training data, and reads the
@@ -73,10 +73,10 @@ def main() -> None:
   print("\n| | A_R % | change of A_R | E_F % | probe of the forgotten class % |\n|---|---|---|---|---|")
   for name, values in means.items():
     retain, error, probed = values.mean(axis=0)
-    change = retain - means["Before"][:, 0].mean()
+    change = "" if name == "Before" else f"{retain - means['Before'][:, 0].mean():+.2f}"
     deviations = spread[name]
     print(
-      f"| {name} | {retain:.2f} ± {deviations[0]:.2f} | {change:+.2f} | {error:.2f} ± {deviations[1]:.2f} | "
+      f"| {name} | {retain:.2f} ± {deviations[0]:.2f} | {change} | {error:.2f} ± {deviations[1]:.2f} | "
       f"{probed:.2f} ± {deviations[2]:.2f} |"
     )
   print(

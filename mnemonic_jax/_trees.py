@@ -18,6 +18,11 @@ def flatten(tree: PyTree) -> tuple[list[Any], Any]:
   return leaves, treedef
 
 
+def at_least_float32(dtype: Any) -> Any:
+  """`dtype`, or float32 where it has fewer bits: what sums of its squares are kept in."""
+  return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
 def leaf_paths(tree: PyTree) -> list[str]:
   """The path of every leaf as `jax.tree_util.keystr` writes it, in leaf order."""
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

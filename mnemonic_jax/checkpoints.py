@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import pathlib
+import textwrap
 from types import TracebackType
 from typing import Any
 
@@ -108,7 +111,9 @@ def restore_params(folder: pathlib.Path, params: PyTree) -> PyTree:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
   except Exception as error:  # as in Checkpoints.restore
-    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)}") from error
+    raise MnemonicError(
+      f"{folder}: cannot be restored: {_first_line(error)} The files are damaged. Forget again to make new ones."
+    ) from error
 
 
 def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
@@ -124,6 +129,9 @@ def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
 
 
 def _first_line(error: BaseException) -> str:
-  text = str(error).strip().splitlines()
-  line = text[0][:300] if text else type(error).__name__
+  text = str(error).strip()
+  for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # these come wrapped in a page of internals
+    if (reason := os.strerror(code)) in text:
+      return f"{reason}."
+  line = textwrap.shorten(text, 200, placeholder=" ...") or type(error).__name__
   return line if line.endswith(".") else f"{line}."

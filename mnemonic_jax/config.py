@@ -91,7 +91,7 @@ _CHOICES = {
   "forget.precision": ("default", "high", "highest"),
 }
 # Inclusive bounds of the numbers; every other number is at least 0.
-_BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0.0, 1.0)}
+_BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0, 1), "train.seed": (0, 2**32 - 1)}
 _AT_LEAST_ONE = {"model.hidden", "codes.per_class", "train.epochs", "train.batch_size", "train.checkpoint_every"}
 
 
@@ -180,7 +180,7 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
   if kind in (int, float):
     low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, float("inf")))
     if not low <= value <= high or value == float("inf"):
-      limit = f"in [{low:g}, {high:g}]" if high < float("inf") else f"of at least {low:g}, finite"
+      limit = f"from {low:.0f} to {high:.0f}" if high < float("inf") else f"of at least {low:g}, finite"
       raise UsageError(f"{field}: got {value}; expected a number {limit}.")
   return value
 

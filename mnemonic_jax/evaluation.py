@@ -69,6 +69,8 @@ def evaluate(
   """
   _validation.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
   classes = list(classes) if isinstance(classes, Iterable) and not isinstance(classes, (str, bytes)) else classes
+  if not isinstance(batches, Iterable):
+    raise TypeError(f"batches: got {_validation.kind(batches)}; expected an iterable of (inputs, labels).")
   right = total = np.zeros(0, np.int64)
   for batch in batches:
     inputs, labels, mask = _unpack(batch)
@@ -76,6 +78,8 @@ def evaluate(
     if not len(total):
       _validation.require_classes("classes", classes, num_classes)
       right, total = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
+    if num_classes != len(total):
+      raise ValueError(f"logits_fn: returned {num_classes} classes; expected {len(total)}, as for the first batch.")
     _validation.require_labels("labels", labels[mask], int(mask.sum()), num_classes)
     predictions = np.asarray(_predict(logits_fn, params, inputs))[mask]
     labels = labels[mask].astype(np.int64)

@@ -196,7 +196,7 @@ def _engine(
     return [_add_squares(s, g, chunk_weights, active) for s, g in zip(sums, gradients, strict=True)]
 
   def empty(leaf: jax.Array) -> _Sum:
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = _trees.at_least_float32(leaf.dtype)
     zeros, lowest = jnp.zeros((weights.shape[0], *leaf.shape), dtype), jnp.int32(_lowest_exponent(dtype))
     return _varying(zeros, axes), _varying(lowest, axes)
 
@@ -224,8 +224,8 @@ def _add_squares(sums: _Sum, gradient: jax.Array, weights: jax.Array, active: ja
   gradient = gradient.astype(total.dtype)
   gradient = jnp.where(active.reshape(-1, *(1,) * (gradient.ndim - 1)), gradient, 0)
   largest = jnp.max(jnp.abs(gradient), initial=0.0)
-  here = jnp.clip(jnp.frexp(largest)[1], _lowest_exponent(total.dtype), jnp.finfo(total.dtype).maxexp)
-  common = jnp.maximum(exponent, here)
+  # The first exponent is the lowest there is. A chunk of zeros, whose frexp is 0, must not raise it.
+  common = jnp.where(largest == 0, exponent, jnp.maximum(exponent, jnp.frexp(largest)[1]))
   squares = jnp.square(gradient * _power_of_two(_TARGET_EXPONENT - common, total.dtype))
   shrink = _power_of_two(jnp.maximum(exponent - common, jnp.finfo(total.dtype).minexp), total.dtype)
   added = jnp.einsum("gn,n...->g...", weights.astype(total.dtype), squares, precision=jax.lax.Precision.HIGHEST)
@@ -302,7 +302,8 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
     raise TypeError(f"weights: got dtype {weights.dtype}; expected floating numbers.")
   if _validation.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
     raise ValueError("weights: got NaN or inf; expected finite numbers.")
-  weights = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  is_integer = jnp.issubdtype(weights.dtype, jnp.integer)
+  weights = weights.astype(float if is_integer else _trees.at_least_float32(weights.dtype))
   return jnp.atleast_2d(weights), weights.ndim == 1
 
 
@@ -374,7 +375,8 @@ def _dependence(
     larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
     beyond = jnp.abs(together - alone) - absolute
     relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)
-    return jnp.max(jnp.where(jnp.isfinite(relative), relative, 0))
+    relative = jnp.where(jnp.isfinite(relative), relative, 0)
+    return jnp.max(jnp.where(jnp.isfinite(together) == jnp.isfinite(alone), relative, 1))
 
   specs = jax.sharding.PartitionSpec()
   return _trees.with_automatic_axes(largest_difference, (inputs, labels), params, rows, out_specs=specs)

@@ -206,8 +206,10 @@ def forget_step(
   codes = jnp.asarray(codes)
   inputs, labels = _flatten_codes(codes)
   fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None)
-  fishers = _class_fishers(logits_fn, options, params, codes, forget, remain)
-  return _update(logits_fn, options, params, codes, forget, remain, fishers, strength)
+  concrete = _validation.is_concrete((params, codes, forget, remain, strength))
+  fisher_step, update_step = (_class_fishers_jit, _update_jit) if concrete else (_class_fishers, _update)
+  fishers = fisher_step(logits_fn, options, params, codes, forget, remain)
+  return update_step(logits_fn, options, params, codes, forget, remain, fishers, strength)
 
 
 def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | float = 0.0) -> jax.Array:
@@ -293,7 +295,7 @@ def _update(
     _score(logits_fn, options, perturbation.perturb(params, eta, scale, direction), codes, forget, remain)
     for direction in (1, -1)
   )
-  pairs = jnp.sum(forget) * jnp.sum(remain) * codes.shape[1] ** 2.0
+  pairs = jnp.sum(forget, dtype=float) * jnp.sum(remain, dtype=float) * codes.shape[1] ** 2
   sign = choose_sign(plus, minus, resolution=0.5 / jnp.maximum(pairs, 1))
   kept = jax.tree.map(lambda a, b: jnp.where(sign > 0, a, b), plus, minus)
   info = ForgetInfo(sign, strength, kept.retain_accuracy, kept.forget_error)
@@ -315,14 +317,14 @@ def _score(
       logits = logits_fn(params, inputs)
     else:
       logits = jax.lax.map(lambda x: logits_fn(params, x[None])[0], inputs, batch_size=microbatch)
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(_trees.at_least_float32(logits.dtype))
   right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
   code_losses = options.loss(logits, labels)
   finite = jnp.all(jnp.isfinite(logits)) & _all_finite(params)
 
   def mean(side: jax.Array, values: jax.Array) -> jax.Array:
     chosen = jnp.repeat(side, codes.shape[1])
-    total = jnp.sum(jnp.where(chosen, values, 0)) / jnp.sum(chosen)
+    total = jnp.sum(jnp.where(chosen, values, 0)) / jnp.sum(chosen, dtype=values.dtype)
     return jnp.where(finite, total, jnp.nan)
 
   return CodeScores(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from mnemonic_jax import _trees
+
 
 def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   """Return the softmax cross-entropy of each example without cancellation.
@@ -32,7 +34,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   >>> [f"{float(g):.2e}" for g in grad[0]]
   ['-8.76e-27', '8.76e-27']
   """
-  logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+  logits = logits.astype(_trees.at_least_float32(logits.dtype))
   own = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
   own_logit = jnp.sum(jnp.where(own, logits, 0), axis=-1)
   other_logits = jnp.where(own, -jnp.inf, logits)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 
 from mnemonic_jax import _trees, _validation
 
+PyTree = Any
+
 
 @overload
 def mix(
@@ -86,13 +88,13 @@ def mix(
 def _mix(
   key: jax.Array, images: jax.Array, labels: jax.Array, codes: jax.Array, rate: Any
 ) -> tuple[jax.Array, jax.Array]:
-  def replace(batch: tuple[jax.Array, jax.Array], codes: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def replace(batch: PyTree, key: jax.Array, codes: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, labels = batch
     num_classes, per_class = codes.shape[:2]
     replace_key, choice_key = jax.random.split(key)
     replaced = jax.random.bernoulli(replace_key, rate, labels.shape)
     choice = jax.random.randint(choice_key, labels.shape, 0, per_class)
-    wide = labels.astype(jnp.promote_types(labels.dtype, jnp.int32))  # num_classes may not fit an int8
+    wide = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)  # num_classes may not fit an int8
     known = jnp.where(wide < 0, num_classes, wide)
     own = codes.at[known, choice].get(mode="fill", fill_value=jnp.nan)
     rows = replaced.reshape(-1, *(1,) * (images.ndim - 1))
@@ -100,4 +102,5 @@ def _mix(
 
   spec = jax.typeof(images).sharding.spec
   out_specs = spec, jax.sharding.PartitionSpec(*spec[:1])
-  return _trees.with_automatic_axes(replace, (images, labels), codes, out_specs=out_specs)
+  arguments = key, codes, jnp.asarray(rate, float)
+  return _trees.with_automatic_axes(replace, (images, labels), *arguments, out_specs=out_specs)

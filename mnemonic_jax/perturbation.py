@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mnemonic_jax import _trees, _validation
 
@@ -118,10 +119,9 @@ def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree =
   leaves, treedef = _trees.flatten(fisher_forget)
   etas = []
   for path, forget, remain, axis in zip(_trees.leaf_paths(fisher_forget), leaves, remain_leaves, axes, strict=True):
-    if jnp.shape(forget) != jnp.shape(remain):
-      raise ValueError(
-        f"fisher_remain{path}: got shape {jnp.shape(remain)}; expected {jnp.shape(forget)}, as in fisher_forget."
-      )
+    if remain is None or jnp.shape(forget) != jnp.shape(remain):
+      got = "None" if remain is None else f"shape {jnp.shape(remain)}"
+      raise ValueError(f"fisher_remain{path}: got {got}; expected shape {jnp.shape(forget)}, as in fisher_forget.")
     etas.append(_leaf_amplitude(jnp.asarray(forget), jnp.asarray(remain), axis))
   return treedef.unflatten(etas)
 
@@ -195,7 +195,7 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
-  if _validation.is_concrete(sign) and (jnp.ndim(sign) or float(sign) not in (1.0, -1.0)):
+  if _validation.is_concrete(sign) and (np.ndim(sign) or np.asarray(sign).item() not in (1, -1)):
     raise ValueError(f"sign: got {sign!r}; expected +1 or -1.")
   leaves, treedef = _trees.flatten(params)
   etas = _trees.require_like("eta", eta, "params", params)
@@ -213,7 +213,7 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
         f"eta{path}: got shape {jnp.shape(leaf_eta)} (scale: {None if leaf_scale is None else jnp.shape(leaf_scale)}); "
         f"expected {leaf.shape}, as in params, and a scale that broadcasts to it."
       )
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    dtype = _trees.at_least_float32(leaf.dtype)
     change = jnp.asarray(sign, dtype) * leaf_scale * leaf_eta
     moved.append((leaf.astype(dtype) + change).astype(leaf.dtype))
   return treedef.unflatten(moved)

@@ -17,6 +17,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_configure(config: pytest.Config) -> None:
   # A warning that our own code causes is an error.
   config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
+  config.addinivalue_line("markers", "lenient_numerics: without the strict numerics of the core tests")
 
 
 @pytest.fixture(autouse=True)

@@ -160,10 +160,8 @@ def forget(logits, gradient, params, codes, forget, remain, lambda1, lambda2, la
     (right, of_remain), (wrong, of_forget), _ = scores[sign]
     return right * of_forget + wrong * of_remain
 
-  if total(1) != total(-1):
-    sign = 1 if total(1) > total(-1) else -1
-  else:
-    sign = -1 if scores[-1][2] > scores[1][2] else 1
+  minus_is_better = scores[-1][2] > scores[1][2] if total(1) == total(-1) else total(-1) > total(1)
+  sign = -1 if minus_is_better else 1
   return candidates[sign], sign, eta
 
 

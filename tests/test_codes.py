@@ -13,7 +13,7 @@ from toys import cpu_mesh
 import mnemonic_jax as mj
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=6)
 @given(
   classes=st.integers(1, 4),
   per_class=st.integers(1, 3),
@@ -22,9 +22,7 @@ import mnemonic_jax as mj
   distribution=st.sampled_from(["normal", "uniform"]),
 )
 def test_shape_and_dtype(classes, per_class, shape, dtype, distribution):
-  codes = mj.make_codes(
-    jax.random.key(1), classes, shape, per_class=per_class, distribution=distribution, dtype=dtype
-  )
+  codes = mj.make_codes(jax.random.key(1), classes, shape, per_class=per_class, distribution=distribution, dtype=dtype)
   assert codes.shape == (classes, per_class, *shape) and codes.dtype == dtype
 
 

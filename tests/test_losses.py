@@ -34,7 +34,7 @@ def test_cancellation_the_usual_form_has_no_gradient_at_a_margin_of_17():
   np.testing.assert_allclose(gradient(logits, 0), [-4.139937e-8, 4.139937e-8], rtol=1e-5)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(seed=st.integers(0, 2**16), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 10.0]))
 def test_matches_the_reference_for_any_logits(seed, classes, scale):
   rng = np.random.default_rng(seed)

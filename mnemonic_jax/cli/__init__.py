@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mnemonic_jax.cli.parser import parse
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.runs import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   With MNEMONIC_DEBUG set in the environment, errors keep their traceback.
   """
+  signals.exit_at_once()
   try:
+    from mnemonic_jax.cli.parser import parse
+
     options = parse(sys.argv[1:] if arguments is None else arguments)
     from mnemonic_jax.cli import commands  # imports jax: not for --help
 
@@ -23,13 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
   except MnemonicError as error:
     return _fail(str(error), error, error.exit_code)
-  except KeyboardInterrupt as error:
-    return _fail("stopped by Ctrl-C; nothing that was finished is lost.", error, 130)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output went away
     return 1
   except (ValueError, TypeError) as error:  # the core's own checks: each names the argument and the remedy
     return _fail(str(error), error, 1)
+  except OSError as error:
+    return _fail(f"{error}.", error, 1)
   except Exception as error:
     return _fail(f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1)
 

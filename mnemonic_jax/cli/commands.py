@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pathlib
+import sys
 from typing import Any
 
 from mnemonic_jax import config as configs
@@ -13,7 +15,7 @@ from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
-from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs import files
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs.folder import RunFolder
@@ -21,30 +23,41 @@ from mnemonic_jax.runs.folder import RunFolder
 
 def run(options: argparse.Namespace) -> None:
   """Run the verb that `options` names and print its result."""
-  logging.getLogger("absl").setLevel(logging.ERROR)
-  signals.raise_on_sigterm()
+  if not os.environ.get("MNEMONIC_DEBUG"):
+    _leave_stderr_to_us()
   result, text = _VERBS[options.command](options)
   print(files.dumps(result) if options.json else text, flush=True)
 
 
+def _leave_stderr_to_us() -> None:
+  """Silence what libraries log, and what fails in their threads after a failed write: the write itself raises."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).setLevel(logging.CRITICAL + 1)
+  sys.unraisablehook = lambda _: None
+
+
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
-  options.out = options.out or pathlib.Path("runs") / config.name
-  trained_result, trained_text = _train(options)
-  folder = RunFolder.open(options.out)
-  folder.config = config
-  forgotten = forget_run.forget(folder, _dataset(folder, options), config.forget.classes)
-  return {"train": trained_result, "forget": forgotten}, f"{trained_text}\n\n{_forget_text(forgotten)}"
+  dataset = _dataset(config, options)
+  forget_run.check_request(config, config.forget.classes, len(dataset.class_names))
+  folder = RunFolder.create(options.out or pathlib.Path("runs") / config.name, config)
+  trained = train_run.train(folder, dataset)
+  forgotten = forget_run.forget(folder, dataset, config.forget.classes)
+  return {"train": trained, "forget": forgotten}, f"{_train_text(trained)}\n\n{_forget_text(forgotten)}"
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  folder = RunFolder.create(options.out, configs.load(options.config, options.overrides))
-  result = train_run.train(folder, _dataset(folder, options))
-  text = (
+  config = configs.load(options.config, options.overrides)
+  folder = RunFolder.create(options.out, config)
+  result = train_run.train(folder, _dataset(config, options))
+  return result, _train_text(result)
+
+
+def _train_text(result: dict[str, Any]) -> str:
+  return (
     f"trained {result['config']}: {result['epochs']} epochs, {result['seconds']:.1f} s, "
     f"test accuracy {result['test_accuracy']:.2%}\n  run         {result['run']}\n  checkpoint  {result['checkpoint']}"
   )
-  return result, text
 
 
 def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -53,7 +66,7 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if field.split(".")[0] not in ("forget", "execution") or field == "forget.classes":
       raise UsageError(f"--{field}: a forget takes only --classes, fields of [forget] and of [execution].")
   folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
-  result = forget_run.forget(folder, _dataset(folder, options), options.classes)
+  result = forget_run.forget(folder, _dataset(folder.config, options), options.classes)
   return result, _forget_text(result)
 
 
@@ -74,9 +87,7 @@ def _forget_text(result: dict[str, Any]) -> str:
 
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
-  dataset = _dataset(folder, options)
-  if options.classes:
-    forget_run.check_classes(options.classes, len(dataset.class_names))
+  dataset = _dataset(folder.config, options)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
   lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
   for name in ("trained", "forgotten"):
@@ -120,9 +131,8 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   return configs.as_dict(configs.load(options.name)), configs.text(options.name).rstrip()
 
 
-def _dataset(folder: RunFolder, options: argparse.Namespace) -> data.Dataset:
-  where = getattr(options, "data_dir", "") or folder.config.data.data_dir
-  return data.load(folder.config.data.name, where)
+def _dataset(config: configs.Config, options: argparse.Namespace) -> data.Dataset:
+  return data.load(config.data.name, options.data_dir or config.data.data_dir)
 
 
 _VERBS = {

@@ -15,9 +15,11 @@ _OVERRIDES = "Any field of the config can be overridden by its dotted name, as i
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """Parse a command line; `overrides` holds the dotted fields. argparse itself exits with 2 on bad usage."""
-  parser = make_parser()
-  options, rest = parser.parse_known_args(arguments)
-  options.overrides = _overrides(rest)
+  overrides, rest = _overrides(arguments)
+  options, unknown = make_parser().parse_known_args(rest)
+  if unknown:
+    raise UsageError(f"unknown argument {unknown[0]}. See mnemonic {options.command} --help.")
+  options.overrides = overrides
   if options.overrides and not options.takes_overrides:
     raise UsageError(
       f"mnemonic {options.command} takes no {next(iter(options.overrides))}: it uses the run's own config."
@@ -95,23 +97,24 @@ def _verb(
   return verb
 
 
-def _overrides(rest: Sequence[str]) -> dict[str, Any]:
-  """`--a.b 1 --c.d=x` as {"a.b": 1, "c.d": "x"}; several values make a list."""
+def _overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+  """`--a.b 1 --c.d=x` as {"a.b": 1, "c.d": "x"}, and the other words; one value, or several integers as a list."""
   found: dict[str, Any] = {}
-  words = list(rest)
+  others = []
+  words = list(arguments)
   while words:
     word = words.pop(0)
-    if not word.startswith("--") or "." not in word:
-      raise UsageError(f"unknown argument {word}. Overrides look like --train.epochs 5; see mnemonic VERB --help.")
     field, equals, value = word[2:].partition("=")
-    values = [value] if equals else []
-    while not equals and words and not words[0].startswith("--"):
-      values.append(words.pop(0))
-    if not values:
+    if not word.startswith("--") or "." not in field:
+      others.append(word)
+      continue
+    if not equals and (not words or words[0].startswith("--")):
       raise UsageError(f"--{field}: expected a value after it.")
-    parsed = [_value(v) for v in values]
-    found[field] = parsed[0] if len(parsed) == 1 else parsed
-  return found
+    values = [_value(value if equals else words.pop(0))]
+    while not equals and type(values[-1]) is int and words and type(_value(words[0])) is int:
+      values.append(_value(words.pop(0)))
+    found[field] = values[0] if len(values) == 1 else values
+  return found, others
 
 
 def _value(text: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.progress import Progress
 
 NAMES = ("mnist",)
 _ROWS = 1000  # examples read at once
@@ -49,13 +49,16 @@ def _read(tfds: Any, builder: Any, split: str) -> Split:
   """Decode one split; the encoded bytes come from TFDS, the pixels from Pillow."""
   try:
     source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-    images, labels = [], []
-    for start in range(0, len(source), _ROWS):
-      for example in source.__getitems__(list(range(start, min(start + _ROWS, len(source))))):
-        with Image.open(io.BytesIO(example["image"])) as picture:
-          pixels = np.asarray(picture)
-        images.append(pixels if pixels.ndim == 3 else pixels[..., None])
-        labels.append(int(example["label"]))
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    with Progress(f"read {builder.name} {split}", len(source), "images") as progress:
+      for start in range(0, len(source), _ROWS):
+        for example in source.__getitems__(list(range(start, min(start + _ROWS, len(source))))):
+          with Image.open(io.BytesIO(example["image"])) as picture:
+            pixels = np.asarray(picture)
+          images.append(pixels if pixels.ndim == 3 else pixels[..., None])
+          labels.append(int(example["label"]))
+        progress.update(len(labels) - start)
     return Split(np.stack(images), np.asarray(labels, np.int32))
   except Exception as error:
     raise MnemonicError(
@@ -71,5 +74,4 @@ def _import_tfds() -> Any:
     raise MnemonicError(
       f"prepared data sets need the data extra ({error}); install it with: pip install 'mnemonic-jax[data]'"
     ) from None
-  logging.getLogger("absl").setLevel(logging.ERROR)
   return tfds

@@ -11,6 +11,7 @@ from mnemonic_jax import evaluation
 from mnemonic_jax.checkpoints import restore_params
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.runs.forget import check_classes
 from mnemonic_jax.runs.inference import predict
 from mnemonic_jax.runs.trained import restore
 
@@ -21,13 +22,14 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
   `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
   """
   chosen = list(classes) or run.forgotten_classes() or list(run.config.forget.classes)
+  num_classes = len(dataset.class_names)
+  check_classes(chosen, num_classes)
   trained = restore(run, dataset)
   finished = run.forgets()
   models = {"trained": trained.state.params}
   if finished:
     models["forgotten"] = restore_params(finished[-1] / "params", trained.state.params)
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
-  num_classes = len(dataset.class_names)
   for name, params in models.items():
     predictions = predict(trained.logits_fn, params, dataset.test, dataset.preprocess).predictions
     right = dataset.test.labels[predictions == dataset.test.labels]

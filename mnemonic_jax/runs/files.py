@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
-import tempfile
 from typing import Any
 
 from mnemonic_jax.errors import MnemonicError
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-  """Write `text` to `path` atomically: a temporary file beside it, flushed to disk, then renamed."""
-  temporary = None
+  """Write `text` to `path` atomically: a temporary file beside it, flushed to disk, then renamed.
+
+  One process at a time: hold the run's lock. What a killed one left behind is replaced.
+  """
+  temporary = path.with_name(f".{path.name}.unfinished")
   try:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+    temporary.unlink(missing_ok=True)
+    with open(temporary, "x", encoding="utf-8") as file:
       file.write(text)
       file.flush()
       os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
     os.replace(temporary, path)
   except OSError as error:
-    if temporary is not None:
-      pathlib.Path(temporary).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      temporary.unlink()
     raise MnemonicError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 

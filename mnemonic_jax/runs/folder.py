@@ -19,7 +19,7 @@ import jax
 import mnemonic_jax
 from mnemonic_jax import config as configs
 from mnemonic_jax.config import Config
-from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.runs import files
 
 _FORMAT = 1
@@ -40,26 +40,33 @@ class RunFolder:
     Raises:
       MnemonicError: the folder holds something else, or a run of another config.
     """
-    if (path / "config.json").exists():
-      run = cls.open(path)
-      if _identity(run.config) != _identity(config):
-        raise MnemonicError(
-          f"{path}: holds a run with other settings ({_difference(run.config, config)}). Nothing was changed; choose "
-          "another --out, or repeat the settings of that run to resume it."
-        )
-      run.config = config
-      return run
     try:
       path.mkdir(parents=True, exist_ok=True)
-      strangers = [entry.name for entry in path.iterdir() if not entry.name.startswith(".")]
+      found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
       raise MnemonicError(f"{path}: cannot be used as a run folder: {error.strerror or error}.") from error
-    if strangers:
-      raise MnemonicError(f"{path}: is not empty and no run (found {strangers[0]}). Choose a new folder for --out.")
-    impl = str(jax.random.key_impl(jax.random.key(0)))
-    record = {"format": _FORMAT, "config": configs.as_dict(config), "prng_impl": impl, "versions": versions()}
-    files.write_json(path / "config.json", record)
-    return cls(path, config, impl)
+    if found and "config.json" not in found:
+      raise MnemonicError(f"{path}: is not empty and no run (found {found[0]}). Choose a new folder for --out.")
+    run = cls(path, config, str(jax.random.key_impl(jax.random.key(0))))
+    with run.locked():
+      if (path / "config.json").exists():
+        old = cls.open(path)
+        if _identity(old.config) == _identity(config):
+          run.prng_impl = old.prng_impl
+          return run
+        if any(run.checkpoints.glob("[0-9]*")):
+          raise MnemonicError(
+            f"{path}: holds a run with other settings ({_difference(old.config, config)}). Nothing was changed; choose "
+            "another --out, or repeat the settings of that run to resume it."
+          )
+      record = {
+        "format": _FORMAT,
+        "config": configs.as_dict(config),
+        "prng_impl": run.prng_impl,
+        "versions": versions(),
+      }
+      files.write_json(path / "config.json", record)
+    return run
 
   @classmethod
   def open(cls, path: pathlib.Path) -> RunFolder:
@@ -70,8 +77,11 @@ class RunFolder:
     record = files.read_json(path / "config.json", remedy)
     if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("config"), dict):
       raise MnemonicError(f"{path / 'config.json'}: is no run record of format {_FORMAT}. {remedy}")
-    name = str(record["config"].get("name", path.name))
-    return cls(path, configs.build(name, record["config"]), str(record.get("prng_impl", "threefry2x32")))
+    try:
+      config = configs.build(str(record["config"].get("name", path.name)), record["config"])
+    except UsageError as error:
+      raise MnemonicError(f"{path / 'config.json'}: {error} {remedy}") from error
+    return cls(path, config, str(record.get("prng_impl", "threefry2x32")))
 
   @property
   def checkpoints(self) -> pathlib.Path:
@@ -107,7 +117,7 @@ class RunFolder:
     """The whole lines of metrics.jsonl; a line cut by a kill is left out."""
     path = self.path / "metrics.jsonl"
     records = []
-    for line in path.read_text("utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
       try:
         records.append(json.loads(line))
       except ValueError:
@@ -131,10 +141,11 @@ class RunFolder:
     finished = self.forgets()
     if not finished:
       return []
-    report = files.read_json(finished[-1] / "report.json", "Move that folder away to go on from the forget before it.")
+    remedy = "Move that folder away, and forget its classes again."
+    report = files.read_json(finished[-1] / "report.json", remedy)
     classes = report.get("classes") if isinstance(report, dict) else None
     if not isinstance(classes, list) or not all(type(c) is int for c in classes):
-      raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. Move that folder away.")
+      raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. {remedy}")
     return classes
 
   def add_forget(self, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:

@@ -12,6 +12,7 @@ import numpy as np
 from mnemonic_jax import evaluation, forgetting
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import save_params
+from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
@@ -36,17 +37,8 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
   and no checkpoint is touched.
   """
   settings = run.config.forget
-  num_classes = len(dataset.class_names)
-  check_classes(requested, num_classes)
   with run.locked():
-    classes = sorted({*requested, *run.forgotten_classes()})
-    if len(classes) == num_classes:
-      raise UsageError(f"classes: {list(requested)} with those forgotten before are all {num_classes}; one must stay.")
-    if run.config.codes.rate == 0:
-      raise MnemonicError(
-        f"{run.path}: was trained without codes (codes.rate 0), so its codes say nothing about its classes. Train with "
-        "--codes.rate 0.1 into a new folder, or fine-tune with codes."
-      )
+    classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
     trained = restore(run, dataset)
     logits_fn, before = trained.logits_fn, trained.state.params
     result = forgetting.forget(
@@ -155,6 +147,20 @@ def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
       }
     )
   return layers
+
+
+def check_request(config: Config, requested: Sequence[int], num_classes: int, earlier: Sequence[int] = ()) -> list[int]:
+  """Refuse what a run of this config cannot forget, before anything is computed; return all classes to forget."""
+  check_classes(requested, num_classes)
+  classes = sorted({*requested, *earlier})
+  if len(classes) == num_classes:
+    raise UsageError(f"classes: {list(requested)} with those forgotten before are all {num_classes}; one must stay.")
+  if config.codes.rate == 0:
+    raise MnemonicError(
+      "codes.rate: got 0, a training without codes, which then say nothing about the classes. Train with "
+      "--codes.rate 0.1 into a new folder."
+    )
+  return classes
 
 
 def check_classes(requested: Sequence[int], num_classes: int) -> None:

@@ -27,8 +27,8 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
   training continues bit for bit as if it had never stopped.
   """
   settings = run.config.train
+  start = setup.make(run.config, dataset, run.prng_impl)
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
-    start = setup.make(run.config, dataset, run.prng_impl)
     state, codes, steps = start.state, start.codes, start.steps_per_epoch
     if checkpoints.latest_step() is not None:
       state, codes = checkpoints.restore(state, codes)

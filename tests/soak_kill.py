@@ -1,0 +1,100 @@
+"""Kill -9 training and forgetting at random moments, 20 times each; one line per trial, exit 1 on any loss.
+
+Run it with `make soak` or `python tests/soak_kill.py [TRIALS]`; about ten minutes on two cores.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import random
+import shutil
+import sys
+import tempfile
+import time
+from signal import SIGKILL
+
+from killing import begin_forgetting, begin_training, finished_forgets, start_forgetting, start_training, stop
+from running import finish, snapshot
+
+
+def main(trials: int) -> int:
+  """Run all trials; return the exit code."""
+  randomness = random.Random(trials)
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    whole = folder / "whole"
+    started = time.monotonic()
+    trained = finish(begin_training(whole)).json
+    seconds = trained["seconds"]
+    print(f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {time.monotonic() - started:.1f} s in all")
+    losses = killed = 0
+    for number in range(1, trials + 1):
+      problems, line, hit = training_trial(folder / "run", randomness.uniform(0, 0.9 * seconds), trained)
+      losses, killed = losses + bool(problems), killed + hit
+      print(f"train  {number:2d}: {line}: {'; '.join(problems) or 'nothing lost'}", flush=True)
+    assert finish(start_forgetting(whole, 3)).code == 0
+    copy = shutil.copytree(whole, folder / "copy")
+    started = time.monotonic()
+    forgotten = finish(start_forgetting(copy, 5)).json
+    longest = time.monotonic() - started
+    for number in range(1, trials + 1):
+      run = shutil.copytree(whole, folder / "run")
+      # Half of the moments anywhere, half while it writes.
+      begin, span = ((start_forgetting, longest), (begin_forgetting, 0.3))[number % 2]
+      problems, line, hit = forgetting_trial(run, begin, randomness.uniform(0, span), forgotten)
+      losses, killed = losses + bool(problems), killed + hit
+      print(f"forget {number:2d}: {line}: {'; '.join(problems) or 'nothing lost'}", flush=True)
+  print(f"{2 * trials} trials, {killed} killed before they were done, {losses} with a loss")
+  return 1 if losses else 0
+
+
+def training_trial(run: pathlib.Path, delay: float, expected: dict) -> tuple[list[str], str, bool]:
+  """Kill a training, run the same command again, and compare with the undisturbed one."""
+  outcome = stop(begin_training(run), SIGKILL, delay)
+  steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+  again = finish(start_training(run))
+  problems = []
+  if again.code:
+    problems.append(f"the next command exits {again.code}: {again.err.strip()}")
+  else:
+    result = again.json
+    if result["params_sha256"] != expected["params_sha256"]:
+      problems.append("other params than undisturbed")
+    if steps and 44 * result["resumed_from_epoch"] < steps[-1]:
+      problems.append(f"resumed from epoch {result['resumed_from_epoch']} though checkpoint {steps[-1]} was there")
+  if "Traceback" in again.err:
+    problems.append("a traceback")
+  line = f"killed after {delay:4.1f} s of training, checkpoints {steps or 'none'}, exit {outcome.code}"
+  shutil.rmtree(run)
+  return problems, line, outcome.code == -SIGKILL
+
+
+def forgetting_trial(run: pathlib.Path, begin, delay: float, expected: dict) -> tuple[list[str], str, bool]:
+  """Kill a forget, forget again, and compare with the undisturbed one."""
+  checkpoints, earlier = snapshot(run / "checkpoints"), finished_forgets(run)
+  outcome = stop(begin(run, 5), SIGKILL, delay)
+  left = sorted(path.name.split("-")[0] for path in (run / "forgets").iterdir())
+  problems = []
+  try:
+    if not finished_forgets(run).items() >= earlier.items():
+      problems.append("a finished forget changed")
+  except (AssertionError, OSError, ValueError) as error:
+    problems.append(f"half a forget is visible: {error!r}")
+  again = finish(start_forgetting(run, 5))
+  if again.code:
+    problems.append(f"the next command exits {again.code}: {again.err.strip()}")
+  elif again.json["params_sha256_after"] != expected["params_sha256_after"]:
+    problems.append("other params than undisturbed")
+  if "Traceback" in again.err:
+    problems.append("a traceback")
+  if snapshot(run / "checkpoints") != checkpoints:
+    problems.append("a checkpoint changed")
+  if not finished_forgets(run).items() >= earlier.items() or list((run / "forgets").glob(".*")):
+    problems.append("the next forget left the folder in disorder")
+  line = f"killed {delay:4.2f} s after {begin.__name__.replace('_', ' ')}, left {left}, exit {outcome.code}"
+  shutil.rmtree(run)
+  return problems, line, outcome.code == -SIGKILL
+
+
+if __name__ == "__main__":
+  sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20))

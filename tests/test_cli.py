@@ -1,0 +1,184 @@
+"""The commands when all goes well: output, progress, help, overrides, configs."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import os
+import pathlib
+import pty
+import re
+import subprocess
+import sys
+import termios
+
+import pytest
+from running import COMMAND, FORGET_KEYS, TINY, call, command, environment, finish, start
+
+from mnemonic_jax import config as configs
+
+pytest_plugins = ["run_fixtures"]
+
+VERBS = ("run", "train", "forget", "evaluate", "report", "configs")
+TRAIN_KEYS = {"run", "config", "epochs", "steps", "test_accuracy", "checkpoint", "codes_sha256", "params_sha256"}
+
+
+def test_run_trains_forgets_and_reports(tmp_path):
+  """As the installed console script, in a process of its own, with stderr no terminal."""
+  script = pathlib.Path(sys.executable).with_name("mnemonic")
+  if not script.exists():
+    pytest.skip("the package is not installed beside this Python")
+  words = [str(script), "run", "digits", *TINY, "--forget.classes", "3", "5", "--json"]
+  process = subprocess.Popen(
+    words, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  )
+  outcome = finish(process)
+  result = outcome.json
+  assert outcome.out.count("\n") == 1
+  assert set(result) == {"train", "forget"}
+  assert result["train"].keys() >= TRAIN_KEYS and result["forget"].keys() >= FORGET_KEYS
+  assert result["forget"]["classes"] == [3, 5]
+  assert result["train"]["params_sha256"] == result["forget"]["params_sha256_before"]
+  assert result["train"]["codes_sha256"] == result["forget"]["codes_sha256"]
+  assert (tmp_path / result["forget"]["report"]).read_text().startswith("<!doctype html>")
+  assert sorted(path.name for path in (tmp_path / "runs" / "digits").iterdir() if path.name[0] != ".") == [
+    "checkpoints",
+    "config.json",
+    "forgets",
+    "metrics.jsonl",
+  ]
+  lines = outcome.err.splitlines()
+  assert lines and all(re.fullmatch(r"train: \d/3 epochs, .*epochs/s, \d+ s left", line) for line in lines), lines
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path):
+  terminal, theirs = pty.openpty()
+  termios.tcsetwinsize(theirs, (24, 120))
+  process = start("train", "digits", "--out", tmp_path / "run", *TINY, "--json", stderr=theirs)
+  os.close(theirs)
+  shown = b""
+  while True:
+    try:
+      shown += os.read(terminal, 4096)
+    except OSError:  # how a terminal says that its other end is closed
+      break
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0
+  assert json.loads(out)["epochs"] == 3
+  text = shown.decode()
+  assert "\r" in text and "3/3" in text and "epochs/s" in text and "Traceback" not in text
+  assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", text), text  # time spent < time left
+
+
+def test_each_verb_prints_one_json_object(forgotten):
+  evaluated = call("evaluate", forgotten, "--json").json
+  assert evaluated["classes"] == [3]
+  for name in ("trained", "forgotten"):
+    assert evaluated[name].keys() >= {"retain_accuracy", "forget_error", "per_class_accuracy", "accuracy"}
+  assert evaluated["trained"]["forget_error"] < evaluated["forgotten"]["forget_error"]
+  report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
+  assert evaluated["forgotten"]["retain_accuracy"] == report["retain_accuracy_after"]
+  assert evaluated["trained"]["per_class_accuracy"] == report["per_class_accuracy_before"]
+  assert call("report", forgotten, "--json").json == {"report": str(forgotten / "forgets" / "0001" / "report.html")}
+  assert set(call("configs", "--json").json) == set(configs.names())
+  assert call("configs", "digits", "--json").json["train"]["seed"] == 0
+
+
+def test_each_verb_prints_text_for_people(forgotten):
+  evaluated = call("evaluate", forgotten, "--classes", 3, 4)
+  assert (evaluated.code, evaluated.err) == (0, "")
+  assert "classes 3, 4 counted as forgotten" in evaluated.out and "error of forgotten" in evaluated.out
+  again = call("forget", forgotten, "--classes", 5, "--forget.lambda1", 0.5)
+  assert re.match(r"forgot 3, 5 in \d+\.\d\d s", again.out) and again.err == ""
+  assert json.loads((forgotten / "forgets" / "0002" / "report.json").read_text())["lambda1"] == 0.5
+  trained = call("train", "digits", "--out", forgotten, *TINY)
+  assert trained.out.startswith("trained digits: 3 epochs")
+  listed = call("configs")
+  assert [line.split()[0] for line in listed.out.splitlines()] == configs.names()
+  assert call("configs", "digits").out == configs.text("digits").rstrip() + "\n"
+
+
+def test_the_report_can_hide_the_codes(forgotten):
+  page = forgotten / "forgets" / "0001" / "report.html"
+  original = page.read_text()
+  assert call("report", forgotten, "--hide-codes").out == f"{page}\n"
+  assert len(page.read_text()) < len(original)
+  assert call("report", forgotten, "--number", 1).code == 0
+  assert page.read_text() == original
+
+
+def test_help_has_an_example_and_does_not_wait_for_jax():
+  program = (
+    "import io, sys, contextlib\n"
+    "from mnemonic_jax.cli import main\n"
+    f"for verb in {VERBS}:\n"
+    "  out = io.StringIO()\n"
+    "  with contextlib.redirect_stdout(out):\n"
+    "    try: main([verb, '--help'])\n"
+    "    except SystemExit as end: assert end.code == 0\n"
+    "  assert f'example:\\n  mnemonic {verb} ' in out.getvalue(), out.getvalue()\n"
+    "slow = {'jax', 'numpy', 'flax', 'orbax', 'sklearn', 'tensorflow_datasets'} & set(sys.modules)\n"
+    "assert not slow, slow\n"
+  )
+  subprocess.run([sys.executable, "-c", program], check=True, env=environment())
+
+
+def test_help_names_every_verb():
+  outcome = call("--help")
+  assert outcome.code == 0 and all(f"\n    {verb} " in outcome.out for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+  "words",
+  [
+    ("train", "digits", "--out", "RUN", "--train.epochs", "1", "--model.hidden=8", "--forget.classes", "3", "5"),
+    ("train", "--train.epochs", "1", "--model.hidden", "8", "--forget.classes", "3", "5", "digits", "--out", "RUN"),
+    ("train", "--forget.classes=[3, 5]", "--json", "--out=RUN", "digits", "--train.epochs=1", "--model.hidden=8"),
+  ],
+  ids=["after", "before", "between"],
+)
+def test_overrides_may_stand_anywhere(words, tmp_path):
+  run = tmp_path / "run.1"
+  assert call(*(word.replace("RUN", str(run)) for word in words)).code == 0
+  config = json.loads((run / "config.json").read_text())["config"]
+  assert (config["train"]["epochs"], config["model"]["hidden"], config["forget"]["classes"]) == (1, 8, [3, 5])
+
+
+def test_a_negative_number_is_a_value(tmp_path):
+  assert "got -1" in call("train", "digits", "--out", tmp_path, "--codes.rate", "-1").refusal(2)
+
+
+def test_a_config_file(tmp_path):
+  file = tmp_path / "mine.toml"
+  file.write_text('[model]\nhidden = 8\n[train]\nepochs = 2\nschedule = "cosine"\n')
+  result = call("train", file, "--out", tmp_path / "run", "--train.epochs", 1, "--json").json
+  assert (result["config"], result["epochs"]) == ("mine", 1)
+
+
+def test_what_the_commands_need_is_package_data():
+  root = importlib.resources.files("mnemonic_jax")
+  for name in (
+    "configs/digits.toml",
+    "configs/mnist_mlp.toml",
+    "report/template.html.j2",
+    "report/style.css",
+    "py.typed",
+  ):
+    assert root.joinpath(name).is_file(), name
+
+
+def test_a_reader_that_goes_away_is_no_error_message():
+  process = subprocess.Popen(
+    f"{' '.join(map(repr, COMMAND))} configs digits | true",
+    shell=True,
+    env=environment(),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  assert finish(process).err == ""
+
+
+def test_debugging_shows_where():
+  outcome = command("evaluate", "nowhere", env=environment() | {"MNEMONIC_DEBUG": "1"})
+  assert outcome.code == 1 and "Traceback" in outcome.err

@@ -1,0 +1,82 @@
+"""Configs: lab notes in TOML, checked field by field."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from mnemonic_jax import config as configs
+from mnemonic_jax.errors import UsageError
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_a_named_config_is_a_lab_note(name):
+  text = configs.text(name)
+  config = configs.load(name)
+  assert config.name == name
+  assert text.startswith("# ") and f"mnemonic run {name}" in text and "Vary:" in text
+  assert configs.note(name) and not configs.note(name).startswith("#")
+
+
+def test_a_config_survives_its_own_record():
+  config = configs.load("digits", {"forget.classes": [3, 5], "train.seed": 7, "codes.rate": 0.5})
+  assert configs.build(config.name, configs.as_dict(config)) == config
+  assert (config.forget.classes, config.train.seed, config.codes.rate) == ((3, 5), 7, 0.5)
+
+
+def test_an_override_changes_one_field_only():
+  plain, changed = configs.load("digits"), configs.load("digits", {"train.epochs": 5})
+  assert dataclasses.replace(changed, train=dataclasses.replace(changed.train, epochs=plain.train.epochs)) == plain
+
+
+def test_one_class_needs_no_list_and_an_integer_is_a_number():
+  config = configs.load("digits", {"forget.classes": 4, "train.learning_rate": 1})
+  assert config.forget.classes == (4,)
+  assert type(config.train.learning_rate) is float
+
+
+def test_configs_are_frozen():
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    configs.load("digits").train.epochs = 3  # type: ignore[misc]
+
+
+def test_every_section_refuses_fields_it_has_not():
+  for section in configs.as_dict(configs.load("digits")):
+    if section != "name":
+      with pytest.raises(UsageError, match=rf"unknown field {section}\.nonsense"):
+        configs.build("x", {section: {"nonsense": 1}})
+
+
+@pytest.mark.parametrize(
+  ("field", "value"),
+  [
+    ("train.epochs", 0),
+    ("train.epochs", True),
+    ("train.epochs", 1.0),
+    ("train.seed", 2**32),
+    ("train.seed", -1),
+    ("train.learning_rate", -0.1),
+    ("train.learning_rate", "fast"),
+    ("codes.rate", 1.0001),
+    ("codes.rate", float("nan")),
+    ("codes.per_class", 0),
+    ("forget.lambda1", float("inf")),
+    ("forget.precision", "float16"),
+    ("forget.classes", [1.5]),
+    ("forget.classes", ["3"]),
+    ("data.name", 3),
+    ("execution.microbatch", -1),
+  ],
+)
+def test_a_bad_value_names_field_and_value(field, value):
+  shown = value[0] if isinstance(value, list) else value
+  with pytest.raises(UsageError, match=f"^{field}: got ") as caught:
+    configs.load("digits", {field: value})
+  assert str(shown) in str(caught.value) and "expected" in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("codes.rate", 0), ("codes.rate", 1), ("train.seed", 2**32 - 1)])
+def test_bounds_are_inclusive(field, value):
+  section, _, name = field.partition(".")
+  assert getattr(getattr(configs.load("digits", {field: value}), section), name) == value

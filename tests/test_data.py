@@ -1,0 +1,130 @@
+"""The data sets: the real bytes, one fixed split, nothing in common between train and test."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from mnemonic_jax import data
+from mnemonic_jax.errors import MnemonicError, UsageError
+
+SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
+IDX = {
+  "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+  "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+
+
+def rows(images: np.ndarray) -> list[bytes]:
+  return [image.tobytes() for image in images]
+
+
+def test_digits_are_scikit_learns_and_split_without_overlap():
+  digits = data.load("digits")
+  train, test = digits.train, digits.test
+  assert train.images.dtype == test.images.dtype == np.uint8 and train.labels.dtype == np.int32
+  assert train.images.shape == (1437, 8, 8, 1) and test.images.shape == (360, 8, 8, 1)
+  source = load_digits()
+  everything = sorted(zip(rows(source.images.astype(np.uint8)[..., None]), source.target.tolist(), strict=True))
+  ours = [*zip(rows(train.images), train.labels.tolist(), strict=True)]
+  ours += zip(rows(test.images), test.labels.tolist(), strict=True)
+  assert sorted(ours) == everything  # each picture once, with its own label
+
+
+def test_digits_are_stratified():
+  digits = data.load("digits")
+  train, test = (np.bincount(split.labels, minlength=10) for split in (digits.train, digits.test))
+  assert np.all(np.abs(test / (train + test) - 0.2) < 0.005)
+
+
+def test_the_digits_split_is_fixed():
+  """These numbers change only if every published figure is to be measured anew."""
+  digits = data.load("digits")
+  digest = hashlib.sha256(digits.test.images.tobytes() + digits.test.labels.astype("<i4").tobytes()).hexdigest()
+  assert digest == "b73ad886c973a728a3983062b04e72cc2f7effc9643c50702683ffd0c5faf323"
+  assert np.array_equal(digits.test.images, data.load("digits").test.images)
+
+
+def test_preprocessing_ends_in_zero_to_one():
+  digits = data.load("digits")
+  seen = jax.jit(digits.preprocess)(digits.train.images)
+  assert seen.dtype == jnp.float32
+  assert (float(seen.min()), float(seen.max())) == (0.0, 1.0)
+  assert digits.shape == (8, 8, 1) and digits.class_names == tuple("0123456789")
+
+
+def test_leaving_classes_out_touches_only_training():
+  digits = data.load("digits")
+  without = digits.without((3, 5))
+  assert set(without.train.labels.tolist()) == {0, 1, 2, 4, 6, 7, 8, 9}
+  assert len(without.train.images) == len(without.train.labels)
+  assert without.test is digits.test
+
+
+def test_an_unknown_data_set():
+  with pytest.raises(UsageError, match=r"unknown data set 'mnits'\. Did you mean mnist\?"):
+    data.load("mnits")
+
+
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A folder with MNIST prepared for TFDS from the original files."""
+  pytest.importorskip("tensorflow_datasets")
+  if not (SHARED / "mnist").is_dir():
+    pytest.skip("the original MNIST files are not at ../shared/data/mnist")
+  if ready := os.environ.get("MNEMONIC_TEST_TFDS_DIR"):
+    return pathlib.Path(ready)
+  folder = tmp_path_factory.mktemp("tfds")
+  command = [sys.executable, str(SHARED / "prepare_tfds.py"), "--out", str(folder), "mnist"]
+  done = subprocess.run(command, text=True, capture_output=True)
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+def idx(name: str, header: int) -> np.ndarray:
+  """The bytes after the header of an idx file, zipped or not."""
+  (file,) = (SHARED / "mnist").glob(f"{name}*")
+  content = file.read_bytes()
+  return np.frombuffer(gzip.decompress(content) if file.suffix == ".gz" else content, np.uint8)[header:]
+
+
+def test_mnist_is_byte_for_byte_the_original(tfds_folder, capfd):
+  mnist = data.load("mnist", str(tfds_folder))
+  assert mnist.class_names == tuple("0123456789") and mnist.levels == 255
+  for split, (images, labels) in IDX.items():
+    ours = getattr(mnist, split)
+    assert ours.images.dtype == np.uint8 and ours.images.shape[1:] == (28, 28, 1)
+    theirs = sorted(zip(rows(idx(images, 16).reshape(-1, 784)), idx(labels, 8).tolist(), strict=True))
+    assert sorted(zip(rows(ours.images), ours.labels.tolist(), strict=True)) == theirs
+  err = capfd.readouterr().err
+  assert "read mnist test: 10000/10000 images" in err
+  assert all(line.startswith("read mnist") for line in err.splitlines()), err
+
+
+def test_a_damaged_prepared_set_says_what_to_do(tfds_folder, tmp_path):
+  (version,) = (tfds_folder / "mnist").iterdir()
+  copy = tmp_path / "mnist" / version.name
+  copy.mkdir(parents=True)
+  for file in version.iterdir():
+    content = file.read_bytes()
+    (copy / file.name).write_bytes(content[: len(content) // 2] if "array_record" in file.name else content)
+  with pytest.raises(MnemonicError, match="Delete that folder and prepare it again") as caught:
+    data.load("mnist", str(tmp_path))
+  assert "split 'train'" in str(caught.value)
+
+
+def test_a_half_prepared_set_says_what_to_do(tfds_folder, tmp_path):
+  (version,) = (tfds_folder / "mnist").iterdir()
+  (tmp_path / "mnist" / version.name).mkdir(parents=True)
+  with pytest.raises(MnemonicError, match=r"data set 'mnist'"):
+    data.load("mnist", str(tmp_path))

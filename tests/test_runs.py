@@ -1,0 +1,205 @@
+"""The run folder: determinism, resuming, what a forget writes and what it leaves alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from running import FORGET_KEYS, TINY, call, snapshot
+
+from mnemonic_jax import report as reports
+from mnemonic_jax.checkpoints import restore_codes
+from mnemonic_jax.errors import Interrupted, MnemonicError
+from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs.folder import RunFolder
+
+pytest_plugins = ["run_fixtures"]
+
+
+def sha256_of_params(tree: dict) -> str:
+  """The hash as the design page defines it, written again: dicts of arrays only."""
+  leaves: dict[str, np.ndarray] = {}
+
+  def walk(node: object, path: str) -> None:
+    if isinstance(node, dict):
+      for name, child in node.items():
+        walk(child, f"{path}['{name}']")
+    else:
+      leaves[path] = np.asarray(node)
+
+  walk(tree, "")
+  text = b""
+  for path in sorted(leaves):
+    array = leaves[path]
+    text += b"".join(part.encode() + b"\0" for part in (path, str(array.dtype), str(tuple(array.shape))))
+    text += array.astype(array.dtype.newbyteorder("<")).tobytes(order="C")
+  return hashlib.sha256(text).hexdigest()
+
+
+def restored(folder: pathlib.Path) -> dict:
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(folder.absolute())
+
+
+def test_the_same_seed_gives_the_same_params_and_another_seed_others(trained_once, tmp_path):
+  first = call("train", "digits", "--out", trained_once, *TINY, "--json").json  # finished: changes nothing
+  again = call("train", "digits", "--out", tmp_path / "again", *TINY, "--json").json
+  other = call("train", "digits", "--out", tmp_path / "other", *TINY, "--train.seed", 1, "--json").json
+  assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
+  assert first["codes_sha256"] == again["codes_sha256"] != other["codes_sha256"]
+  assert first["resumed_from_epoch"] == 3
+
+
+def test_a_training_that_was_stopped_resumes_bit_for_bit(trained_once, tmp_path):
+  run = pathlib.Path(shutil.copytree(trained_once, tmp_path / "run"))
+  whole = call("train", "digits", "--out", trained_once, *TINY, "--json").json
+  for step in ("88", "132"):
+    shutil.rmtree(run / "checkpoints" / step, ignore_errors=True)
+  shutil.copytree(trained_once / "checkpoints" / "88", run / "checkpoints" / "88")
+  resumed = call("train", "digits", "--out", run, *TINY, "--json").json
+  assert resumed["resumed_from_epoch"] == 2
+  assert resumed["params_sha256"] == whole["params_sha256"]
+  assert resumed["loss"] == whole["loss"]
+  epochs = [record["epoch"] for record in RunFolder.open(run).metrics()]
+  assert epochs == [1, 2, 3]
+
+
+def test_two_checkpoints_are_kept(trained_once):
+  assert sorted(path.name for path in (trained_once / "checkpoints").iterdir()) == ["132", "88"]
+
+
+def test_a_forget_writes_beside_and_never_over(trained):
+  before = snapshot(trained)
+  result = call("forget", trained, "--classes", 3, 5, "--json").json
+  after = snapshot(trained)
+  assert {name: after[name] for name in before} == before
+  assert {name.split("/")[0] for name in set(after) - set(before)} == {"forgets"}
+  assert not list((trained / "forgets").glob(".*"))
+  folder = trained / "forgets" / "0001"
+  assert sorted(path.name for path in folder.iterdir()) == ["evidence.json", "params", "report.html", "report.json"]
+  assert folder.stat().st_mode & 0o777 == 0o755
+
+  report = json.loads((folder / "report.json").read_text())
+  evidence = json.loads((folder / "evidence.json").read_text())
+  reports.validate(report, evidence)
+  assert report.keys() >= FORGET_KEYS
+  assert report == {key: value for key, value in result.items() if key not in ("folder", "report")}
+  assert (report["requested"], report["classes"]) == ([3, 5], [3, 5])
+  assert set(report["seconds"]) == {"compile", "fisher", "perturb", "total"}
+
+
+def test_hashes_are_those_of_the_files(forgotten_once):
+  report = json.loads((forgotten_once / "forgets" / "0001" / "report.json").read_text())
+  after = restored(forgotten_once / "forgets" / "0001" / "params")
+  assert sha256_of_params(after) == report["params_sha256_after"]
+  checkpoint = restored(forgotten_once / "checkpoints" / "132" / "default")
+  assert sha256_of_params(checkpoint["params"]) == report["params_sha256_before"]
+  assert report["params_sha256_before"] != report["params_sha256_after"]
+  codes = np.asarray(checkpoint["codes"])
+  assert hashlib.sha256(codes.astype("<f4").tobytes()).hexdigest() == report["codes_sha256"]
+  assert np.array_equal(restore_codes(forgotten_once / "checkpoints"), codes)
+
+
+def test_the_order_of_requests_does_not_matter(trained_once, forgotten, tmp_path):
+  """3 then 5, 5 then 3, and both at once end in the same params."""
+  together, reverse = (pathlib.Path(shutil.copytree(trained_once, tmp_path / name)) for name in ("together", "reverse"))
+  at_once = call("forget", together, "--classes", 5, 3, "--json").json
+  three_five = call("forget", forgotten, "--classes", 5, "--json").json
+  only_five = call("forget", reverse, "--classes", 5, "--json").json
+  five_three = call("forget", reverse, "--classes", 3, "--json").json
+  assert three_five["requested"] == [5]
+  assert three_five["classes"] == five_three["classes"] == at_once["classes"] == [3, 5]
+  assert three_five["params_sha256_after"] == five_three["params_sha256_after"] == at_once["params_sha256_after"]
+  assert only_five["params_sha256_after"] != at_once["params_sha256_after"]
+  assert [path.name for path in RunFolder.open(reverse).forgets()] == ["0001", "0002"]
+
+
+def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
+  leftover = forgotten / "forgets" / ".unfinished-x" / "params"
+  leftover.mkdir(parents=True)
+  assert call("forget", forgotten, "--classes", 3).code == 0
+  assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]
+
+
+def test_a_failing_forget_is_not_seen(tmp_path, trained):
+  run = RunFolder.open(trained)
+
+  def fill(folder: pathlib.Path) -> None:
+    (folder / "report.json").write_text("{}")
+    raise MnemonicError("no")
+
+  with run.locked(), pytest.raises(MnemonicError):
+    run.add_forget(fill)
+  assert run.forgets() == [] and list((trained / "forgets").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "tail",
+  [b'{"epoch": 4, "st', b"\0\0\0", b"\xff\xfe", b'{"epoch": 4}garbage'],
+  ids=["cut", "zeros", "bytes", "garbage"],
+)
+def test_a_cut_line_of_metrics_is_left_out(trained, tail):
+  with open(trained / "metrics.jsonl", "ab") as file:
+    file.write(tail)
+  assert [record["epoch"] for record in RunFolder.open(trained).metrics()] == [1, 2, 3]
+  assert call("train", "digits", "--out", trained, *TINY, "--json").json["resumed_from_epoch"] == 3
+  assert len((trained / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_metrics_after_the_checkpoint_are_dropped_on_resume(trained):
+  run = RunFolder.open(trained)
+  run.append_metrics({"epoch": 4, "step": 176, "loss": float("nan")})
+  assert run.metrics()[-1]["loss"] is None
+  run.rewind_metrics(132)
+  assert run.metrics()[-1]["epoch"] == 3
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / "a.json"
+  files.write_json(path, {"a": np.float32(0.5), "b": (1, float("inf"))})
+  assert json.loads(path.read_text()) == {"a": 0.5, "b": [1, None]}
+  (tmp_path / ".a.json.unfinished").write_text("left by a killed process")
+  files.write_text(path, "two")
+  assert path.read_text() == "two"
+
+  def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(files.os, "fsync", full)
+  with pytest.raises(MnemonicError, match=r"a\.json: cannot be written: No space left on device\."):
+    files.write_text(path, "three")
+  assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_never_written_through_a_planted_link(tmp_path):
+  (tmp_path / "mine").write_text("mine")
+  (tmp_path / ".a.json.unfinished").symlink_to(tmp_path / "mine")
+  files.write_text(tmp_path / "a.json", "new")
+  assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_versions_and_prng_are_recorded(trained_once):
+  record = json.loads((trained_once / "config.json").read_text())
+  assert record["prng_impl"] == "threefry2x32"
+  assert record["versions"]["jax"] == jax.__version__
+
+
+def test_a_signal_waits_for_the_checkpoint_and_a_late_one_is_not_lost():
+  with pytest.raises(Interrupted, match="stopped") as caught, signals.deferred() as stop:
+    stop.stop_if_asked("not yet")
+    signal.raise_signal(signal.SIGTERM)
+    stop.stop_if_asked("stopped")
+  assert caught.value.exit_code == 143
+  with pytest.raises(KeyboardInterrupt), signals.deferred():
+    signal.raise_signal(signal.SIGINT)
+  with pytest.raises(KeyboardInterrupt), signals.deferred():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    pytest.fail("the second Ctrl-C waited")
