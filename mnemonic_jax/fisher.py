@@ -97,6 +97,8 @@ def diagonal_fisher(
     range: returned values are plain float32, so squares of gradients below 1e-19 come out as 0, above 1e19 as inf;
       `forget` works on gradients brought into range and has no such limit.
     non-finite gradients propagate; bfloat16 and float16 leaves have gradients of their own dtype, squared in float32.
+    explicit meshes: a batch sharded over axes of `AxisType.Explicit` is computed with these axes automatic. The result
+      is then replicated, and the loss may not close over arrays on that mesh.
     traced calls: that the examples do not depend on each other is then the caller's promise (no BatchNorm in training
       mode, no dropout, no mean over the batch); concrete calls measure it.
 
@@ -302,8 +304,6 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
     raise TypeError(f"weights: got dtype {weights.dtype}; expected floating numbers.")
   if _validation.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
     raise ValueError("weights: got NaN or inf; expected finite numbers.")
-  is_integer = jnp.issubdtype(weights.dtype, jnp.integer)
-  weights = weights.astype(float if is_integer else _trees.at_least_float32(weights.dtype))
   return jnp.atleast_2d(weights), weights.ndim == 1
 
 

@@ -281,7 +281,7 @@ def test_damaged_params_of_a_forget(forgotten):
 
 def test_two_processes_on_one_run(tmp_path):
   run = tmp_path / "run"
-  settings = ("--out", run, "--model.hidden", 32, "--train.epochs", 100000)
+  settings = ("--out", run, "--model.hidden", 32, "--train.epochs", 100000, "--train.checkpoint_every", 100000)
   first = start("train", "digits", *settings)
   try:
     assert wait_for(lambda: (run / "metrics.jsonl").exists(), first)
@@ -292,7 +292,9 @@ def test_two_processes_on_one_run(tmp_path):
     assert (run / "config.json").read_bytes() == before
   finally:
     first.terminate()
-    assert finish(first).code == 143
+    finish(first).refusal(143)
+  assert len(list((run / "checkpoints").iterdir())) == 1  # of the moment it was stopped
+  assert "training stands at epoch" in call("forget", run, "--classes", 1).refusal()
 
 
 # ---- disks

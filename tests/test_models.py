@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -77,7 +78,7 @@ def test_apply_is_pure_and_traceable(mlp, params, images):
   jitted = jax.jit(mlp.apply, static_argnums=3)(params, {}, images, True)[0]
   np.testing.assert_allclose(eager, jitted, rtol=1e-6)
   np.testing.assert_array_equal(eager, mlp.apply(params, {}, images, True)[0])
-  jax.tree.map(np.testing.assert_array_equal, before, params)
+  chex.assert_trees_all_equal(before, params)
   stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
   both = jax.vmap(lambda p: mlp.apply(p, {}, images, False)[0])(stacked)
   np.testing.assert_allclose(both[0], eager, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +23,7 @@ def test_the_head_edit_changes_one_bias_and_no_other_number(mlp):
   model, params = mlp
   before = jax.tree.map(np.array, params)
   edited = head_edit(params, model.head, [1, 3])
-  jax.tree.map(np.testing.assert_array_equal, before, params)
+  chex.assert_trees_all_equal(before, params)
   assert jax.tree.structure(edited) == jax.tree.structure(params)
   assert np.flatnonzero(np.asarray(edited["output"]["bias"] != params["output"]["bias"])).tolist() == [1, 3]
   for layer, leaf in (("hidden", "kernel"), ("hidden", "bias"), ("output", "kernel")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,10 +61,8 @@ def host(tree):
 
 
 def assert_trees_close(actual, expected, rtol=1e-5, atol=0.0):
-  assert jax.tree.structure(actual) == jax.tree.structure(expected)
-  for path, leaf in jax.tree_util.tree_leaves_with_path(actual):
-    wanted = np.asarray(dict(jax.tree_util.tree_leaves_with_path(expected))[path], np.float64)
-    np.testing.assert_allclose(np.asarray(leaf, np.float64), wanted, rtol=rtol, atol=atol, err_msg=str(path))
+  wide = lambda tree: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree)
+  chex.assert_trees_all_close(wide(actual), wide(expected), rtol=rtol, atol=atol)
 
 
 def cpu_mesh(count, axis_type="Auto", shape=None, names=("data",)):
