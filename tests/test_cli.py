@@ -88,6 +88,8 @@ def test_each_verb_prints_text_for_people(forgotten):
   evaluated = call("evaluate", forgotten, "--classes", 3, 4)
   assert (evaluated.code, evaluated.err) == (0, "")
   assert "classes 3, 4 counted as forgotten" in evaluated.out and "error of forgotten" in evaluated.out
+  everything = call("evaluate", forgotten, "--classes", *range(10))
+  assert (everything.code, "accuracy of kept none" in everything.out, "nan" in everything.out) == (0, True, False)
   again = call("forget", forgotten, "--classes", 5, "--forget.lambda1", 0.5)
   assert re.match(r"forgot 3, 5 in \d+\.\d\d s", again.out) and again.err == ""
   assert json.loads((forgotten / "forgets" / "0002" / "report.json").read_text())["lambda1"] == 0.5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import pathlib
 import sys
@@ -90,12 +91,12 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   dataset = _dataset(folder.config, options)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
   lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
+  percent = lambda share: "none" if math.isnan(share) else f"{share:.2%}"
   for name in ("trained", "forgotten"):
     if (scores := result[name]) is not None:
-      lines.append(
-        f"  {name:<10} accuracy of kept {scores['retain_accuracy']:.2%}, error of forgotten {scores['forget_error']:.2%}"
-      )
-      shares = (f"{c}: " + ("none" if a != a else f"{a:.1%}") for c, a in enumerate(scores["per_class_accuracy"]))
+      kept, error = percent(scores["retain_accuracy"]), percent(scores["forget_error"])
+      lines.append(f"  {name:<10} accuracy of kept {kept}, error of forgotten {error}")
+      shares = (f"{index}: {percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
       lines.append(f"             per class {', '.join(shares)}")
   return result, "\n".join(lines)
 
