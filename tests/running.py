@@ -25,6 +25,10 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mnemonic_jax.cli import main
 
+# A shell starts background jobs with Ctrl-C ignored, and ours inherit that; these tests send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
 TINY = ("--train.epochs", "3", "--train.checkpoint_every", "1", "--model.hidden", "32")
 COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main; sys.exit(main())")
 # What the JSON of a forget promises.

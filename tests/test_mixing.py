@@ -65,7 +65,7 @@ def test_rate_is_the_share_of_replaced_examples_and_codes_are_drawn_uniformly():
   assert abs(float(replaced.mean()) - 0.3) < 0.015
   counts = np.bincount(chosen_codes(mixed, labels, codes)[np.asarray(replaced)], minlength=3)
   np.testing.assert_allclose(counts / counts.sum(), 1 / 3, atol=0.03)
-  # Which code does not depend on whether or when a row is replaced.
+  # One row is replaced regardless of the next.
   assert abs(np.corrcoef(replaced[:-1], replaced[1:])[0, 1]) < 0.03
 
 
