@@ -30,7 +30,7 @@ check: $(VENV)/.full ## lint, format check, type check, architecture test
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-smoke-newest: ## the demo and the core's doctests on the newest Python at hand
+smoke-newest: ## a plain install, the doctests and the demo on the newest Python at hand
 	bash tests/smoke_newest.sh
 
 soak: $(VENV)/.full ## kill -9 training and forgetting, 20 times each

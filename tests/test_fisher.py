@@ -278,6 +278,8 @@ def test_labels_may_be_absent_and_regression_targets():
   loss = lambda w, x, y: 0.5 * (x["a"] @ w - x["target"]) ** 2
   fisher = mj.diagonal_fisher(loss, jnp.zeros(2), {"a": jnp.eye(2), "target": jnp.array([2.0, 3.0])}, None)
   np.testing.assert_array_equal(fisher, [2, 4.5])
+  fisher = mj.diagonal_fisher(lambda w, x, _: x @ w, jnp.zeros(2), jnp.eye(2), None)
+  np.testing.assert_array_equal(fisher, [0.5, 0.5])
 
 
 def test_params_may_be_one_array_a_tuple_or_hold_none():
@@ -363,7 +365,7 @@ def test_the_same_function_does_not_compile_twice():
   mj.diagonal_fisher(loss, make_params("regression"), inputs, labels)
   once = len(traces)
   mj.diagonal_fisher(loss, make_params("regression", 1), inputs + 1, labels)
-  assert len(traces) - once <= 1  # the check of the loss; the engine and the independence check are compiled
+  assert len(traces) == once
 
 
 # --- sharding: 1, 2, 4, 8 devices

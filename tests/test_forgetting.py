@@ -502,7 +502,8 @@ def test_classes_one_to_a_device_inside_shard_map():
   params, codes = make_params("mlp"), make_codes()
   P = jax.sharding.PartitionSpec
   step = lambda forget: jax.tree.map(
-    lambda leaf: leaf[None], mj.forget_step(mlp, params, codes, forget[0], ~forget[0], STRENGTH)[0]
+    lambda leaf: leaf[None],
+    mj.forget_step(mlp, params, codes, forget[0], ~forget[0], STRENGTH, execution=mj.Execution(3))[0],
   )
   mapped = jax.shard_map(step, mesh=cpu_mesh(4), in_specs=P("data"), out_specs=P("data"))
   table = jax.jit(mapped)(jnp.eye(4, dtype=bool))

@@ -147,6 +147,7 @@ class TestStrength:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(strength)]
     assert paths == [".lambda1", ".lambda2"] and jax.tree.leaves(strength) == [1e-3, 10.0]
     assert jax.tree.map(lambda x: 2 * x, strength) == mj.Strength(2e-3, 20.0)
+    assert jax.tree.map(lambda x: None, strength).lambda1 is None  # jax passes placeholders: rebuilding checks nothing
 
   def test_passes_through_jit_and_vmap(self):
     make = jax.jit(lambda lambda1: mj.Strength(lambda1, 2 * lambda1))
