@@ -117,7 +117,11 @@ def _compiled() -> str:
 
 def environment() -> dict[str, str]:
   """Ours, without what would change results."""
-  return {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_"))}
+  return {
+    key: value
+    for key, value in os.environ.items()
+    if not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
+  }
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

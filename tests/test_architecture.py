@@ -17,9 +17,8 @@ PACKAGE = pathlib.Path(mnemonic_jax.__file__).parent
 # only. To add a module, add it here at the place where it belongs in the data flow.
 BASE = ("_validation", "_trees")
 CORE = ("losses", "codes", "mixing", "training", "fisher", "perturbation", "forgetting", "evaluation")
-ENGINE = ("_contractions", "_taps")  # of the Fisher
 EDGES = ("errors", "progress", "models", "data", "config", "checkpoints", "audit", "rivals", "report", "runs", "cli")
-STAGES = (*BASE, *CORE[: CORE.index("fisher")], *ENGINE, *CORE[CORE.index("fisher") :], *EDGES)
+STAGES = (*BASE, *CORE, *EDGES)
 
 CORE_MAY_IMPORT = {"jax", "numpy", "optax"}
 REPORT_MAY_NOT_IMPORT = {"flax", "orbax", "grain", "tensorflow_datasets", "tensorflow"}
@@ -95,7 +94,7 @@ def test_the_table_has_no_module_that_is_gone():
   assert set(BASE + CORE) <= {stage for _, stage in modules()}
 
 
-@pytest.mark.parametrize(("path", "stage"), [p for p in MODULES if p.values[1] in BASE + CORE + ENGINE])
+@pytest.mark.parametrize(("path", "stage"), [p for p in MODULES if p.values[1] in BASE + CORE])
 def test_the_core_imports_jax_numpy_and_optax_only(path, stage):
   outside = {name.split(".")[0] for name in imported(path)} - {"mnemonic_jax", "__future__"}
   third_party = outside - set(sys.stdlib_module_names)
@@ -127,7 +126,7 @@ codes = mj.make_codes(jax.random.key(0), 3, (8,))
 result = mj.forget(lambda w, x: x @ w, codes[:, 0].T, codes, [0], strength=mj.Strength(1.0, 10.0))
 assert result.sign in (1, -1)
 loaded = [name for name in sys.modules if name.startswith("mnemonic_jax.")]
-assert {{name.split(".")[1] for name in loaded}} <= set({BASE + CORE + ENGINE!r}), loaded
+assert {{name.split(".")[1] for name in loaded}} <= set({BASE + CORE!r}), loaded
 print("works")
 """
   done = run(code)

@@ -27,14 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except MnemonicError as error:
     return _fail(str(error), error, error.exit_code)
   except BrokenPipeError:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output went away
+    _drop_output()  # the reader of our output went away
     return 1
   except (ValueError, TypeError) as error:  # the core's own checks: each names the argument and the remedy
     return _fail(str(error), error, 1)
   except OSError as error:
+    _drop_output()
     return _fail(f"{error}.", error, 1)
   except Exception as error:
     return _fail(f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1)
+
+
+def _drop_output() -> None:
+  """Let what stdout still holds go nowhere: Python's own attempt to write it at exit would fail, with exit code 120."""
+  if sys.stdout is sys.__stdout__:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _fail(message: str, error: BaseException, code: int) -> int:
