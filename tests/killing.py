@@ -11,7 +11,7 @@ import time
 from running import Outcome, finish, snapshot, start, wait_for
 
 # Seconds of training on any machine, with a checkpoint every other epoch.
-SETTINGS = ("--train.epochs", 80, "--train.checkpoint_every", 2, "--model.hidden", 32)
+SETTINGS = ("--train.epochs", 240, "--train.checkpoint_every", 2, "--model.hidden", 32)
 
 
 def start_training(run: pathlib.Path) -> subprocess.Popen[str]:

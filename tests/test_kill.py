@@ -36,7 +36,7 @@ def test_a_training_stopped_in_every_way_ends_as_if_nothing_had_happened(tmp_pat
   assert result["resumed_from_epoch"] >= epoch
   assert result["params_sha256"] == finish(undisturbed).json["params_sha256"]
   lines = (run / "metrics.jsonl").read_text().splitlines()
-  assert len(lines) == 80
+  assert len(lines) == 240
 
 
 def test_a_killed_first_epoch_starts_again(tmp_path):
