@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check smoke-newest soak benchmark experiments clean
+.PHONY: help demo test check smoke-newest soak benchmark benchmark-fisher experiments clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -22,7 +22,7 @@ demo: $(VENV)/.base ## install, train on the digits, forget class 0, report
 	$(BIN)/mnemonic run digits --out runs/demo
 
 test: $(VENV)/.full ## install and run the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 check: $(VENV)/.full ## lint, format check, type check, architecture test
 	$(BIN)/ruff check .
@@ -38,6 +38,9 @@ soak: $(VENV)/.full ## kill -9 training and forgetting, 20 times each
 
 benchmark: $(VENV)/.full ## time whole epochs per call against steps from Python
 	$(BIN)/python benchmarks/training.py
+
+benchmark-fisher: $(VENV)/.full ## time the Fisher against a batch gradient, vmap(grad) and a loop
+	$(BIN)/python benchmarks/fisher.py
 
 experiments: $(VENV)/.full ## the digits studies (minutes); MNIST: see BUILD.md
 	$(BIN)/python experiments/digits_strength.py

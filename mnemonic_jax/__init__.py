@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from mnemonic_jax.codes import make_codes
   from mnemonic_jax.evaluation import Scores, evaluate
+  from mnemonic_jax.explaining import FisherPlan, LeafPlan, explain_fisher
   from mnemonic_jax.fisher import Execution, diagonal_fisher
   from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, choose_sign, forget, forget_step
   from mnemonic_jax.losses import softmax_cross_entropy
@@ -30,6 +31,9 @@ _MODULE_OF = {
   "make_train_step": "training",
   "Execution": "fisher",
   "diagonal_fisher": "fisher",
+  "FisherPlan": "explaining",
+  "LeafPlan": "explaining",
+  "explain_fisher": "explaining",
   "Strength": "perturbation",
   "amplitude": "perturbation",
   "layer_scale": "perturbation",
@@ -52,6 +56,9 @@ __all__ = [
   "make_train_step",
   "Execution",
   "diagonal_fisher",
+  "FisherPlan",
+  "LeafPlan",
+  "explain_fisher",
   "Strength",
   "amplitude",
   "layer_scale",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -52,6 +52,24 @@ def with_automatic_axes(function: Callable[..., PyTree], batch: PyTree, *argumen
   with jax.sharding.use_abstract_mesh(mesh):
     automatic = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_specs)
     return automatic(batch, *arguments)
+
+
+def varying_axes(tree: PyTree) -> frozenset[str]:
+  """Mesh axes of the surrounding `jax.shard_map` along which any leaf varies."""
+  abstract = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)]
+  # An attribute that a later jax renames must fail here: without it every Fisher would be wrong, and say nothing.
+  return frozenset().union(*(x.manual_axis_type.varying for x in abstract if x.manual_axis_type is not None))
+
+
+def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  """Mark `x` as varying along `axes`. Without it shard_map sums gradients of replicated params *before* the square."""
+  missing = tuple(sorted(axes - varying_axes(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
+  """Zeros to start a loop with, varying along the mesh axes that `like` varies along."""
+  return varying(jnp.zeros(shape, dtype), varying_axes(like))
 
 
 def mask_leaves(mask: PyTree, params: PyTree) -> tuple[bool, ...]:

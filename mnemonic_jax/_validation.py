@@ -14,8 +14,8 @@ PyTree = Any
 
 
 def is_concrete(tree: PyTree) -> bool:
-  """Tell whether no leaf of `tree` is being traced, so that its values may be looked at."""
-  return not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+  """Tell whether no leaf of `tree` is being traced or a mere shape, so that its values may be looked at."""
+  return not any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree))
 
 
 def require_size(name: str, value: Any) -> int:

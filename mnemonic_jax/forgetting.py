@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _trees, _validation, fisher, losses, perturbation
+from mnemonic_jax import _code_fishers, _loss_checks, _trees, _validation, perturbation
+from mnemonic_jax._code_fishers import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.perturbation import Strength
 
 PyTree = Any
-LogitsFn = Callable[[PyTree, jax.Array], jax.Array]  # (params, inputs) -> (N, C)
-PerExampleLoss = Callable[[jax.Array, jax.Array], jax.Array]  # (logits, labels) -> (N,)
 
 
 class CodeScores(NamedTuple):
@@ -119,7 +118,7 @@ def forget(
   """
   started = time.perf_counter()
   perturbation.require_strength(strength)
-  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
+  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   chosen = _validation.require_classes("classes", classes, num_classes)
   earlier = _validation.require_classes("forgotten", forgotten, num_classes, proper=False)
@@ -132,13 +131,15 @@ def forget(
   codes = _beside(jnp.asarray(codes), params)
   strength = Strength(float(strength.lambda1), float(strength.lambda2))
   _check_finite(logits_fn, params, codes)
-  inputs, labels = _flatten_codes(codes)
-  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None)
+  inputs, labels = _code_fishers.flatten_codes(codes)
+  _loss_checks.check_loss(
+    _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
+  )
 
   indices = np.arange(num_classes)
   sides = jnp.asarray(np.isin(indices, chosen)), jnp.asarray(~np.isin(indices, chosen + earlier))
   seconds = {"compile": 0.0}
-  fishers = _timed(seconds, "fisher", _class_fishers_jit, (logits_fn, options), params, codes, *sides)
+  fishers = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, seconds)
   moved, info = _timed(seconds, "perturb", _update_jit, (logits_fn, options), params, codes, *sides, fishers, strength)
   if not (np.isfinite(info.code_retain_accuracy) and bool(_all_finite(moved))):
     raise ValueError(
@@ -200,15 +201,17 @@ def forget_step(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   perturbation.require_strength(strength)
-  options = _Options.make(params, loss, mask, layer_axis, precision, execution)
+  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   forget, remain = _check_masks(forget, remain, num_classes)
   codes = jnp.asarray(codes)
-  inputs, labels = _flatten_codes(codes)
-  fisher.check_loss(_loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None)
+  inputs, labels = _code_fishers.flatten_codes(codes)
+  _loss_checks.check_loss(
+    _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
+  )
   concrete = _validation.is_concrete((params, codes, forget, remain, strength))
-  fisher_step, update_step = (_class_fishers_jit, _update_jit) if concrete else (_class_fishers, _update)
-  fishers = fisher_step(logits_fn, options, params, codes, forget, remain)
+  update_step = _update_jit if concrete else _update
+  fishers = _code_fishers.class_fishers(logits_fn, options, params, codes, forget, remain)
   return update_step(logits_fn, options, params, codes, forget, remain, fishers, strength)
 
 
@@ -242,43 +245,9 @@ def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | flo
   return jnp.where(take_minus, -1, 1).astype(jnp.int32)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Options:
-  """The static options, hashable: trees are one value per leaf, in leaf order."""
-
-  loss: PerExampleLoss
-  mask: tuple[bool, ...]
-  layer_axes: tuple[int | None, ...]
-  precision: str | None
-  execution: Execution
-
-  @staticmethod
-  def make(params: PyTree, loss: Any, mask: PyTree, layer_axis: PyTree, precision: Any, execution: Any) -> _Options:
-    return _Options(
-      loss=losses.softmax_cross_entropy if loss is None else loss,
-      mask=_trees.mask_leaves(mask, params),
-      layer_axes=_trees.axis_leaves(layer_axis, params),
-      precision=precision,
-      execution=fisher.require_execution(execution),
-    )
-
-
-def _class_fishers(
-  logits_fn: LogitsFn, options: _Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
-) -> tuple[PyTree, PyTree]:
-  """(f_F, f_R), both in the same units of a power of two per leaf, which their ratio does not see."""
-  inputs, labels = _flatten_codes(codes)
-  weights = jnp.stack([_mean_weights(side, codes.shape[1]) for side in (forget, remain)])
-  loss_fn = _loss_fn(logits_fn, options.loss)
-  scaled = fisher.scaled_fisher(
-    loss_fn, params, inputs, labels, weights, options.mask, options.precision, options.execution
-  ).scaled
-  return jax.tree.map(lambda x: x[0], scaled), jax.tree.map(lambda x: x[1], scaled)
-
-
 def _update(
   logits_fn: LogitsFn,
-  options: _Options,
+  options: _code_fishers.Options,
   params: PyTree,
   codes: jax.Array,
   forget: jax.Array,
@@ -302,21 +271,25 @@ def _update(
   return perturbation.perturb(params, eta, scale, sign), info
 
 
-_class_fishers_jit = jax.jit(_class_fishers, static_argnums=(0, 1))
 _update_jit = jax.jit(_update, static_argnums=(0, 1))
 
 
 def _score(
-  logits_fn: LogitsFn, options: _Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
+  logits_fn: LogitsFn,
+  options: _code_fishers.Options,
+  params: PyTree,
+  codes: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
 ) -> CodeScores:
   """How a candidate does on the codes of both sides."""
-  inputs, labels = _flatten_codes(codes)
-  microbatch = options.execution.examples_at_once(len(inputs), params)
-  with fisher.matmul_precision(options.precision):
-    if microbatch == len(inputs):
+  inputs, labels = _code_fishers.flatten_codes(codes)
+  with _loss_checks.matmul_precision(options.precision):
+    if (options.execution.microbatch or len(inputs)) >= len(inputs):
       logits = logits_fn(params, inputs)
     else:
-      logits = jax.lax.map(lambda x: logits_fn(params, x[None])[0], inputs, batch_size=microbatch)
+      one = lambda x: logits_fn(params, x[None])[0]
+      logits = jax.lax.map(one, inputs, batch_size=options.execution.microbatch)
   logits = logits.astype(_trees.at_least_float32(logits.dtype))
   right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
   code_losses = options.loss(logits, labels)
@@ -335,21 +308,9 @@ def _score(
 
 
 @lru_cache(maxsize=64)
-def _loss_fn(logits_fn: LogitsFn, loss: PerExampleLoss) -> fisher.LossFn:
+def _loss_fn(logits_fn: LogitsFn, loss: PerExampleLoss) -> _loss_checks.LossFn:
   """The loss on codes as `diagonal_fisher` takes it; one object per pair, so that jit recognises it."""
   return lambda params, inputs, labels: loss(logits_fn(params, inputs), labels)
-
-
-def _flatten_codes(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """(C, K, *shape) -> inputs (C * K, *shape) and labels (C * K,)."""
-  num_classes, per_class = codes.shape[:2]
-  return codes.reshape(-1, *codes.shape[2:]), jnp.repeat(jnp.arange(num_classes), per_class)
-
-
-def _mean_weights(side: jax.Array, per_class: int) -> jax.Array:
-  """(C,) bool -> (C * K,) weights that average over the codes of these classes; all 0 where there are none."""
-  chosen = jnp.repeat(side, per_class).astype(float)
-  return chosen / jnp.maximum(jnp.sum(chosen), 1)
 
 
 def _check_arguments(logits_fn: Any, params: PyTree, codes: Any, loss: Any) -> int:
@@ -402,7 +363,7 @@ def _check_finite(logits_fn: LogitsFn, params: PyTree, codes: jax.Array) -> None
     raise ValueError(
       f"params: NaN or inf in {', '.join(bad[:3])}; expected finite params. Restore an earlier checkpoint."
     )
-  if not bool(_all_finite(_logits_jit(logits_fn, params, _flatten_codes(codes)[0]))):
+  if not bool(_all_finite(_logits_jit(logits_fn, params, _code_fishers.flatten_codes(codes)[0]))):
     raise ValueError("logits_fn: NaN or inf in the logits on the codes; expected finite logits from finite params.")
 
 

@@ -9,6 +9,8 @@ import pytest
 CORE = {"test_codes", "test_mixing", "test_losses", "test_training", "test_fisher", "test_perturbation"} | {
   "test_forgetting",
   "test_evaluation",
+  "test_code_fishers",
+  "test_explaining",
 }
 
 jax.config.update("jax_num_cpu_devices", 8)

@@ -116,12 +116,13 @@ def _compiled() -> str:
 
 
 def environment() -> dict[str, str]:
-  """Ours, without what would change results."""
-  return {
+  """Ours, without what would change results, and with a cache of compiled programs for this session's commands."""
+  kept = {
     key: value
     for key, value in os.environ.items()
     if not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
   }
+  return kept | {"XDG_CACHE_HOME": _compiled()}
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

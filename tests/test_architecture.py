@@ -15,8 +15,19 @@ PACKAGE = pathlib.Path(mnemonic_jax.__file__).parent
 
 # One entry per module or package directly under mnemonic_jax; each imports from its own stage and from earlier ones
 # only. To add a module, add it here at the place where it belongs in the data flow.
-BASE = ("_validation", "_trees")
-CORE = ("losses", "codes", "mixing", "training", "fisher", "perturbation", "forgetting", "evaluation")
+BASE = ("_validation", "_trees", "_contractions", "_taps", "_loss_checks", "_passes")
+CORE = (
+  "losses",
+  "codes",
+  "mixing",
+  "training",
+  "fisher",
+  "explaining",
+  "_code_fishers",
+  "perturbation",
+  "forgetting",
+  "evaluation",
+)
 EDGES = ("errors", "progress", "models", "data", "config", "checkpoints", "audit", "rivals", "report", "runs", "cli")
 STAGES = (*BASE, *CORE, *EDGES)
 
@@ -33,6 +44,9 @@ NAMES = [
   "make_train_step",
   "Execution",
   "diagonal_fisher",
+  "FisherPlan",
+  "LeafPlan",
+  "explain_fisher",
   "Strength",
   "amplitude",
   "layer_scale",

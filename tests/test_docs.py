@@ -22,7 +22,7 @@ PUBLIC = [
   if not any(part.startswith("__main__") for part in path.parts)
 ]
 # A function of the core that users call has an example; a class may show it in what makes it.
-WITHOUT_EXAMPLE = {"TrainState", "Execution", "ForgetInfo", "ForgetResult", "Scores"}
+WITHOUT_EXAMPLE = {"FisherPlan", "LeafPlan", "TrainState", "Execution", "ForgetInfo", "ForgetResult", "Scores"}
 
 
 def load(name):

@@ -17,6 +17,7 @@ from running import FORGET_KEYS, TINY, call, snapshot
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import Interrupted, MnemonicError
+from mnemonic_jax.progress import Progress
 from mnemonic_jax.runs import files, signals
 from mnemonic_jax.runs.folder import RunFolder
 
@@ -203,3 +204,23 @@ def test_a_signal_waits_for_the_checkpoint_and_a_late_one_is_not_lost():
     signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     pytest.fail("the second Ctrl-C waited")
+
+
+def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same(tmp_path, monkeypatch):
+  """It comes when epoch 1 is over and was not one to write: the epoch that the message names must be on disk."""
+  real, calls = Progress.update, []
+
+  def update(self, *args, **values):
+    real(self, *args, **values)
+    calls.append(1)
+    if len(calls) == 1:
+      signal.raise_signal(signal.SIGTERM)
+
+  monkeypatch.setattr(Progress, "update", update)
+  run = tmp_path / "run"
+  message = call(
+    "train", "digits", "--out", run, "--model.hidden", 32, "--train.epochs", 9, "--train.checkpoint_every", 9
+  )
+  assert message.code == 143
+  epoch = int(message.err.split("stopped after epoch ")[1].split()[0])
+  assert (run / "checkpoints" / str(44 * epoch)).is_dir()

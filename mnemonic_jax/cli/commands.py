@@ -14,6 +14,7 @@ from mnemonic_jax import config as configs
 from mnemonic_jax import data
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
+from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
 from mnemonic_jax.runs import files
@@ -26,6 +27,7 @@ def run(options: argparse.Namespace) -> None:
   """Run the verb that `options` names and print its result."""
   if not os.environ.get("MNEMONIC_DEBUG"):
     _leave_stderr_to_us()
+  compilation_cache.enable()
   result, text = _VERBS[options.command](options)
   print(files.dumps(result) if options.json else text, flush=True)
 

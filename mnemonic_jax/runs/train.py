@@ -52,12 +52,14 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
           )
         record = {"epoch": number, "step": int(state.step), **values, "images_per_second": rate, "seconds": seconds}
         run.append_metrics(record)
-        if number % settings.checkpoint_every == 0 or number == settings.epochs or stop.signum:
+        whole = number % settings.checkpoint_every == 0 or number == settings.epochs or bool(stop.signum)
+        if whole:
           checkpoints.save(state, codes)
         progress.update(1, **values, images_per_second=rate)
-        stop.stop_if_asked(
-          f"stopped after epoch {number} of {settings.epochs}; the checkpoint is written. Resume with the same command."
-        )
+        if whole:  # a signal that came since is for the next epoch, whose checkpoint it will find written
+          stop.stop_if_asked(
+            f"stopped after epoch {number} of {settings.epochs}; the checkpoint is written. Resume with the same command."
+          )
     seconds = time.perf_counter() - started
     logits_fn = start.model.logits_fn(state.model_state)
     test = predict(logits_fn, state.params, dataset.test, dataset.preprocess)

@@ -1,0 +1,129 @@
+"""What a loss must be before its per-example gradients mean anything: (N,), independent examples, no collective."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mnemonic_jax import _trees, _validation
+
+PyTree = Any
+# (params, inputs, labels) -> (N,) losses.
+LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
+
+# Rows on which examples are checked for independence, and the difference of their losses that is rounding: relative,
+# and, where a caller's own loss may cancel, absolute.
+_INDEPENDENCE_ROWS = 8
+_ROUNDING = {"float32": (0.02, 1e-4), "half": (0.5, 0.1)}
+# Each also as the start and done of its asynchronous form.
+_COLLECTIVES = (
+  *("psum", "pmax", "pmin", "ppermute", "pbroadcast", "psend", "precv", "all_gather", "all_to_all"),
+  *("ragged_all_to_all", "reduce_scatter", "unreduced_psum", "unreduced_reduce_scatter"),
+)
+
+
+def num_examples_of(inputs: PyTree, labels: PyTree) -> int:
+  """N, the common leading axis of inputs and labels."""
+  sizes = {}
+  for name, tree in (("inputs", inputs), ("labels", labels)):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+      if not np.ndim(leaf):
+        raise ValueError(f"{name}{jax.tree_util.keystr(path)}: got a scalar; expected a leading axis of N examples.")
+      sizes[name + jax.tree_util.keystr(path)] = np.shape(leaf)[0]
+  if len(set(sizes.values())) > 1:
+    raise ValueError(f"inputs, labels: leading axes differ: {sizes}; expected the same number of examples in each.")
+  if not sizes or 0 in sizes.values():
+    raise ValueError("inputs: an empty batch; expected at least one example.")
+  return next(iter(sizes.values()))
+
+
+def matmul_precision(precision: str | None) -> contextlib.AbstractContextManager[Any]:
+  """The context in which matrix products have `precision`; None leaves what is set."""
+  if precision is None:
+    return contextlib.nullcontext()
+  try:
+    return jax.default_matmul_precision(precision)
+  except (ValueError, TypeError):
+    raise ValueError(
+      f"precision: got {precision!r}; expected for example 'highest', 'high', 'default' or None."
+    ) from None
+
+
+def check_loss(
+  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, precision: str | None, *, cancels: bool = True
+) -> None:
+  """Refuse a loss that is not (N,), communicates, or, for concrete values, whose examples depend on each other.
+
+  A loss that `cancels` is also allowed an absolute rounding error.
+  """
+  num_examples = num_examples_of(inputs, labels)
+  with matmul_precision(precision):
+    jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
+  if getattr(shape, "shape", None) != (num_examples,) or not jnp.issubdtype(shape.dtype, jnp.floating):
+    got = f"shape {shape.shape} and dtype {shape.dtype}" if hasattr(shape, "shape") else f"{type(shape).__name__}"
+    raise ValueError(
+      f"loss_fn: returned {got}; expected floating losses of shape ({num_examples},), one per example. "
+      "Drop the mean or sum over the batch: per-example gradients are squared before they are averaged."
+    )
+  operations = list(equations_in(jaxpr.jaxpr))
+  for equation in operations:
+    if equation.primitive.name.startswith(_COLLECTIVES):
+      raise ValueError(
+        f"loss_fn: calls the collective {equation.primitive.name!r}; its gradient would be summed over devices before "
+        "it is squared. Gather the params before calling diagonal_fisher and pass the gathered tree, or use jit with "
+        "sharded arrays, which needs no collective in the loss."
+      )
+  if num_examples > 1 and _validation.is_concrete((params, inputs, labels)):
+    half = any(
+      getattr(getattr(v, "aval", None), "dtype", None) in (jnp.bfloat16, jnp.float16)
+      for e in operations
+      for v in e.outvars
+    )
+    rows = np.unique(np.linspace(0, num_examples - 1, min(num_examples, _INDEPENDENCE_ROWS)).astype(int))
+    relative, absolute = _ROUNDING["half" if half else "float32"]
+    with matmul_precision(precision):
+      difference = _dependence(loss_fn, params, inputs, labels, rows, absolute if cancels else 0.0)
+    # Inside a trace the difference is not concrete, even that of concrete values.
+    if _validation.is_concrete(difference) and difference > relative:
+      raise ValueError(
+        f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its example is computed alone. "
+        "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
+        "inside the loss."
+      )
+
+
+@partial(jax.jit, static_argnums=0)
+def _dependence(
+  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, rows: jax.Array, absolute: float
+) -> jax.Array:
+  """Largest relative difference (above `absolute`) between the losses of some rows together and one by one."""
+
+  def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
+    inputs, labels = jax.tree.map(lambda x: x[rows], batch)
+    together = loss_fn(params, inputs, labels)
+    alone = jax.vmap(lambda x, y: loss_fn(params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
+    larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
+    beyond = jnp.abs(together - alone) - absolute
+    relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)
+    relative = jnp.where(jnp.isfinite(relative), relative, 0)
+    return jnp.max(jnp.where(jnp.isfinite(together) == jnp.isfinite(alone), relative, 1))
+
+  specs = jax.sharding.PartitionSpec()
+  return _trees.with_automatic_axes(largest_difference, (inputs, labels), params, rows, out_specs=specs)
+
+
+def equations_in(jaxpr: Any) -> Iterator[Any]:
+  """Every equation of a jaxpr and of the jaxprs inside it."""
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else (value,):
+        inner = getattr(inner, "jaxpr", inner)
+        if hasattr(inner, "eqns"):
+          yield from equations_in(inner)

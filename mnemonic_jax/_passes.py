@@ -1,0 +1,249 @@
+"""Backward passes over microbatches: where they run, how much memory they take, and in what range their squares are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import lru_cache, partial, reduce
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mnemonic_jax import _loss_checks, _taps, _trees, _validation
+
+PyTree = Any
+
+# Bytes that one backward pass may take when no microbatch is given and the device does not tell its memory.
+_PASS_BYTES = 2**31
+# The largest cotangent of the logits is brought to about 2**this (float16 logits or params: the second number) before
+# it is pulled back, so that squares of gradients stay in range.
+_TARGET_EXPONENTS = (30, 6)
+# Cotangents below 2**this are not brought up further, lest the scale itself overflow.
+_LOWEST_EXPONENT = -126
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+  """What is differentiated, per example: `function`, or a `loss` of what it returns. Static under jit.
+
+  With a `loss`, the cotangents of `function` are brought into range by a power of two before they are pulled back.
+  """
+
+  function: Callable[[PyTree, PyTree, PyTree], jax.Array]  # (params, inputs, labels) -> (N,) losses, or (N, ...) values
+  chosen: tuple[bool, ...]  # one per leaf of params: whether it takes part
+  precision: str | None
+  loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
+  disjoint: bool = False  # whether each example has a weight in one group at most
+  placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding or None per leaf that takes part
+
+
+class SquaredGradients(NamedTuple):
+  """Sums of squared gradients, one (G, *leaf.shape) per leaf that takes part, in units of 2**exponent."""
+
+  sums: list[jax.Array]  # float32 at least
+  exponent: jax.Array  # (), int32
+
+
+def squared_gradients(
+  objective: Objective,
+  params: PyTree,
+  batch: tuple[PyTree, PyTree],
+  weights: jax.Array,
+  microbatch: int | None,
+  *,
+  shift: jax.Array | int = 0,
+  one_pass: Callable[..., SquaredGradients] | None = None,
+) -> SquaredGradients:
+  """The engine behind `diagonal_fisher` and `forget`: weights (G, N), no checks, a microbatch at a time.
+
+  Args:
+    shift: with a loss, the cotangents are brought 2**shift higher than usual.
+    one_pass: `jitted_program` compiled for one microbatch; concrete calls only.
+  """
+  num_examples = weights.shape[-1]
+  microbatch = examples_at_once(objective, params, batch, weights, microbatch)
+  concrete = _validation.is_concrete((params, batch, weights, shift))
+  if one_pass is None:
+    one_program = jitted_program if concrete else _program
+    if microbatch == num_examples or not (concrete and _on_one_device((params, batch))):
+      return one_program(objective, microbatch, params, batch, weights, shift)
+    one_pass = partial(jitted_program, objective, microbatch)
+  # A step a call, from Python: on CPU a convolution inside a loop of XLA's is many times slower.
+  parts = (
+    one_pass(params, *take(batch, weights, start, microbatch), shift) for start in range(0, num_examples, microbatch)
+  )
+  return reduce(_jitted_add, parts)
+
+
+def _program(
+  objective: Objective,
+  microbatch: int,
+  params: PyTree,
+  batch: tuple[PyTree, PyTree],
+  weights: jax.Array,
+  shift: jax.Array | int,
+) -> SquaredGradients:
+  """All microbatches in one program, placed as the objective says."""
+
+  def passes(batch: Any, params: PyTree, weights: jax.Array, shift: jax.Array) -> SquaredGradients:
+    one_pass = lambda start: _one_pass(objective, params, *take(batch, weights, start, microbatch), shift)
+    starts = jnp.arange(0, weights.shape[-1], microbatch)
+    if len(starts) == 1:
+      return one_pass(0)
+    empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, starts[0]))
+    empty = empty._replace(exponent=empty.exponent + _LOWEST_EXPONENT)
+    return jax.lax.scan(lambda total, start: (_add(total, one_pass(start)), None), empty, starts)[0]
+
+  placements = objective.placements or (None,) * sum(objective.chosen)
+  replicated = jax.sharding.PartitionSpec()
+  specs: Any = SquaredGradients([replicated if p is None else p.spec for p in placements], replicated)  # type: ignore[misc, arg-type]
+  sums, exponent = _trees.with_automatic_axes(passes, batch, params, weights, jnp.asarray(shift), out_specs=specs)
+  place = lambda x, p: x if p is None or p.mesh.explicit_axes else jax.lax.with_sharding_constraint(x, p)
+  return SquaredGradients([place(x, p) for x, p in zip(sums, placements, strict=True)], exponent)
+
+
+jitted_program = jax.jit(_program, static_argnums=(0, 1))
+
+
+def _add(a: SquaredGradients, b: SquaredGradients) -> SquaredGradients:
+  """The sum of two, in units of the larger of their powers of two."""
+  exponent = jnp.maximum(a.exponent, b.exponent)
+
+  def shrunk(x: jax.Array, by: jax.Array) -> jax.Array:
+    factor = _power_of_two(jnp.maximum(by, jnp.finfo(x.dtype).minexp), x.dtype)
+    return x * factor * factor
+
+  sums = [
+    shrunk(x, a.exponent - exponent) + shrunk(y, b.exponent - exponent) for x, y in zip(a.sums, b.sums, strict=True)
+  ]
+  return SquaredGradients(sums, exponent)
+
+
+_jitted_add = jax.jit(_add, donate_argnums=0)
+
+
+def take(batch: PyTree, weights: jax.Array, start: Any, size: int) -> tuple[PyTree, jax.Array]:
+  """`size` examples and their weights; those beyond the end repeat the last one at weight zero."""
+  num_examples = weights.shape[-1]
+  if size == num_examples:
+    return batch, weights
+  rows = jnp.minimum(start + jnp.arange(size), num_examples - 1)
+  real = start + jnp.arange(size) < num_examples
+  return jax.tree.map(lambda x: x[rows], batch), jnp.where(real, weights[:, rows], 0)
+
+
+def _one_pass(
+  objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree], weights: jax.Array, shift: jax.Array
+) -> SquaredGradients:
+  leaves, treedef = _trees.flatten(params)
+  chosen = objective.chosen
+  # What the function closes over may vary along more axes than its arguments do.
+  axes = _trees.varying_axes((weights, params, jax.eval_shape(objective.function, params, *batch)))
+  live = [_trees.varying(leaf, axes) for leaf, takes_part in zip(leaves, chosen, strict=True) if takes_part]
+  weights = _trees.varying(weights, axes)
+  # An example that no group weighs is replaced by one that some group does: nothing of it can reach the result.
+  active = jnp.any(weights != 0, axis=0)
+  rows = jnp.where(active, jnp.arange(weights.shape[1]), jnp.argmax(active))
+  batch = jax.tree.map(lambda x: x[rows], batch)
+
+  def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:
+    replacements = iter(live_leaves)
+    params = treedef.unflatten([next(replacements) if c else leaf for c, leaf in zip(chosen, leaves, strict=True)])
+    return objective.function(params, *jax.tree.map(lambda x: x[None], example))[0]
+
+  def cotangents(values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if objective.loss is None:
+      return jnp.ones_like(values), _trees.varying(jnp.int32(0), axes)
+    loss = objective.loss
+    residuals = jax.vmap(jax.grad(lambda value, label: loss(value[None], label)[0]))(
+      values, jax.tree.map(lambda x: x[:, None], batch[1])
+    )
+    half = any(x.dtype == jnp.float16 for x in (*live, values))
+    target = jnp.asarray(_TARGET_EXPONENTS[half] + shift, jnp.int32)
+    wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
+    largest = jnp.max(jnp.abs(wide), initial=0.0)
+    exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0) - target
+    exponent = jnp.where(largest == 0, _LOWEST_EXPONENT, jnp.maximum(exponent, _LOWEST_EXPONENT))
+    return (wide * _power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
+
+  with _loss_checks.matmul_precision(objective.precision):
+    return SquaredGradients(
+      *_taps.squared_gradients(function, cotangents, live, batch, weights, disjoint=objective.disjoint)
+    )
+
+
+def examples_at_once(
+  objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree], weights: jax.Array, microbatch: int | None
+) -> int:
+  """The microbatch: the one asked for, or one that keeps a pass within the memory it may take."""
+  num_examples = weights.shape[-1]
+  if microbatch is not None:
+    return min(microbatch, num_examples)
+  shapes, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, batch)))
+  activations, copies, convolves = _bytes_per_example(objective, tuple(shapes), treedef)
+  if convolves and jax.default_backend() == "cpu" and not _validation.is_concrete((params, batch, weights)):
+    return num_examples
+  stats = jax.devices()[0].memory_stats() or {}
+  allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
+  most = max(1, min(num_examples, allowed // max(activations + copies, 1)))
+  passes = -(-num_examples // most)
+  return -(-num_examples // passes)  # passes of equal size, for the last one is filled up
+
+
+def _abstract(x: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+
+
+@lru_cache(maxsize=64)
+def _bytes_per_example(objective: Objective, shapes: tuple[Any, ...], treedef: Any) -> tuple[int, int, bool]:
+  """What a pass holds for each example, about: activations, gradients of leaves that are not contracted; convolutions?"""
+  params, batch = treedef.unflatten(shapes)
+  closed = _trace_one(objective, params, batch)
+  convolves = any(
+    equation.primitive.name == "conv_general_dilated" for equation in _loss_checks.equations_in(closed.jaxpr)
+  )
+  copies = sum(use.bytes for use in _uses(closed, objective.chosen) if use.rule == "per example")
+  # XLA fuses about half of what the equations compute, or more, and never stores it.
+  return _taps.activation_bytes(closed.jaxpr) // 2, copies, convolves
+
+
+def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[_taps.Use]:
+  """How the function of one example uses the leaves that take part; arrays may be abstract."""
+  return _uses(_trace_one(objective, params, batch), objective.chosen)
+
+
+def _uses(closed: Any, chosen: tuple[bool, ...]) -> list[_taps.Use]:
+  kinds: list[Any] = [frozenset([index]) if takes_part else "const" for index, takes_part in enumerate(chosen)]
+  return _taps.survey(closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds)))
+
+
+def _trace_one(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
+  example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch)
+  return jax.make_jaxpr(objective.function)(params, *example)
+
+
+def placements_like(params: PyTree, chosen: tuple[bool, ...]) -> tuple[Any, ...] | None:
+  """Where the sums of each leaf go: like the leaf, with the axis of groups in front; None for params on one device."""
+
+  def grouped(leaf: Any) -> Any:
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+      return None
+    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
+
+  found = tuple(grouped(leaf) for leaf, c in zip(jax.tree.leaves(params), chosen, strict=True) if c)
+  return None if all(s is None for s in found) else found
+
+
+def _on_one_device(tree: PyTree) -> bool:
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  return all(isinstance(array.sharding, jax.sharding.SingleDeviceSharding) for array in arrays)
+
+
+def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+  """Exactly 2**exponent for an exponent in the normal range, built from bits (exp2 rounds on some backends)."""
+  info = jnp.finfo(dtype)
+  integer = jnp.int64 if info.bits == 64 else jnp.int32
+  biased = exponent.astype(integer) + (info.maxexp - 1)
+  return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)

@@ -1,0 +1,101 @@
+"""Which way the diagonal Fisher of each leaf is computed, why, and at what cost: a debugging aid."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from mnemonic_jax import _loss_checks, _passes, _trees
+
+PyTree = Any
+
+
+class LeafPlan(NamedTuple):
+  """How the squared gradients of one leaf come about."""
+
+  path: str  # as `jax.tree_util.keystr` writes it
+  shape: tuple[int, ...]
+  rule: str  # "product", "convolution", "lookup", "per example", several with " + ", or "unused"
+  reason: str  # why it is per example or unused; empty where one operation contracts it
+  flops: int  # of one example: its gradient in that operation (for "per example" the square alone), square and sum
+  bytes: int  # of gradient held at a time, whatever the microbatch
+  bytes_per_example: int  # of gradient held for each example of the microbatch
+
+
+@dataclasses.dataclass(frozen=True)
+class FisherPlan:
+  """One `LeafPlan` per leaf that takes part, in leaf order; prints as a table."""
+
+  leaves: tuple[LeafPlan, ...]
+
+  def __str__(self) -> str:
+    heads = ("leaf", "shape", "rule", "kFLOP/example", "kB", "kB/example", "why")
+    rows = [
+      (x.path, str(x.shape), x.rule, _kilo(x.flops), _kilo(x.bytes), _kilo(x.bytes_per_example), x.reason)
+      for x in self.leaves
+    ]
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    aligned = [
+      "  ".join(
+        cell.rjust(width) if 3 <= index <= 5 else cell.ljust(width)
+        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+      )
+      for row in (heads, *rows)
+    ]
+    return "\n".join(line.rstrip() for line in aligned)
+
+
+def explain_fisher(
+  loss_fn: _loss_checks.LossFn, params: PyTree, inputs: PyTree, labels: PyTree, *, mask: PyTree = None
+) -> FisherPlan:
+  """Tell for every leaf which way `diagonal_fisher` takes, why, and what that costs.
+
+  A leaf is contracted inside the one operation that meets data (a product, a convolution, a lookup), without a gradient
+  per example; any other use gives each example a copy of the leaf, whose gradient is held for the whole microbatch.
+  Both are exact.
+
+  Args:
+    The arguments are those of `diagonal_fisher`; arrays may be `jax.ShapeDtypeStruct`s, for nothing is computed.
+
+  Returns:
+    A `FisherPlan`.
+
+  Raises:
+    TypeError, ValueError: as `diagonal_fisher`, for what can be told without values.
+
+  >>> loss_fn = lambda p, x, y: ((jax.numpy.tanh(x @ p["kernel"] + p["bias"]) @ p["kernel"].T - y) ** 2).sum(-1)
+  >>> shaped = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
+  >>> params = {"bias": shaped(3), "kernel": shaped(4, 3)}
+  >>> print(explain_fisher(loss_fn, params, shaped(8, 4), shaped(8, 4)))
+  leaf        shape   rule         kFLOP/example   kB  kB/example  why
+  ['bias']    (3,)    per example            0.0  0.0         0.0  used in add
+  ['kernel']  (4, 3)  per example            0.0  0.0         0.0  used more than once
+  """
+  chosen = _trees.mask_leaves(mask, params)
+  _loss_checks.check_loss(loss_fn, params, inputs, labels, None)
+  uses = _passes.uses_of(_passes.Objective(loss_fn, chosen, None), params, (inputs, labels))
+  plans = []
+  for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+    if not chosen[index]:
+      continue
+    own = [use for use in uses if index in use.leaves]
+    copied = [use.bytes for use in own if use.rule == "per example"]
+    contracted = [use.bytes for use in own if use.rule != "per example"]
+    plans.append(
+      LeafPlan(
+        path=jax.tree_util.keystr(path),
+        shape=tuple(leaf.shape),
+        rule=" + ".join(dict.fromkeys(use.rule for use in own)) or "unused",
+        reason="; ".join(dict.fromkeys(use.reason for use in own if use.reason)) if own else "does not reach the loss",
+        flops=sum(use.flops for use in own),
+        bytes=max(contracted, default=0),
+        bytes_per_example=sum(copied),
+      )
+    )
+  return FisherPlan(tuple(plans))
+
+
+def _kilo(number: int) -> str:
+  return f"{number / 1000:.{0 if number >= 1e6 else 1}f}"

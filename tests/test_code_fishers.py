@@ -1,0 +1,124 @@
+"""The Fishers of `forget`: right for codes of any confidence and layers of any size, in any microbatch."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from toys import regression
+
+import mnemonic_jax as mj
+from mnemonic_jax import _code_fishers, _passes
+
+CLASSES = 4
+
+
+def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
+  """(f_F, f_R) as `forget` computes them, float64; both in the same unknown units per leaf."""
+  options = _code_fishers.Options.make(params, loss, None, None, "highest", mj.Execution(microbatch))
+  side = np.isin(np.arange(len(codes)), forget)
+  sides = jnp.asarray(side), jnp.asarray(~side)
+  made = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, {"compile": 0.0})
+  return jax.tree.map(lambda x: np.asarray(x, np.float64), made)
+
+
+def confident(margins):
+  """Params of a softmax regression whose unit codes have these margins."""
+  return {"kernel": jnp.diag(jnp.asarray(margins, jnp.float32)), "bias": jnp.zeros(CLASSES)}
+
+
+def wanted_ratio(params, forget=(0,)):
+  host, inputs = jax.tree.map(np.asarray, params), np.eye(CLASSES)
+  side = np.isin(np.arange(CLASSES), forget)
+  made = [
+    reference.fisher(reference.regression_gradient, host, inputs, np.arange(CLASSES), weights)
+    for weights in (side / side.sum(), ~side / (~side).sum())
+  ]
+  with np.errstate(divide="ignore", invalid="ignore"):
+    return {name: made[0][name] / made[1][name] for name in made[0]}
+
+
+def assert_ratio(made, wanted):
+  for name, ratio in wanted.items():
+    finite = np.isfinite(ratio)
+    np.testing.assert_allclose(made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=2e-5)
+
+
+@pytest.mark.parametrize("microbatch", [None, 1, 3])
+@pytest.mark.parametrize("margin", [1.0, 17.0, 60.0, 85.0])
+def test_confident_codes_have_the_right_ratio(margin, microbatch):
+  params = confident([margin, margin - 0.5, margin + 0.25, margin])
+  codes = jnp.eye(CLASSES)[:, None]
+  assert_ratio(fishers(regression, params, codes, microbatch=microbatch), wanted_ratio(params))
+
+
+@pytest.mark.parametrize("margins", [[0.5, 20.0, 20.0, 20.0], [20.0, 0.5, 20.0, 20.0], [20.0, 20.0, 20.0, 0.5]])
+@pytest.mark.parametrize("microbatch", [None, 1, 2, 3])
+def test_microbatches_of_very_different_size_add_up(margins, microbatch):
+  params = confident(margins)
+  codes = jnp.eye(CLASSES)[:, None]
+  assert_ratio(fishers(regression, params, codes, microbatch=microbatch), wanted_ratio(params))
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_layers_of_very_different_size_each_get_a_power_of_two(microbatch):
+  # The layers differ in nothing but a factor of their gradients; eta must not see it.
+  sizes = {"a": 1e-33, "b": 1e-15, "c": 1.0, "d": 1e12, "e": 1e30}
+  codes = jax.random.normal(jax.random.key(0), (CLASSES, 1, 5))
+  params = {name: jnp.zeros((5, CLASSES)) for name in sizes}
+  logits_fn = lambda p, x: sum((x @ p[name]) * size for name, size in sizes.items())
+  made = fishers(logits_fn, params, codes, microbatch=microbatch)
+  plain = fishers(lambda p, x: x @ p, jnp.zeros((5, CLASSES)), codes)
+  for name in sizes:
+    np.testing.assert_allclose(made[0][name] / made[1][name], plain[0] / plain[1], rtol=1e-4)
+
+
+def test_a_layer_without_any_gradient_has_zeros():
+  codes = jnp.eye(CLASSES)[:, None]
+  logits_fn = lambda p, x: x @ p["kernel"] + jax.nn.relu(x @ p["dead"])
+  params = {"kernel": jnp.eye(CLASSES), "dead": -jnp.ones((CLASSES, CLASSES))}
+  made = fishers(logits_fn, params, codes)
+  assert not made[0]["dead"].any() and not made[1]["dead"].any() and made[1]["kernel"].any()
+
+
+def test_one_pass_is_enough_where_gradients_are_ordinary(monkeypatch):
+  shifts = []
+  real = _passes.squared_gradients
+  note = lambda *args, shift=0, **options: (shifts.append(shift), real(*args, shift=shift, **options))[1]
+  monkeypatch.setattr(_passes, "squared_gradients", note)
+  fishers(regression, confident([5.0] * CLASSES), jnp.eye(CLASSES)[:, None])
+  assert shifts == [0]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_logits_and_params(dtype):
+  exact = confident([6.0, 5.0, 7.0, 6.0])
+  params = jax.tree.map(lambda leaf: leaf.astype(dtype), exact)
+  made, wanted = fishers(regression, params, jnp.eye(CLASSES, dtype=dtype)[:, None]), wanted_ratio(exact)
+  for name, ratio in wanted.items():
+    finite = np.isfinite(ratio)
+    np.testing.assert_allclose(made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=0.1)
+
+
+def test_traced_calls_share_one_power_of_two():
+  params, codes = confident([60.0, 59.5, 60.25, 60.0]), jnp.eye(CLASSES)[:, None]
+  step = jax.jit(lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Strength(1.0, 10.0)))
+  traced = step(jnp.arange(CLASSES) == 0)[0]
+  eager = mj.forget(regression, params, codes, [0], strength=mj.Strength(1.0, 10.0)).params
+  for name in params:
+    np.testing.assert_allclose(traced[name], eager[name], rtol=1e-5)
+
+
+def test_the_seconds_of_compiling_are_apart():
+  seconds = {"compile": 0.0}
+  options = _code_fishers.Options.make(confident([1.0] * CLASSES), None, None, None, None, None)
+  sides = jnp.arange(CLASSES) == 0, jnp.arange(CLASSES) != 0
+  start = time.perf_counter()
+  _code_fishers.class_fishers_in_range(
+    regression, options, confident([1.0] * CLASSES), jnp.eye(CLASSES)[:, None], sides, seconds
+  )
+  assert 0 < seconds["compile"] + seconds["fisher"] <= time.perf_counter() - start

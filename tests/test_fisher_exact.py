@@ -1,0 +1,194 @@
+"""The Fisher of any model is that of a float64 loop over single examples with plain `jax.grad`."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+
+import exact_cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exact_cases import CASES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mnemonic_jax as mj
+
+# Groups that share examples, one example in none; groups that do not, out of order.
+OVERLAPPING = np.array([[0.5, 1.5, 0.0, 0.0, 2.0], [1.0, 0.3, 0.0, 0.7, 0.0]], np.float32)
+DISJOINT = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0, 0.7]], np.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """Half the time of compiling, which is nearly all the time these tests take."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+def as_jax(tree, dtype):
+  """Arrays of `dtype` where they are floating."""
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None), tree)
+
+
+def one_gradient(loss_fn):
+  """(params, input, label of one example) -> its gradient."""
+  return jax.grad(lambda params, x, y: loss_fn(params, *jax.tree.map(lambda z: z[None], (x, y)))[0])
+
+
+def squares_by_loop(loss_fn, *arrays):
+  """Each example's squared gradient in float64, one (N, *leaf.shape) per leaf."""
+  with jax.enable_x64(True):
+    params, inputs, labels = as_jax(arrays, jnp.float64)
+    gradient = jax.jit(one_gradient(loss_fn))
+    gradients = [
+      jax.tree.leaves(gradient(params, *jax.tree.map(lambda x, n=n: x[n], (inputs, labels))))
+      for n in range(len(jax.tree.leaves(labels)[0]))
+    ]
+    return [np.square(np.stack([np.asarray(x, np.float64) for x in leaf])) for leaf in zip(*gradients, strict=True)]
+
+
+@cache
+def prepared(name):
+  """(loss, (params, inputs, labels), squared gradients of each example) of a case."""
+  loss_fn, *arrays = CASES[name].make()
+  return loss_fn, arrays, squares_by_loop(loss_fn, *arrays)
+
+
+def error(ours, squares, weights):
+  """The largest difference, relative to the largest entry of its leaf and group."""
+  worst = 0.0
+  leaves = jax.tree.leaves(ours)
+  assert len(leaves) == len(squares)
+  for leaf, square in zip(leaves, squares, strict=True):
+    wanted = np.einsum("gn,n...->g...", weights.astype(np.float64), square)
+    assert leaf.shape == wanted.shape
+    assert np.all(np.isfinite(wanted))
+    for group, wanted_group in zip(np.asarray(leaf, np.float64), wanted, strict=True):
+      difference, largest = np.max(abs(group - wanted_group), initial=0), np.max(wanted_group, initial=0)
+      if difference != 0:
+        worst = max(worst, difference / largest if largest and np.isfinite(difference) else np.inf)
+  return worst
+
+
+def error_of_plain_gradients(loss_fn, arrays, squares, weights):
+  """The error of float32 gradients of each example, from vmap."""
+  params, inputs, labels = as_jax(arrays, jnp.float32)
+  gradients = jax.jit(jax.vmap(one_gradient(loss_fn), (None, 0, 0)))(params, inputs, labels)
+  summed = lambda x: np.einsum("gn,n...->g...", weights, np.square(np.asarray(x, np.float32)))
+  return error(jax.tree.map(summed, gradients), squares, weights)
+
+
+def check(ours, name, weights):
+  loss_fn, arrays, squares = prepared(name)
+  found = error(ours, squares, weights)
+  if found > CASES[name].tolerance:
+    plain = error_of_plain_gradients(loss_fn, arrays, squares, weights)
+    assert found <= 3 * plain, f"error {found:.1e} of the largest entry; plain gradients: {plain:.1e}"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name):
+  loss_fn, arrays, _ = prepared(name)
+  fisher = jax.jit(lambda *arguments: mj.diagonal_fisher(loss_fn, *arguments))
+  check(fisher(*as_jax(arrays, jnp.float32), OVERLAPPING), name, OVERLAPPING)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.x64])
+def test_float64(name):
+  loss_fn, arrays, squares = prepared(name)
+  with jax.enable_x64(True):
+    fisher = jax.jit(lambda *arguments: mj.diagonal_fisher(loss_fn, *arguments))
+    ours = fisher(*as_jax(arrays, jnp.float64), OVERLAPPING.astype(np.float64))
+    assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(ours))
+  assert error(ours, squares, OVERLAPPING) <= 1e-10
+
+
+CONCRETE = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.concrete])
+
+
+@CONCRETE
+@pytest.mark.parametrize("weights", [OVERLAPPING, DISJOINT], ids=["overlapping", "disjoint"])
+def test_concrete_calls(name, weights):
+  loss_fn, arrays, _ = prepared(name)
+  check(mj.diagonal_fisher(loss_fn, *as_jax(arrays, jnp.float32), weights), name, weights)
+
+
+@CONCRETE
+@pytest.mark.parametrize("microbatch", [1, 3])
+def test_microbatch_changes_rounding_only(name, microbatch):
+  loss_fn, arrays, _ = prepared(name)
+  fisher = partial(mj.diagonal_fisher, loss_fn, *as_jax(arrays, jnp.float32), OVERLAPPING)
+  ours, whole = fisher(execution=mj.Execution(microbatch=microbatch)), fisher()
+  check(ours, name, OVERLAPPING)
+  for leaf, wanted in zip(jax.tree.leaves(ours), jax.tree.leaves(whole), strict=True):
+    np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6 * np.max(wanted, initial=0))
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_many_examples(disjoint):
+  """More than the engine takes at once, some of them in no group; every param meets its data in one position."""
+  many, draw = 300, exact_cases.Draw("many")
+
+  def model(p, x):
+    h = jnp.tanh(exact_cases.convolve(x, p["kernel"])[:, 0, 0])
+    return jnp.sin(h @ p["w"] + p["b"]) + jnp.einsum("ne,ef->nef", h, p["experts"]).sum(1)
+
+  params = {"kernel": draw(2, 3, 2, 4), "w": draw(4, 3), "b": draw(3), "experts": draw(4, 3)}
+  loss_fn, arrays = exact_cases.scored(model), (params, draw(many, 2, 3, 2), draw.ints(3, many))
+  weights = abs(draw(3, many)) * (draw.ints(5, many) == np.arange(3)[:, None] if disjoint else draw.ints(2, 3, many))
+  squares = squares_by_loop(loss_fn, *arrays)
+  ours = mj.diagonal_fisher(loss_fn, *as_jax(arrays, jnp.float32), weights)
+  assert error(ours, squares, weights) < 1e-5
+
+
+LINEAR = {  # models that are linear in their param: (function of (param, input), shape of the param, of an input)
+  "dense": (lambda w, x: x @ w, (4, 3), (4,)),
+  "dense over tokens": (lambda w, x: x @ w, (4, 3), (5, 4)),
+  "convolution": (lambda w, x: exact_cases.convolve(x[None], w), (2, 2, 2, 3), (4, 4, 2)),
+  "broadcast": (lambda w, x: x * w, (4,), (3, 4)),
+  "used twice": (lambda w, x: x @ w + jnp.sin(x) @ w, (4, 3), (5, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("options", [{}, {"execution": mj.Execution(microbatch=3)}], ids=["whole", "microbatch"])
+def test_classes_not_sums(name, options):
+  """Two classes, each with every input and its negative: the gradients of a class cancel, their squares add up."""
+  model, param_shape, input_shape = LINEAR[name]
+  draw = exact_cases.Draw(name)
+  half, param = draw(4, *input_shape), jnp.asarray(draw(*param_shape))
+  inputs, labels = jnp.concatenate([half, -half]), jnp.array([0, 0, 1, 1] * 2)
+  weights = np.equal.outer([0, 1], labels).astype(np.float32)
+  loss_fn = lambda p, x, y: (1.0 + y) * jax.vmap(lambda x: jnp.sum(model(p, x)))(x)
+  ours = mj.diagonal_fisher(loss_fn, param, inputs, labels, weights, **options)
+
+  gradients = np.stack(
+    [jax.grad(lambda p, n=n: loss_fn(p, inputs[n : n + 1], labels[n : n + 1])[0])(param) for n in range(8)]
+  )
+  of_classes = np.einsum("gn,n...->g...", weights, gradients.astype(np.float64))
+  squares = np.einsum("gn,n...->g...", weights, np.square(gradients.astype(np.float64)))
+  assert np.max(abs(of_classes)) < 1e-4 * np.max(abs(gradients))
+  assert np.min(squares) > 1e-3 * np.max(squares)
+  np.testing.assert_allclose(ours, squares, rtol=1e-4)
+  assert np.max(abs(ours[0] - ours[1])) > 0.1 * np.max(squares)
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+  program=st.lists(
+    st.tuples(st.sampled_from(sorted(exact_cases.OPERATIONS)), st.integers(2, 4)), min_size=1, max_size=6
+  ),
+  tokens=st.integers(1, 3),
+  width=st.integers(2, 4),
+  seed=st.integers(0, 99),
+)
+def test_random_graphs(program, tokens, width, seed):
+  loss_fn, *arrays = exact_cases.graph(program, tokens, width, seed)
+  squares = squares_by_loop(loss_fn, *arrays)
+  with jax.enable_x64(True):
+    fisher = jax.jit(lambda *arguments: mj.diagonal_fisher(loss_fn, *arguments))
+    ours = fisher(*as_jax(arrays, jnp.float64), OVERLAPPING.astype(np.float64))
+  assert error(ours, squares, OVERLAPPING) <= 1e-10
