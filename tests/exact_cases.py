@@ -253,7 +253,8 @@ CONVOLUTIONS = {  # (shape of one example, shape of the kernel, layout, settings
   "kernel_dilation": ((7, 6, 2), (3, 2, 2, 3), _NHWC, {"rhs_dilation": (2, 3)}),
   "input_dilation": ((4, 3, 2), (3, 3, 2, 3), _NHWC, {"padding": ((0, 1), (2, 0)), "lhs_dilation": (2, 3)}),
   "asymmetric_padding": ((4, 4, 2), (3, 3, 2, 3), _NHWC, {"padding": ((0, 2), (3, 1))}),
-  "negative_padding": ((6, 7, 2), (2, 3, 2, 3), _NHWC, {"padding": ((-1, 1), (-1, -2))}),
+  # Not (-1, 1): negative low padding with at most as much high padding reads out of bounds in XLA (openxla/xla#48713).
+  "negative_padding": ((6, 7, 2), (2, 3, 2, 3), _NHWC, {"padding": ((-1, 2), (-1, -2))}),
   "negative_padding_of_dilated": (
     (4, 3, 2),
     (2, 2, 2, 3),
