@@ -82,7 +82,9 @@ def ways_of(model: str, num: int) -> list[Way]:
   leaves = len(jax.tree.leaves(params))
 
   def ours(name, weights, is_disjoint) -> Way:
-    objective = _passes.Objective(loss_fn, (True,) * leaves, "highest", disjoint=is_disjoint)
+    objective = _passes.Objective(
+      loss_fn, (True,) * leaves, "highest", disjoint=is_disjoint, platform=jax.default_backend()
+    )
     batch = inputs, labels
     microbatch = _passes.examples_at_once(objective, params, batch, weights, None)
     first = _passes.take(batch, weights, 0, microbatch)

@@ -56,7 +56,7 @@ def class_fishers(
   logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
 ) -> tuple[PyTree, PyTree]:
   """(f_F, f_R), both in the same units of a power of two, which their ratio does not see."""
-  objective, batch, weights = _fisher_problem(logits_fn, options, codes, forget, remain)
+  objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, forget, remain)
   sums = _passes.squared_gradients(objective, params, batch, weights, options.execution.microbatch).sums
   return _as_fishers(sums, options, params)
 
@@ -70,7 +70,7 @@ def class_fishers_in_range(
   seconds: dict[str, float],
 ) -> tuple[PyTree, PyTree]:
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
-  objective, batch, weights = _fisher_problem(logits_fn, options, codes, *sides)
+  objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, *sides)
   microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
   first = _passes.take(batch, weights, 0, microbatch)
   start = time.perf_counter()
@@ -99,12 +99,19 @@ def class_fishers_in_range(
 
 
 def _fisher_problem(
-  logits_fn: LogitsFn, options: Options, codes: jax.Array, forget: jax.Array, remain: jax.Array
+  logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
 ) -> tuple[_passes.Objective, tuple[jax.Array, jax.Array], jax.Array]:
   """What is differentiated, the codes with their classes, and the weights (2, N) of the two sides."""
   weights = jnp.stack([_mean_weights(side, codes.shape[1]) for side in (forget, remain)])
   disjoint = _validation.is_concrete((forget, remain))  # then the masks have been checked
-  objective = _passes.Objective(_values_fn(logits_fn), options.mask, options.precision, options.loss, disjoint)
+  objective = _passes.Objective(
+    _values_fn(logits_fn),
+    options.mask,
+    options.precision,
+    options.loss,
+    disjoint,
+    platform=_passes.platform_of(params),
+  )
   return objective, flatten_codes(codes), weights
 
 

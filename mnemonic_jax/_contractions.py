@@ -7,6 +7,7 @@ dummies then is the Fisher, and scan, remat and cond need no rules of their own.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,8 +27,10 @@ _SMALL = 2**17
 _STEP = 128
 
 
-class Groups(NamedTuple):
-  """Which examples count, and how much, in each group."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Groups:
+  """Which examples count, and how much, in each group; and where this is computed."""
 
   weights: jax.Array  # (G, N)
   # Where no example is in two groups: the examples group by group, the group of each of these, and where each group
@@ -36,17 +39,20 @@ class Groups(NamedTuple):
   group: jax.Array | None = None  # (N,)
   starts: jax.Array | None = None  # (G,)
   stops: jax.Array | None = None  # (G,)
+  # "cpu", "gpu" or "tpu" where it is known.
+  platform: str | None = dataclasses.field(default=None, metadata={"static": True})
 
   @staticmethod
-  def make(weights: jax.Array, disjoint: bool) -> Groups:
+  def make(weights: jax.Array, disjoint: bool, platform: str | None = None) -> Groups:
     """Groups with these weights (G, N); examples without any weight come last."""
     if not disjoint:
-      return Groups(weights)
+      return Groups(weights, platform=platform)
     active = weights != 0
     group = jnp.where(jnp.any(active, axis=0), jnp.argmax(active, axis=0), len(weights))
     stops = jnp.cumsum(jnp.sum(active, axis=1))
     order = jnp.argsort(group)
-    return Groups(weights, order, group[order], jnp.concatenate([jnp.zeros_like(stops[:1]), stops[:-1]]), stops)
+    starts = jnp.concatenate([jnp.zeros_like(stops[:1]), stops[:-1]])
+    return Groups(weights, order, group[order], starts, stops, platform)
 
 
 # (data (N, ...), cotangent (N, ...), groups) -> sums of squares (G, *param.shape).
@@ -77,7 +83,7 @@ def tap(contract: Contraction, output: jax.Array, data: jax.Array, squares: jax.
 
 
 def _tap_forward(contract: Contraction, output: Any, data: Any, squares: Any, groups: Groups) -> tuple[jax.Array, Any]:
-  return output, (data, groups._replace(weights=groups.weights.astype(squares.dtype)))
+  return output, (data, dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype)))
 
 
 def _tap_backward(contract: Contraction, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
@@ -262,7 +268,9 @@ def _squared_products(
   if positions == 1 and (num <= _STEP or groups.order is None):
     return at_once(data, g, groups)
   cpu, default = (by_group, at_once) if positions == 1 else (by_example, in_chunks)
-  return jax.lax.platform_dependent(data, g, groups, cpu=cpu, default=default)
+  if groups.platform is None:
+    return jax.lax.platform_dependent(data, g, groups, cpu=cpu, default=default)
+  return (cpu if groups.platform == "cpu" else default)(data, g, groups)  # half the tracing
 
 
 def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

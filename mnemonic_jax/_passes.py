@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mnemonic_jax import _loss_checks, _taps, _trees, _validation
+from mnemonic_jax import _loss_checks, _taps, _trees, _uses, _validation
 
 PyTree = Any
 
@@ -36,6 +36,7 @@ class Objective:
   loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
   disjoint: bool = False  # whether each example has a weight in one group at most
   placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding or None per leaf that takes part
+  platform: str | None = None  # where it runs, if that is known while tracing; see `platform_of`
 
 
 class SquaredGradients(NamedTuple):
@@ -169,7 +170,9 @@ def _one_pass(
 
   with _loss_checks.matmul_precision(objective.precision):
     return SquaredGradients(
-      *_taps.squared_gradients(function, cotangents, live, batch, weights, disjoint=objective.disjoint)
+      *_taps.squared_gradients(
+        function, cotangents, live, batch, weights, disjoint=objective.disjoint, platform=objective.platform
+      )
     )
 
 
@@ -203,19 +206,19 @@ def _bytes_per_example(objective: Objective, shapes: tuple[Any, ...], treedef: A
   convolves = any(
     equation.primitive.name == "conv_general_dilated" for equation in _loss_checks.equations_in(closed.jaxpr)
   )
-  copies = sum(use.bytes for use in _uses(closed, objective.chosen) if use.rule == "per example")
+  copies = sum(use.bytes for use in _uses_in(closed, objective.chosen) if use.rule == "per example")
   # XLA fuses about half of what the equations compute, or more, and never stores it.
-  return _taps.activation_bytes(closed.jaxpr) // 2, copies, convolves
+  return _uses.activation_bytes(closed.jaxpr) // 2, copies, convolves
 
 
-def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[_taps.Use]:
+def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[_uses.Use]:
   """How the function of one example uses the leaves that take part; arrays may be abstract."""
-  return _uses(_trace_one(objective, params, batch), objective.chosen)
+  return _uses_in(_trace_one(objective, params, batch), objective.chosen)
 
 
-def _uses(closed: Any, chosen: tuple[bool, ...]) -> list[_taps.Use]:
+def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[_uses.Use]:
   kinds: list[Any] = [frozenset([index]) if takes_part else "const" for index, takes_part in enumerate(chosen)]
-  return _taps.survey(closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds)))
+  return _uses.survey(closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds)))
 
 
 def _trace_one(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
@@ -234,6 +237,14 @@ def placements_like(params: PyTree, chosen: tuple[bool, ...]) -> tuple[Any, ...]
 
   found = tuple(grouped(leaf) for leaf, c in zip(jax.tree.leaves(params), chosen, strict=True) if c)
   return None if all(s is None for s in found) else found
+
+
+def platform_of(tree: PyTree) -> str | None:
+  """Where concrete arrays are ("cpu", "gpu", "tpu"), if that can be told."""
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  if not arrays or not _validation.is_concrete(tree):
+    return None
+  return next(iter(arrays[0].devices())).platform
 
 
 def _on_one_device(tree: PyTree) -> bool:

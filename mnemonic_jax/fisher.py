@@ -102,6 +102,7 @@ def diagonal_fisher(
     precision,
     disjoint=_disjoint(group_weights),
     placements=_passes.placements_like(params, chosen) if concrete else None,
+    platform=_passes.platform_of(params),
   )
   sums = _passes.squared_gradients(objective, params, (inputs, labels), group_weights, execution.microbatch).sums
   _, treedef = _trees.flatten(params)
