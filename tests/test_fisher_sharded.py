@@ -9,7 +9,7 @@ import pytest
 from toys import assert_trees_close, cpu_mesh, host, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import _contractions
+from mnemonic_jax import _contractions, _passes
 
 P = jax.sharding.PartitionSpec
 
@@ -136,7 +136,7 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
 def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
   """What GPUs and TPUs are given, run here: several examples at a time, the last chunk filled up."""
   params, images, labels, weights, single = problem()
-  monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+  monkeypatch.setattr(_passes, "platform_of", lambda tree: "gpu")
   monkeypatch.setattr(_contractions, "_CHUNK_BYTES", chunk_bytes)
   jax.clear_caches()
   try:
