@@ -53,7 +53,7 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
     return start, training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=config.codes.rate)
 
   start, step = fresh()
-  epoch = training.make_epoch(step, dataset.preprocess, batch_size=size)
+  epoch = training.make_epoch(training.make_stored_step(step, dataset.preprocess), batch_size=size)
   state = start.state
 
   def whole() -> None:

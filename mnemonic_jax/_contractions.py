@@ -265,7 +265,7 @@ def _squared_products(
     add = lambda total, part: (total + _weighted_sum(part[2].T, squares(part[0], part[1])), None)
     return jax.lax.scan(add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T)))[0]
 
-  if positions == 1 and (num <= _STEP or groups.order is None):
+  if positions == 1 and (num <= _STEP or groups.order is None or len(groups.weights) == 1):
     return at_once(data, g, groups)
   cpu, default = (by_group, at_once) if positions == 1 else (by_example, in_chunks)
   if groups.platform is None:
