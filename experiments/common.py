@@ -37,7 +37,8 @@ def train(config: Config, dataset: Dataset) -> Trained:
   """Train in memory as `mnemonic train` does, without a run folder."""
   start = setup.make(config, dataset)
   step = training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=config.codes.rate)
-  epoch = training.make_epoch(step, dataset.preprocess, batch_size=config.train.batch_size)
+  stored_step = training.make_stored_step(step, dataset.preprocess)
+  epoch = training.make_epoch(stored_step, batch_size=config.train.batch_size)
   images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
   state = start.state
   for _ in range(config.train.epochs):

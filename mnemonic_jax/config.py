@@ -10,23 +10,38 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from mnemonic_jax import models
+from mnemonic_jax.data import augmentation, prepared
 from mnemonic_jax.errors import UsageError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Which examples. `data_dir` is where prepared TFDS sets lie (else TFDS_DATA_DIR, else TFDS's own default)."""
+  """Which examples. `data_dir` is where prepared TFDS sets lie (else TFDS_DATA_DIR, else TFDS's own default).
+
+  `augment`: "crop" pads each picture by 4 pixels and cuts a random one of its size out; "crop_flip" also mirrors half.
+  """
 
   name: str = "digits"
   data_dir: str = ""
+  augment: str = "none"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Which model. `hidden` is the width of the MLP's hidden layer."""
+  """Which model. `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
+
+  `pool` is what a ViT's head reads. `dtype` is what is computed in; params are float32. `pretrained` is a file that
+  training starts from (.safetensors of torchvision or timm, AugReg's .npz), with `new_head` all but its head.
+  """
 
   name: str = "mlp"
   hidden: int = 1000
+  width: int = 64
+  pool: str = "token"
+  dtype: str = "float32"
+  pretrained: str = ""
+  new_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +99,25 @@ class Config:
 
 _SECTIONS: dict[str, Any] = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
 _CHOICES = {
-  "data.name": ("digits", "mnist"),
-  "model.name": ("mlp",),
+  "data.name": ("digits", *prepared.NAMES),
+  "data.augment": tuple(augmentation.NAMES),
+  "model.name": models.NAMES,
+  "model.pool": ("token", "mean"),
+  "model.dtype": ("float32", "bfloat16"),
   "codes.distribution": ("normal", "uniform"),
   "train.schedule": ("constant", "cosine"),
   "forget.precision": ("default", "high", "highest"),
 }
 # Inclusive bounds of the numbers; every other number is at least 0.
 _BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0, 1), "train.seed": (0, 2**32 - 1)}
-_AT_LEAST_ONE = {"model.hidden", "codes.per_class", "train.epochs", "train.batch_size", "train.checkpoint_every"}
+_AT_LEAST_ONE = {
+  "model.hidden",
+  "model.width",
+  "codes.per_class",
+  "train.epochs",
+  "train.batch_size",
+  "train.checkpoint_every",
+}
 
 
 def names() -> list[str]:
@@ -174,7 +199,9 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
     value = float(value)
   if type(value) is not kind:
-    raise UsageError(f"{field}: got {value!r}; expected {'a number' if kind is float else kind.__name__}.")
+    raise UsageError(
+      f"{field}: got {value!r}; expected {'a number' if kind is float else 'true or false' if kind is bool else kind.__name__}."
+    )
   if field in _CHOICES and value not in _CHOICES[field]:
     raise UsageError(f"{field}: got {value!r}; expected one of {', '.join(_CHOICES[field])}.")
   if kind in (int, float):

@@ -16,6 +16,8 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
 Metrics = dict[str, jax.Array]
 
+_AUGMENTATION = 2**32 - 1  # the branch of the state's key that no step draws from
+
 
 class TrainState(NamedTuple):
   """All that training changes, and the key that it does not."""
@@ -95,23 +97,73 @@ def make_train_step(
   return step
 
 
-def make_epoch(
+# (state, images, labels, rows (B,), epoch) -> (state, metrics)
+StoredStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array, Any], tuple[TrainState, Metrics]]
+
+
+def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -> jax.Array:
+  """Which examples each step of an epoch sees, (steps, batch_size) int: one permutation, cut into batches.
+
+  The num_examples mod batch_size rows left over sit this epoch out.
+
+  Args:
+    key: of the train state. epoch: from 0; may be traced.
+    num_examples, batch_size: batch_size at least 1 and at most num_examples.
+
+  Raises:
+    ValueError: a batch size outside that range.
+  """
+  batch_size = _validation.require_size("batch_size", batch_size)
+  steps = num_examples // batch_size
+  if not steps:
+    raise ValueError(f"batch_size: got {batch_size} for {num_examples} examples; expected at most that many.")
+  order_key = jax.random.fold_in(jax.random.split(key)[1], epoch)
+  return jax.random.permutation(order_key, num_examples)[: steps * batch_size].reshape(steps, batch_size)
+
+
+def make_stored_step(
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
   preprocess: Callable[[jax.Array], jax.Array],
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> StoredStep:
+  """Make the function that does one step on rows of a data set that lives on the device.
+
+  Args:
+    step: as `make_train_step` returns it.
+    preprocess: maps stored images (uint8, say) to the space the model sees; runs inside the same jit.
+    augment: (keys (B,), stored images (B, *shape)) -> images; the key of an example depends on the state's key, the
+      epoch and the example's row alone, whatever the batch it is in.
+
+  Returns:
+    stored_step(state, images, labels, rows (B,), epoch) -> (state, metrics), traceable.
+  """
+
+  def stored_step(
+    state: TrainState, images: jax.Array, labels: jax.Array, rows: jax.Array, epoch: Any
+  ) -> tuple[TrainState, Metrics]:
+    batch = images[rows]
+    if augment is not None:
+      epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENTATION), epoch)
+      batch = augment(jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(rows), batch)
+    return step(state, preprocess(batch), labels[rows])
+
+  return stored_step
+
+
+def make_epoch(
+  stored_step: StoredStep,
   *,
   batch_size: int,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
   """Make one jitted call that runs every step of an epoch on a data set that lives on the device.
 
-  Epoch e (= step // steps per epoch) visits the examples in the order of one permutation drawn from the state's key
-  and e; its step s takes rows [s B, (s + 1) B) of it. The N mod B rows left over sit this epoch out.
+  Epoch e (= step // steps per epoch) visits the examples as `epoch_rows` says.
 
   On CPU this pays off for dense models only: convolutions inside `lax.scan` are many times slower there.
 
   Args:
-    step: as `make_train_step` returns it.
-    preprocess: maps stored images (uint8, say) to the space the model sees; runs inside the same jit.
-    batch_size: B, at least 1 and at most the number of examples.
+    stored_step: as `make_stored_step` returns it.
+    batch_size: at least 1 and at most the number of examples.
 
   Returns:
     epoch(state, images, labels) -> (state, mean metrics); the state's step must be a multiple of the steps per epoch.
@@ -123,14 +175,9 @@ def make_epoch(
   batch_size = _validation.require_size("batch_size", batch_size)
 
   def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
-    steps = len(images) // batch_size
-    if not steps:
-      raise ValueError(f"batch_size: got {batch_size} for {len(images)} examples; expected at most that many.")
-    # Steps draw from fold_in(key, step >= 0); the order draws from another branch of the key.
-    order_key = jax.random.fold_in(jax.random.split(state.key)[1], state.step // steps)
-    rows = jax.random.permutation(order_key, len(images))[: steps * batch_size].reshape(steps, batch_size)
-    body = lambda carry, chosen: step(carry, preprocess(images[chosen]), labels[chosen])
-    state, metrics = jax.lax.scan(body, state, rows)
+    number = state.step // max(len(images) // batch_size, 1)
+    rows = epoch_rows(state.key, number, len(images), batch_size)
+    state, metrics = jax.lax.scan(lambda carry, chosen: stored_step(carry, images, labels, chosen, number), state, rows)
     return state, jax.tree.map(jnp.mean, metrics)
 
   return jax.jit(epoch, donate_argnums=0)

@@ -28,7 +28,20 @@ CORE = (
   "forgetting",
   "evaluation",
 )
-EDGES = ("errors", "progress", "models", "data", "config", "checkpoints", "audit", "rivals", "report", "runs", "cli")
+EDGES = (
+  "errors",
+  "progress",
+  "models",
+  "pretrained",
+  "data",
+  "config",
+  "checkpoints",
+  "audit",
+  "rivals",
+  "report",
+  "runs",
+  "cli",
+)
 STAGES = (*BASE, *CORE, *EDGES)
 
 CORE_MAY_IMPORT = {"jax", "numpy", "optax"}

@@ -138,7 +138,7 @@ def test_golden_run_on_the_digits():
   optimizer = optax.sgd(0.2, momentum=0.9)
   apply = lambda params, model_state, inputs, train: (logits(params, inputs), model_state)
   step = mj.make_train_step(apply, optimizer, codes, rate=0.1)
-  epoch = training.make_epoch(step, lambda x: x, batch_size=64)
+  epoch = training.make_epoch(training.make_stored_step(step, lambda x: x), batch_size=64)
   state = mj.init_train_state(params, {}, optimizer, key_train)
   for _ in range(25):
     state, _ = epoch(state, images[train], labels[train])

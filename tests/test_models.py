@@ -90,3 +90,106 @@ def test_logits_follow_the_params_given(mlp, params, images):
   assert not mlp.logits_fn({})(zeros, images).any()
   shifted = {**zeros, mlp.head[0]: {**zeros[mlp.head[0]], "bias": jnp.arange(3.0)}}
   np.testing.assert_array_equal(mlp.logits_fn({})(shifted, images), np.tile(np.arange(3.0), (5, 1)))
+
+
+# (name, size of a picture, params of the published model with 1000 classes)
+PUBLISHED = [
+  ("resnet18", 224, 11_689_512),
+  ("resnet50", 224, 25_557_032),
+  ("resnext50_32x4d", 224, 25_028_904),
+  ("vit_ti16", 224, 5_717_416),
+  ("vit_s16", 224, 22_050_664),
+  ("vit_b16", 224, 86_567_656),
+  ("vit_l16", 224, 304_326_632),
+  ("swin_t", 224, 28_288_354),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "published"), PUBLISHED)
+def test_published_sizes(name, size, published):
+  model = models.make(name, shape=(size, size, 3), num_classes=1000)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
+  images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
+  stages = jax.eval_shape(model.stages, params, model_state, images)
+  features = stages.pop("features")
+  assert features.shape[0] == 2 and features.ndim == 2
+  assert len(stages) >= 5 and all(stage.shape[0] == 2 and stage.ndim > 2 for stage in stages.values())
+  assert jax.eval_shape(model.logits_fn(model_state), params, images).shape == (2, 1000)
+
+
+def make_vit(**options) -> models.Model:
+  return models.make("vit_ti16", shape=(32, 32, 3), num_classes=4, **options)
+
+
+def pictures() -> jax.Array:
+  return jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+
+
+def test_scanned_blocks_are_the_same_blocks_stacked():
+  plain, scanned = make_vit(), make_vit(scan=True)
+  params, _ = plain.init(jax.random.key(0))
+  blocks = [params[f"block{index}"] for index in range(1, 13)]
+  rest = {name: value for name, value in params.items() if not name.startswith("block")}
+  stacked = rest | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *blocks)}
+  chex.assert_trees_all_equal(scanned.init(jax.random.key(0))[0], stacked)
+  chex.assert_trees_all_close(
+    scanned.stages(stacked, {}, pictures()), plain.stages(params, {}, pictures()), rtol=1e-4, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_changes_no_gradient_and_computes_again(scan):
+  plain, again = make_vit(scan=scan), make_vit(scan=scan, remat=True)
+  params, _ = plain.init(jax.random.key(0))
+  gradient = lambda model: jax.grad(lambda params: jnp.sum(model.logits_fn({})(params, pictures()) ** 2))
+  chex.assert_trees_all_close(gradient(again)(params), gradient(plain)(params), rtol=1e-4, atol=1e-5)
+  assert "remat" in str(jax.make_jaxpr(gradient(again))(params))
+  assert "remat" not in str(jax.make_jaxpr(gradient(plain))(params))
+
+
+def test_mean_pooling_has_no_class_token():
+  model = make_vit(pool="mean")
+  params, _ = model.init(jax.random.key(0))
+  assert "class_token" not in params and params["positions"].shape == (1, 4, 192)
+  stages = model.stages(params, {}, pictures())
+  assert stages["block12"].shape == (2, 4, 192)
+
+
+@pytest.mark.parametrize("name", ["resnet10_small", "vit_ti16"])
+def test_bfloat16_computes_in_it_and_keeps_params_in_float32(name):
+  make = lambda dtype: models.make(name, shape=(32, 32, 3), num_classes=4, width=8, dtype=dtype)
+  half, full = make(jnp.bfloat16), make(jnp.float32)
+  params, model_state = half.init(jax.random.key(0))
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, model_state))} == {jnp.dtype(jnp.float32)}
+  assert half.stages(params, model_state, pictures())["features"].dtype == jnp.bfloat16
+  logits = half.logits_fn(model_state)(params, pictures())
+  assert logits.dtype == jnp.float32
+  np.testing.assert_allclose(logits, full.logits_fn(model_state)(params, pictures()), atol=0.1)
+
+
+def test_training_mode_moves_the_running_statistics_alone():
+  model = models.make("resnet10_small", shape=(8, 8, 1), num_classes=3, width=4)
+  params, model_state = model.init(jax.random.key(0))
+  inputs = 3 + 2 * jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
+  _, moved = model.apply(params, model_state, inputs, True)
+  _, same = model.apply(params, model_state, inputs, False)
+  chex.assert_trees_all_equal(same, model_state)
+  stem = np.asarray(
+    jax.lax.conv_general_dilated(
+      inputs, params["stem"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+  )
+  wanted = 0.1 * stem.mean((0, 1, 2))  # from 0, with momentum 0.9
+  np.testing.assert_allclose(moved["stem_norm"]["mean"], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_that_a_model_cannot_take_are_refused():
+  for name, shape, words in (
+    ("vit_b16", (224, 220, 3), r"\(224, 220\); expected multiples of the patch, 16"),
+    ("swin_t", (200, 200, 3), r"\(200, 200\); expected multiples of 224"),
+    ("resnet18", (784,), r"got \(784,\); resnet18 expects \(height, width, channels\)"),
+    ("vgg", (32, 32, 3), "'vgg'; expected one of mlp"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      models.make(name, shape=shape, num_classes=10)

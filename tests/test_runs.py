@@ -224,3 +224,36 @@ def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same
   assert message.code == 143
   epoch = int(message.err.split("stopped after epoch ")[1].split()[0])
   assert (run / "checkpoints" / str(44 * epoch)).is_dir()
+
+
+CONVNET = tuple(
+  "--model.name resnet10_small --model.width 4 --train.batch_size 128 --train.epochs 2 --data.augment crop_flip".split()
+)
+
+
+def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  whole = call("train", "digits", "--out", tmp_path / "whole", *CONVNET, "--json").json
+  real, calls = Progress.update, []
+
+  def update(self, *args, **values):
+    real(self, *args, **values)
+    calls.append(1)
+    if len(calls) == 14:  # the second epoch's third of 11 steps, behind the first epoch's own line
+      signal.raise_signal(signal.SIGTERM)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(Progress, "update", update)
+    stopped = call("train", "digits", "--out", tmp_path / "run", *CONVNET)
+  assert stopped.code == 143 and "stopped after epoch 1.182 of 2" in stopped.err
+  assert (tmp_path / "run" / "checkpoints" / "13").is_dir()
+  resumed = call("train", "digits", "--out", tmp_path / "run", *CONVNET, "--json").json
+  assert resumed["resumed_from_epoch"] == pytest.approx(13 / 11)
+  assert resumed["params_sha256"] == whole["params_sha256"]
+  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  assert [line["epoch"] for line in lines] == [1, 2]
+  forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
+  assert forgotten["classes"] == [3] and forgotten["params_sha256_before"] == whole["params_sha256"]
+  assert (
+    call("forget", tmp_path / "whole", "--classes", 3, "--json").json["params_sha256_after"]
+    == (forgotten["params_sha256_after"])
+  )

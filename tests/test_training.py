@@ -92,7 +92,7 @@ def recording_step(state, images, labels):
 
 
 def run_epoch(examples, batch_size, epochs=1, seed=0):
-  epoch = training.make_epoch(recording_step, lambda x: x * 2, batch_size=batch_size)
+  epoch = training.make_epoch(training.make_stored_step(recording_step, lambda x: x * 2), batch_size=batch_size)
   steps = examples // batch_size
   state = training.TrainState(jnp.zeros((steps, batch_size)), {}, {}, jnp.int32(0), jax.random.key(seed))
   images, labels = jnp.arange(examples, dtype=jnp.float32)[:, None], jnp.arange(examples)
@@ -123,7 +123,7 @@ def test_each_epoch_has_its_own_order_and_the_key_decides():
 def test_an_epoch_equals_its_steps_one_by_one():
   optimizer, (images, labels) = optax.sgd(0.1, momentum=0.9), make_batch(examples=10)
   step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.3)
-  epoch = training.make_epoch(step, lambda x: x, batch_size=3)
+  epoch = training.make_epoch(training.make_stored_step(step, lambda x: x), batch_size=3)
   whole, _ = epoch(make_state(optimizer), images, labels)
 
   state = make_state(optimizer)
@@ -142,3 +142,32 @@ def test_a_sharded_batch_trains_the_same(devices):
     mesh = cpu_mesh(devices, axis_type)
     sharded, _ = step(place(make_state(optimizer), mesh), *place((images, labels), mesh, "data"))
     assert_trees_close(sharded.params, host(single.params), rtol=1e-5, atol=1e-6)
+
+
+def test_the_augmentation_of_an_example_depends_on_its_row_and_the_epoch_alone():
+  seen = []
+
+  def augment(keys, images):
+    drawn = jax.vmap(lambda key: jax.random.uniform(key))(keys)
+    return jnp.stack([images[:, 0], drawn], axis=1)
+
+  def step(state, images, labels):
+    seen.append(np.asarray(images))
+    return state._replace(step=state.step + 1), {}
+
+  images, labels = jnp.arange(6.0)[:, None], jnp.arange(6)
+  state = training.TrainState({}, {}, {}, jnp.int32(0), jax.random.key(0))
+  stored_step = training.make_stored_step(step, lambda x: x, augment)
+  for rows, epoch in (([0, 1, 2], 0), ([2, 5, 1], 0), ([0, 1, 2], 1)):
+    stored_step(state, images, labels, jnp.array(rows), epoch)
+  by_row = [dict(map(tuple, batch)) for batch in seen]
+  assert by_row[0][1] == by_row[1][1] and by_row[0][2] == by_row[1][2]
+  assert len({drawn for batch in by_row[:2] for drawn in batch.values()}) == 4
+  assert not set(by_row[0].values()) & set(by_row[2].values())
+
+
+def test_the_rows_of_an_epoch_are_checked():
+  with pytest.raises(ValueError, match="batch_size: got 7 for 6 examples"):
+    training.epoch_rows(jax.random.key(0), 0, 6, 7)
+  with pytest.raises(ValueError, match="batch_size"):
+    training.epoch_rows(jax.random.key(0), 0, 6, 0)

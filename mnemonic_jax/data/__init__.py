@@ -20,7 +20,8 @@ class Dataset:
   Attributes:
     train, test: images (N, H, W, C) uint8 and labels (N,) int32.
     class_names: one per class, in label order.
-    levels: the largest pixel value; the model sees pixels / levels, in [0, 1].
+    levels: the largest pixel value.
+    mean, std: per channel of pixels / levels; the model sees (pixels / levels - mean) / std.
   """
 
   name: str
@@ -28,10 +29,12 @@ class Dataset:
   test: Split
   class_names: tuple[str, ...]
   levels: int
+  mean: tuple[float, ...] = (0.0,)
+  std: tuple[float, ...] = (1.0,)
 
   def preprocess(self, images: jax.Array) -> jax.Array:
-    """Stored pixels to what the model sees, float32 in [0, 1]; traceable."""
-    return images.astype(jnp.float32) / self.levels
+    """Stored pixels to what the model sees, float32; traceable."""
+    return (images.astype(jnp.float32) / self.levels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -44,10 +47,17 @@ class Dataset:
     return dataclasses.replace(self, train=Split(self.train.images[kept], self.train.labels[kept]))
 
 
+# Mean and standard deviation of the training pictures' channels, as is usual for colour pictures; the others stay in [0, 1].
+_CHANNELS = {
+  "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+  "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+
+
 def load(name: str, data_dir: str = "") -> Dataset:
-  """Load a data set by name: "digits" ships with scikit-learn, "mnist" is read from a prepared TFDS folder."""
+  """Load a data set by name: "digits" ships with scikit-learn, the others are read from prepared TFDS folders."""
   if name == "digits":
     return Dataset("digits", *digits.load(), levels=16)
   if name in prepared.NAMES:
-    return Dataset(name, *prepared.load(name, data_dir), levels=255)
+    return Dataset(name, *prepared.load(name, data_dir), 255, *_CHANNELS.get(name, ()))
   raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}")

@@ -12,7 +12,7 @@ from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
 
-NAMES = ("mnist",)
+NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
 _ROWS = 1000  # examples read at once
 
 

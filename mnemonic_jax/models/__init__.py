@@ -10,6 +10,9 @@ import numpy as np
 from flax import nnx
 
 from mnemonic_jax.models.mlp import MLP
+from mnemonic_jax.models.resnet import ResNet
+from mnemonic_jax.models.swin import Swin
+from mnemonic_jax.models.vit import ViT
 
 PyTree = Any
 
@@ -21,12 +24,15 @@ class Model(NamedTuple):
     init: key -> (params, model_state); params may be perturbed, model_state holds the rest (running statistics).
     apply: (params, model_state, inputs, train) -> (logits, model_state).
     features: (params, model_state, inputs) -> (N, F), what the last layer sees, in evaluation mode.
+    stages: (params, model_state, inputs) -> the output of each stage by name, (N, ..., F), in evaluation mode, and
+      "features" (N, F). Under jit, a stage that nobody reads costs nothing.
     head: keys of the last layer in params.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
   apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
   features: Callable[[PyTree, PyTree, jax.Array], jax.Array]
+  stages: Callable[[PyTree, PyTree, jax.Array], dict[str, jax.Array]]
   head: tuple[str, ...]
 
   def logits_fn(self, model_state: PyTree) -> Callable[[PyTree, jax.Array], jax.Array]:
@@ -34,19 +40,68 @@ class Model(NamedTuple):
     return lambda params, inputs: self.apply(params, model_state, inputs, False)[0]
 
 
-def make(name: str, *, shape: Sequence[int], num_classes: int, hidden: int) -> Model:
-  """Make the model `name` for inputs of `shape`.
+_RESNETS: dict[str, dict[str, Any]] = {
+  "resnet10_small": {"depths": (1, 1, 1, 1), "small_stem": True},
+  "resnet18_small": {"depths": (2, 2, 2, 2), "small_stem": True},
+  "resnet18": {"depths": (2, 2, 2, 2)},
+  "resnet50": {"depths": (3, 4, 6, 3), "bottleneck": True},
+  "resnext50_32x4d": {"depths": (3, 4, 6, 3), "bottleneck": True, "groups": 32, "group_width": 4},
+}
+_VITS = {f"vit_{size}16": size for size in ("ti", "s", "b", "l")}
+NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
+
+
+def make(
+  name: str,
+  *,
+  shape: Sequence[int],
+  num_classes: int,
+  hidden: int = 1000,
+  width: int = 64,
+  pool: str = "token",
+  scan: bool = False,
+  remat: bool = False,
+  dtype: Any = None,
+) -> Model:
+  """Make the model `name` of `NAMES` for inputs of `shape`; an option that it does not have is ignored.
+
+  Args:
+    name: "mlp" (one hidden layer), a ResNet ("_small": 3x3 stem, for pictures of 32 x 32), "vit_b16"..., "swin_t".
+    shape: of one input, (H, W, C); of any rank for the MLP.
+    hidden: units of the MLP.
+    width: channels of a ResNet's first stage.
+    pool: "token" or "mean", what a ViT's head reads.
+    scan: a ViT's blocks are one, with params stacked along a leading axis (`layer_axis` 0 of "blocks").
+    remat: a transformer's blocks compute their inner values again in the backward pass.
+    dtype: to compute in, bfloat16 for example; params and running statistics are float32.
+
+  Raises:
+    ValueError: an unknown name, or a shape that the model cannot take.
 
   >>> params, _ = make("mlp", shape=(8, 8, 1), num_classes=10, hidden=16).init(jax.random.key(0))
   >>> jax.tree.map(lambda leaf: leaf.shape, params)
   {'hidden': {'bias': (16,), 'kernel': (64, 16)}, 'output': {'bias': (10,), 'kernel': (16, 10)}}
   """
-  makers = {"mlp": lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs)}
-  return functional(makers[name], head=("output",))
+  if name == "mlp":
+    return functional(lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs), head=("output",))
+  if name not in NAMES:
+    raise ValueError(f"model.name: got {name!r}; expected one of {', '.join(NAMES)}.")
+  if len(shape) != 3:
+    raise ValueError(f"shape: got {tuple(shape)}; {name} expects (height, width, channels).")
+  *image, channels = shape
+  settings = {"channels": channels, "dtype": dtype}
+  if name in _RESNETS:
+    made = _RESNETS[name] | settings
+    return functional(lambda rngs: ResNet(num_classes=num_classes, width=width, **made, rngs=rngs), head=("head",))
+  settings |= {"image": tuple(image), "remat": remat}
+  if name in _VITS:
+    settings |= {"pool": pool, "scan": scan}
+    return functional(lambda rngs: ViT(_VITS[name], num_classes, **settings, rngs=rngs), head=("head",))
+  return functional(lambda rngs: Swin(num_classes, **settings, rngs=rngs), head=("head",))
 
 
 def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) -> Model:
-  """Turn an NNX module with methods `features` and `__call__` into a `Model`."""
+  """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`."""
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
 
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -72,7 +127,10 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) ->
   def features(params: PyTree, model_state: PyTree, inputs: jax.Array) -> jax.Array:
     return bound(params, model_state, False).features(inputs)
 
-  return Model(init, apply, features, head)
+  def stages(params: PyTree, model_state: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
+    return bound(params, model_state, False).stages(inputs)
+
+  return Model(init, apply, features, stages, head)
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:

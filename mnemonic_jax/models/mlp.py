@@ -26,6 +26,10 @@ class MLP(nnx.Module):
     self.hidden = _linear(num_inputs, hidden, rngs)
     self.output = _linear(hidden, num_classes, rngs)
 
+  def stages(self, inputs: jax.Array) -> dict[str, jax.Array]:
+    """Outputs by name: "features", the hidden activations."""
+    return {"features": self.features(inputs)}
+
   def features(self, inputs: jax.Array) -> jax.Array:
     """Hidden activations (N, hidden)."""
     return jax.nn.sigmoid(self.hidden(inputs.reshape(len(inputs), -1)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,7 +39,12 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
       f"train.batch_size: got {train.batch_size} for {len(dataset.train.labels)} training examples; expected at most that."
     )
   num_classes = len(dataset.class_names)
-  model = models.make(config.model.name, shape=dataset.shape, num_classes=num_classes, hidden=config.model.hidden)
+  settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
+  del settings["pretrained"], settings["new_head"]  # what training starts from
+  try:
+    model = models.make(**settings, shape=dataset.shape, num_classes=num_classes)
+  except ValueError as error:
+    raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
   params_key, codes_key, train_key = jax.random.split(jax.random.key(train.seed, impl=prng_impl), 3)
   params, model_state = model.init(params_key)
   codes = codes_stage.make_codes(

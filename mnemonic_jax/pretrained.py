@@ -1,0 +1,256 @@
+"""Pretrained weights from local files: safetensors of torchvision and timm models, and the AugReg ViTs' .npz."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+
+from mnemonic_jax.errors import MnemonicError
+
+PyTree = Any
+Reader = Callable[[], np.ndarray]
+
+_SHOWN = 3  # names in an error message
+
+
+class _Source(NamedTuple):
+  """How one library names the arrays of one family of models."""
+
+  marker: str  # a name that only its files hold
+  rules: tuple[tuple[str, Any], ...]  # regular expressions that turn its names into our dotted paths, in this order
+
+
+def _next(number: str) -> str:
+  return str(int(number) + 1)
+
+
+_BLOCK_OF_TORCH = (
+  (r"\.attn\.relative_position_bias_table$", ".position_bias"),
+  (r"\.(attn|self_attention)\.", ".attention."),
+  (r"\.(proj|out_proj)\.", ".out."),
+  (r"\.mlp\.(fc1|0|linear_1)\.", ".feed_forward.hidden."),
+  (r"\.mlp\.(fc2|3|linear_2)\.", ".feed_forward.out."),
+)
+_SOURCES: dict[str, tuple[_Source, ...]] = {
+  "resnet": (  # torchvision and timm
+    _Source(
+      "layer1.0.conv1.weight",
+      (
+        (r"^conv1\.", "stem."),
+        (r"^bn1\.", "stem_norm."),
+        (r"^layer(\d)\.(\d+)\.", lambda found: f"stage{found[1]}_block{_next(found[2])}."),
+        (r"\.bn(\d)\.", r".norm\1."),
+        (r"\.downsample\.0\.", ".shortcut."),
+        (r"\.downsample\.1\.", ".shortcut_norm."),
+        (r"^fc\.", "head."),
+      ),
+    ),
+  ),
+  "vit": (
+    _Source(  # timm
+      "blocks.0.attn.qkv.weight",
+      (
+        (r"^cls_token$", "class_token"),
+        (r"^pos_embed$", "positions"),
+        (r"^patch_embed\.proj\.", "patches."),
+        (r"^blocks\.(\d+)\.", lambda found: f"block{_next(found[1])}."),
+        *_BLOCK_OF_TORCH,
+      ),
+    ),
+    _Source(  # torchvision
+      "encoder.layers.encoder_layer_0.self_attention.in_proj_weight",
+      (
+        (r"^encoder\.pos_embedding$", "positions"),
+        (r"^conv_proj\.", "patches."),
+        (r"^encoder\.layers\.encoder_layer_(\d+)\.", lambda found: f"block{_next(found[1])}."),
+        (r"\.ln_(\d)\.", r".norm\1."),
+        (r"\.in_proj_(weight|bias)$", r".qkv.\1"),
+        (r"^encoder\.ln\.", "norm."),
+        (r"^heads\.head\.", "head."),
+        *_BLOCK_OF_TORCH,
+      ),
+    ),
+    _Source(  # AugReg, of the reference implementation in JAX
+      "Transformer/encoder_norm/scale",
+      (
+        (r"/", "."),
+        (r"^cls$", "class_token"),
+        (r"^embedding\.", "patches."),
+        (r"^Transformer\.posembed_input\.pos_embedding$", "positions"),
+        (r"^Transformer\.encoder_norm\.", "norm."),
+        (r"^Transformer\.encoderblock_(\d+)\.", lambda found: f"block{_next(found[1])}."),
+        (r"\.LayerNorm_0\.", ".norm1."),
+        (r"\.LayerNorm_2\.", ".norm2."),
+        (r"\.MultiHeadDotProductAttention_1\.", ".attention."),
+        (r"\.MlpBlock_3\.Dense_0\.", ".feed_forward.hidden."),
+        (r"\.MlpBlock_3\.Dense_1\.", ".feed_forward.out."),
+      ),
+    ),
+  ),
+  "swin": (
+    _Source(  # timm
+      "layers.0.blocks.0.attn.relative_position_bias_table",
+      (
+        (r"^patch_embed\.proj\.", "patches."),
+        (r"^patch_embed\.norm\.", "patches_norm."),
+        (r"^layers\.(\d)\.blocks\.(\d+)\.", lambda found: f"stage{_next(found[1])}_block{_next(found[2])}."),
+        (r"^layers\.(\d)\.downsample\.norm\.", lambda found: f"stage{_next(found[1])}_norm."),
+        (r"^layers\.(\d)\.downsample\.reduction\.", lambda found: f"stage{_next(found[1])}_merge."),
+        (r"^head\.fc\.", "head."),
+        *_BLOCK_OF_TORCH,
+      ),
+    ),
+    _Source(  # torchvision
+      "features.1.0.attn.relative_position_bias_table",
+      (
+        (r"^features\.0\.0\.", "patches."),
+        (r"^features\.0\.2\.", "patches_norm."),
+        (r"^features\.(\d)\.(\d+)\.", lambda found: f"stage{int(found[1]) // 2 + 1}_block{_next(found[2])}."),
+        (r"^features\.(\d)\.norm\.", lambda found: f"stage{int(found[1]) // 2 + 1}_norm."),
+        (r"^features\.(\d)\.reduction\.", lambda found: f"stage{int(found[1]) // 2 + 1}_merge."),
+        *_BLOCK_OF_TORCH,
+      ),
+    ),
+  ),
+}
+# Of torch's names: buffers that our models compute, or do without.
+_BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|attn_mask|relative_coords_table)$")
+
+
+def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTree, *, new_head: bool = False) -> Any:
+  """Fill params and running statistics with the weights in a file.
+
+  Args:
+    file: safetensors as torchvision's or timm's state dict, or an AugReg .npz. Pickled files are refused.
+    name: of the model, as `models.make` takes it.
+    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them.
+    new_head: leave the head as it is in `params`, for a data set with other classes.
+
+  Returns:
+    (params, model_state), same structure, shapes and dtypes, read one array at a time.
+
+  Raises:
+    MnemonicError: no such file, a damaged one, or one of another architecture, head or picture size; it names the array.
+  """
+  family = "resnet" if name.startswith(("resnet", "resnext")) else name.split("_")[0]
+  with _opened(pathlib.Path(file)) as arrays:
+    source = next((s for s in _SOURCES.get(family, ()) if s.marker in arrays), None)
+    if source is None:
+      raise MnemonicError(
+        f"{file}: holds no {name} that is known here: expected one of the arrays "
+        f"{', '.join(s.marker for s in _SOURCES.get(family, ())) or '(none for this model)'}; found {_few(arrays)}."
+      )
+    named = _renamed(arrays, source)
+    used: set[str] = set()
+
+    def fill(path: Any, leaf: Any) -> Any:
+      keys = tuple(str(key.key) for key in path)
+      if new_head and keys[0] == "head":
+        return leaf
+      ours = ".".join(keys)
+      reader = named.get(ours)
+      if reader is None:
+        raise MnemonicError(
+          f"{file}: has no array for {ours} {tuple(leaf.shape)} of {name}; it is another architecture."
+        )
+      used.add(ours)
+      value = reader()
+      if value.shape != leaf.shape:
+        raise MnemonicError(
+          f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {tuple(leaf.shape)}."
+          + (" Pass model.new_head to start with a head of your own." if keys[0] == "head" else "")
+        )
+      return jax.numpy.asarray(value, leaf.dtype)
+
+    filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
+    left = [ours for ours in named if ours not in used and not (new_head and ours.startswith("head."))]
+    if left:
+      raise MnemonicError(
+        f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."
+      )
+  return filled
+
+
+def _renamed(arrays: Mapping[str, Reader], source: _Source) -> dict[str, Reader]:
+  """Our dotted path -> reader in our layout."""
+  named: dict[str, Reader] = {}
+  parts: dict[str, dict[str, Reader]] = {}  # AugReg keeps queries, keys and values apart
+  for theirs, reader in arrays.items():
+    if _BUFFERS.search(theirs):
+      continue
+    ours = theirs
+    for pattern, replacement in source.rules:
+      ours = re.sub(pattern, replacement, ours)
+    if "/" in theirs:
+      found = re.match(r"(.*\.attention)\.(query|key|value)\.(kernel|bias)$", ours)
+      if found:
+        parts.setdefault(f"{found[1]}.qkv.{found[3]}", {})[found[2]] = reader
+      else:
+        named[ours] = partial(_joined_heads, reader, ours)
+      continue
+    stem, _, last = ours.rpartition(".")
+    if last in ("running_mean", "running_var"):
+      named[f"{stem}.{last.removeprefix('running_')}"] = reader
+    elif last == "weight":
+      is_norm = re.search(r"norm\d?$", stem)
+      named[f"{stem}.{'scale' if is_norm else 'kernel'}"] = partial(_outputs_last, reader)
+    else:
+      named[ours] = reader
+  for ours, three in parts.items():
+    if set(three) == {"query", "key", "value"}:
+      named[ours] = partial(_joined_parts, [three[part] for part in ("query", "key", "value")])
+  return named
+
+
+def _outputs_last(read: Reader) -> np.ndarray:
+  """torch's (out, in, *window) -> (*window, in, out)."""
+  weight = read()
+  return weight if weight.ndim < 2 else np.ascontiguousarray(np.moveaxis(weight, (0, 1), (-1, -2)))
+
+
+def _joined_parts(parts: Sequence[Reader]) -> np.ndarray:
+  """Each (F, heads, F / heads) or (heads, F / heads) -> (F, 3 F) or (3 F,)."""
+  arrays = [read() for read in parts]
+  return np.concatenate([x.reshape(*x.shape[:-2], -1) for x in arrays], axis=-1)
+
+
+def _joined_heads(read: Reader, ours: str) -> np.ndarray:
+  """The projection after attention comes as (heads, F / heads, F)."""
+  x = read()
+  return x.reshape(-1, x.shape[-1]) if ours.endswith("attention.out.kernel") and x.ndim == 3 else x
+
+
+@contextmanager
+def _opened(path: pathlib.Path) -> Iterator[Mapping[str, Reader]]:
+  """Name -> reader of each array in a file; nothing is read before it is asked for, and nothing is unpickled."""
+  if not path.is_file():
+    raise MnemonicError(f"{path}: no such file. model.pretrained takes a local .safetensors or .npz file.")
+  try:
+    if path.suffix == ".npz":
+      with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+        yield {name: partial(arrays.__getitem__, name) for name in arrays.files}
+    elif path.suffix == ".safetensors":
+      with safetensors.safe_open(path, framework="numpy") as arrays:
+        yield {name: partial(arrays.get_tensor, name) for name in arrays.keys()}  # noqa: SIM118
+    else:
+      raise MnemonicError(
+        f"{path}: is neither .safetensors nor .npz. Other files may run code when they are read; in PyTorch, save with "
+        "safetensors.torch.save_file(model.state_dict(), FILE)."
+      )
+  except MnemonicError:
+    raise
+  except Exception as error:  # zipfile, zlib, struct, numpy and safetensors raise many kinds for damaged files
+    raise MnemonicError(f"{path}: cannot be read, it is damaged or no such file: {error}") from error
+
+
+def _few(names: Iterable[str]) -> str:
+  names = list(names)
+  return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

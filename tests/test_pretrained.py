@@ -1,0 +1,196 @@
+"""Weights of torchvision and timm models, made at random, saved, imported: the same logits; other files are refused."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import pickle
+import re
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from mnemonic_jax import models, pretrained
+from mnemonic_jax.errors import MnemonicError
+
+try:
+  import torch
+except ImportError:
+  torch = None
+IMAGE = (224, 224, 3)
+
+# (our name, library, its name)
+MODELS = [
+  ("resnet18", "torchvision", "resnet18"),
+  ("resnet18", "timm", "resnet18"),
+  ("resnet50", "torchvision", "resnet50"),
+  ("resnext50_32x4d", "timm", "resnext50_32x4d"),
+  ("vit_ti16", "timm", "vit_tiny_patch16_224"),
+  ("vit_s16", "timm", "vit_small_patch16_224"),
+  ("vit_b16", "torchvision", "vit_b_16"),
+  ("swin_t", "timm", "swin_tiny_patch4_window7_224"),
+  ("swin_t", "torchvision", "swin_t"),
+]
+
+
+@cache
+def library(name: str) -> Any:
+  """torchvision or timm; torchvision's wheel for CUDA misses two operations beside a torch for CPU."""
+  declared = torch.library.Library("torchvision", "FRAGMENT")
+  for operation in ("nms", "qnms"):
+    with contextlib.suppress(RuntimeError):  # torchvision brought its own
+      declared.define(f"{operation}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+  return pytest.importorskip(name, reason="needs the torch extra")
+
+
+def build(where: str, name: str) -> Any:
+  torch.manual_seed(0)
+  module = library(where)
+  model = module.create_model(name) if where == "timm" else getattr(module.models, name)(weights=None)
+  with torch.no_grad():
+    for parameter in model.parameters():  # biases and class tokens are zero, scales one, until they are trained
+      parameter.add_(0.02 * torch.randn_like(parameter))
+    for key, buffer in model.named_buffers():
+      if key.endswith(("running_mean", "running_var")):
+        buffer.add_(0.1 * torch.rand_like(buffer))
+  return model.eval()
+
+
+def template(name: str, classes: int = 1000) -> tuple[models.Model, Any, Any]:
+  model = models.make(name, shape=IMAGE, num_classes=classes)
+  return model, *jax.eval_shape(model.init, jax.random.key(0))
+
+
+@pytest.mark.skipif(torch is None, reason="needs the torch extra")
+@pytest.mark.parametrize(("name", "where", "theirs"), MODELS, ids=[f"{m[1]}-{m[2]}" for m in MODELS])
+def test_logits_agree(name, where, theirs, tmp_path):
+  reference = build(where, theirs)
+  save_file({key: value.numpy() for key, value in reference.state_dict().items()}, tmp_path / "model.safetensors")
+  model, *trees = template(name)
+  params, model_state = pretrained.load(tmp_path / "model.safetensors", name, *trees)
+  images = np.random.default_rng(0).normal(size=(2, *IMAGE)).astype(np.float32)
+  with torch.no_grad():
+    wanted = reference(torch.from_numpy(images.transpose(0, 3, 1, 2))).numpy()
+  logits = jax.jit(model.logits_fn(model_state))(params, images)
+  assert np.std(wanted) > 0.05 and np.std(wanted[0] - wanted[1]) > 1e-3
+  np.testing.assert_allclose(logits, wanted, atol=1e-4 * max(1.0, np.abs(wanted).max()))
+
+
+def as_augreg(params: dict) -> dict[str, np.ndarray]:
+  """Our ViT's params under the names and shapes of an AugReg file."""
+  heads, arrays = 3, {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    keys, value = [key.key for key in path], np.asarray(leaf)
+    name = "/".join(keys)
+    for pattern, replacement in (
+      (r"^class_token$", "cls"),
+      (r"^positions$", "Transformer/posembed_input/pos_embedding"),
+      (r"^patches/", "embedding/"),
+      (r"^norm/", "Transformer/encoder_norm/"),
+      (r"^block(\d+)/", lambda found: f"Transformer/encoderblock_{int(found[1]) - 1}/"),
+      (r"/norm1/", "/LayerNorm_0/"),
+      (r"/norm2/", "/LayerNorm_2/"),
+      (r"/feed_forward/hidden/", "/MlpBlock_3/Dense_0/"),
+      (r"/feed_forward/out/", "/MlpBlock_3/Dense_1/"),
+      (r"/attention/", "/MultiHeadDotProductAttention_1/"),
+    ):
+      name = re.sub(pattern, replacement, name)
+    if "/qkv/" in name:
+      for part, piece in zip(("query", "key", "value"), np.split(value, 3, axis=-1), strict=True):
+        arrays[name.replace("/qkv/", f"/{part}/")] = piece.reshape(*piece.shape[:-1], heads, -1)
+    else:
+      arrays[name] = value.reshape(heads, -1, value.shape[-1]) if name.endswith("_1/out/kernel") else value
+  return arrays
+
+
+@pytest.fixture(scope="module")
+def small_vit() -> tuple[models.Model, dict, dict]:
+  model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5)
+  return model, *model.init(jax.random.key(0))
+
+
+def test_an_augreg_file_gives_every_param_back(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  np.savez(tmp_path / "augreg.npz", **as_augreg(params))
+  blank = jax.tree.map(lambda x: np.zeros_like(x), params)
+  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", blank, model_state)
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
+def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  np.savez(tmp_path / "augreg.npz", **as_augreg(params))
+  _, other, _ = template_for(7)
+  with pytest.raises(MnemonicError, match=r"head\.bias has shape \(5,\) there; .* expects \(7,\).*new_head"):
+    pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state)
+  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state, new_head=True)
+  np.testing.assert_array_equal(read["head"]["kernel"], other["head"]["kernel"])
+  np.testing.assert_array_equal(read["norm"]["scale"], params["norm"]["scale"])
+
+
+def template_for(classes: int) -> tuple[models.Model, dict, dict]:
+  model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=classes)
+  return model, *model.init(jax.random.key(1))
+
+
+def refusal(file: pathlib.Path, name: str, tree: tuple[Any, Any]) -> str:
+  with pytest.raises(MnemonicError) as caught:
+    pretrained.load(file, name, *tree)
+  message = str(caught.value)
+  assert str(file) in message and len(message) < 600
+  return message
+
+
+def test_other_architectures_are_refused_by_name(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  file = tmp_path / "augreg.npz"
+  np.savez(file, **as_augreg(params))
+  assert "holds no resnet18" in refusal(file, "resnet18", template("resnet18")[1:])
+  arrays = as_augreg(params)
+  np.savez(file, **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name})
+  assert "no array for block12." in refusal(file, "vit_ti16", (params, model_state))
+  np.savez(file, **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)})
+  assert "no place for: block13.norm1.bias" in refusal(file, "vit_ti16", (params, model_state))
+
+
+def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  trees = params, model_state
+  assert "no such file" in refusal(tmp_path / "none.safetensors", "vit_ti16", trees)
+  whole = tmp_path / "whole.safetensors"
+  save_file({name: np.zeros(3, np.float32) for name in ("a", "blocks.0.attn.qkv.weight")}, whole)
+  cut = tmp_path / "cut.safetensors"
+  cut.write_bytes(whole.read_bytes()[:-5])
+  assert "cannot be read" in refusal(cut, "vit_ti16", trees)
+  bomb = tmp_path / "bomb.safetensors"
+  bomb.write_bytes((2**60).to_bytes(8, "little") + b"{}")
+  assert "cannot be read" in refusal(bomb, "vit_ti16", trees)
+  outside = tmp_path / "outside.safetensors"
+  header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}'
+  outside.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+  assert "cannot be read" in refusal(outside, "vit_ti16", trees)
+  np.savez(tmp_path / "whole.npz", **as_augreg(params))
+  cut = tmp_path / "cut.npz"
+  cut.write_bytes((tmp_path / "whole.npz").read_bytes()[:1000])
+  assert "cannot be read" in refusal(cut, "vit_ti16", trees)
+
+
+class Trap:
+  sprung = False
+
+  def __reduce__(self):
+    return (setattr, (Trap, "sprung", True))
+
+
+def test_nothing_is_unpickled(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  arrays = as_augreg(params) | {"cls": np.array([Trap()], dtype=object)}
+  np.savez(tmp_path / "pickled.npz", **arrays)
+  assert "cannot be read" in refusal(tmp_path / "pickled.npz", "vit_ti16", (params, model_state))
+  (tmp_path / "model.pth").write_bytes(pickle.dumps(Trap()))
+  assert "neither .safetensors nor .npz" in refusal(tmp_path / "model.pth", "vit_ti16", (params, model_state))
+  assert not Trap.sprung
