@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mnemonic_jax import models
+from mnemonic_jax.models import resnet, vit
 
 
 @pytest.fixture(scope="module")
@@ -115,72 +116,83 @@ def test_published_sizes(name, size, published):
   features = stages.pop("features")
   assert features.shape[0] == 2 and features.ndim == 2
   assert len(stages) >= 5 and all(stage.shape[0] == 2 and stage.ndim > 2 for stage in stages.values())
-  assert jax.eval_shape(model.logits_fn(model_state), params, images).shape == (2, 1000)
+  logits, _ = jax.eval_shape(lambda *arguments: model.apply(*arguments, False), params, model_state, images)
+  assert logits.shape == (2, 1000)
 
 
-def make_vit(**options) -> models.Model:
-  return models.make("vit_ti16", shape=(32, 32, 3), num_classes=4, **options)
+@pytest.fixture
+def make_vit(monkeypatch):
+  """A ViT of two narrow blocks."""
+  monkeypatch.setitem(vit.SIZES, "ti", (12, 2, 3))
+  return lambda **options: models.make("vit_ti16", shape=(32, 32, 3), num_classes=4, **options)
+
+
+def make_resnet(dtype=None) -> models.Model:
+  make = lambda rngs: resnet.ResNet((1, 1), 4, width=4, small_stem=True, dtype=dtype, rngs=rngs)
+  return models.functional(make, head=("head",))
 
 
 def pictures() -> jax.Array:
   return jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 
 
-def test_scanned_blocks_are_the_same_blocks_stacked():
+def test_scanned_blocks_are_the_same_blocks_stacked(make_vit):
   plain, scanned = make_vit(), make_vit(scan=True)
   params, _ = plain.init(jax.random.key(0))
-  blocks = [params[f"block{index}"] for index in range(1, 13)]
-  rest = {name: value for name, value in params.items() if not name.startswith("block")}
+  blocks = [params["block1"], params["block2"]]
+  rest = {name: value for name, value in params.items() if name not in ("block1", "block2")}
   stacked = rest | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), *blocks)}
   chex.assert_trees_all_equal(scanned.init(jax.random.key(0))[0], stacked)
-  chex.assert_trees_all_close(
-    scanned.stages(stacked, {}, pictures()), plain.stages(params, {}, pictures()), rtol=1e-4, atol=1e-5
-  )
+  stages = lambda model, params: jax.jit(model.stages)(params, {}, pictures())
+  chex.assert_trees_all_close(stages(scanned, stacked), stages(plain, params), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scan", [False, True])
-def test_remat_changes_no_gradient_and_computes_again(scan):
+def test_remat_changes_no_gradient_and_computes_again(make_vit, scan):
   plain, again = make_vit(scan=scan), make_vit(scan=scan, remat=True)
   params, _ = plain.init(jax.random.key(0))
-  gradient = lambda model: jax.grad(lambda params: jnp.sum(model.logits_fn({})(params, pictures()) ** 2))
+  gradient = lambda model: jax.jit(jax.grad(lambda params: jnp.sum(model.logits_fn({})(params, pictures()) ** 2)))
   chex.assert_trees_all_close(gradient(again)(params), gradient(plain)(params), rtol=1e-4, atol=1e-5)
   assert "remat" in str(jax.make_jaxpr(gradient(again))(params))
   assert "remat" not in str(jax.make_jaxpr(gradient(plain))(params))
 
 
-def test_mean_pooling_has_no_class_token():
+def test_mean_pooling_has_no_class_token(make_vit):
   model = make_vit(pool="mean")
   params, _ = model.init(jax.random.key(0))
-  assert "class_token" not in params and params["positions"].shape == (1, 4, 192)
-  stages = model.stages(params, {}, pictures())
-  assert stages["block12"].shape == (2, 4, 192)
+  assert "class_token" not in params and params["positions"].shape == (1, 4, 12)
+  assert make_vit().init(jax.random.key(0))[0]["positions"].shape == (1, 5, 12)
+  stages = jax.jit(model.stages)(params, {}, pictures())
+  last = stages["block2"]
+  normed = (last - last.mean(-1, keepdims=True)) / jnp.sqrt(last.var(-1, keepdims=True) + 1e-6)
+  np.testing.assert_allclose(stages["features"], normed.mean(1), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["resnet10_small", "vit_ti16"])
-def test_bfloat16_computes_in_it_and_keeps_params_in_float32(name):
-  make = lambda dtype: models.make(name, shape=(32, 32, 3), num_classes=4, width=8, dtype=dtype)
-  half, full = make(jnp.bfloat16), make(jnp.float32)
+@pytest.mark.parametrize("name", ["resnet", "vit"])
+def test_bfloat16_computes_in_it_and_keeps_params_in_float32(make_vit, name):
+  half, full = (
+    make_resnet(dtype) if name == "resnet" else make_vit(dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)
+  )
   params, model_state = half.init(jax.random.key(0))
   assert {leaf.dtype for leaf in jax.tree.leaves((params, model_state))} == {jnp.dtype(jnp.float32)}
-  assert half.stages(params, model_state, pictures())["features"].dtype == jnp.bfloat16
-  logits = half.logits_fn(model_state)(params, pictures())
+  assert jax.jit(half.stages)(params, model_state, pictures())["features"].dtype == jnp.bfloat16
+  logits, wanted = (jax.jit(model.logits_fn(model_state))(params, pictures()) for model in (half, full))
   assert logits.dtype == jnp.float32
-  np.testing.assert_allclose(logits, full.logits_fn(model_state)(params, pictures()), atol=0.1)
+  np.testing.assert_allclose(logits, wanted, atol=0.1)
 
 
 def test_training_mode_moves_the_running_statistics_alone():
-  model = models.make("resnet10_small", shape=(8, 8, 1), num_classes=3, width=4)
+  model = make_resnet()
   params, model_state = model.init(jax.random.key(0))
-  inputs = 3 + 2 * jax.random.normal(jax.random.key(1), (64, 8, 8, 1))
-  _, moved = model.apply(params, model_state, inputs, True)
-  _, same = model.apply(params, model_state, inputs, False)
+  inputs = 3 + 2 * jax.random.normal(jax.random.key(1), (64, 8, 8, 3))
+  apply = jax.jit(model.apply, static_argnums=3)
+  _, moved = apply(params, model_state, inputs, True)
+  _, same = apply(params, model_state, inputs, False)
   chex.assert_trees_all_equal(same, model_state)
-  stem = np.asarray(
-    jax.lax.conv_general_dilated(
-      inputs, params["stem"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
+  stem = jax.lax.conv_general_dilated(
+    inputs, params["stem"]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
   )
-  wanted = 0.1 * stem.mean((0, 1, 2))  # from 0, with momentum 0.9
+  wanted = 0.1 * np.asarray(stem).mean((0, 1, 2))  # from 0, with momentum 0.9
   np.testing.assert_allclose(moved["stem_norm"]["mean"], wanted, rtol=1e-4, atol=1e-5)
 
 

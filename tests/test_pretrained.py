@@ -12,9 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from running import call
 from safetensors.numpy import save_file
 
 from mnemonic_jax import models, pretrained
+from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.errors import MnemonicError
 
 try:
@@ -194,3 +196,39 @@ def test_nothing_is_unpickled(small_vit, tmp_path):
   (tmp_path / "model.pth").write_bytes(pickle.dumps(Trap()))
   assert "neither .safetensors nor .npz" in refusal(tmp_path / "model.pth", "vit_ti16", (params, model_state))
   assert not Trap.sprung
+
+
+def as_torch(width: int, classes: int) -> dict[str, np.ndarray]:
+  """The state dict of a ResNet of one block for pictures of one channel, with a 3x3 stem."""
+  draw = np.random.default_rng(0).normal
+  arrays = {"conv1.weight": draw(size=(width, 1, 3, 3))}
+  arrays |= {f"layer1.0.conv{index}.weight": draw(size=(width, width, 3, 3)) for index in (1, 2)}
+  for norm in ("bn1", "layer1.0.bn1", "layer1.0.bn2"):
+    arrays |= {f"{norm}.{name}": draw(size=width) for name in ("weight", "bias", "running_mean")}
+    arrays |= {f"{norm}.running_var": 1 + draw(size=width) ** 2, f"{norm}.num_batches_tracked": np.array(7)}
+  arrays |= {"fc.weight": draw(size=(classes, width)), "fc.bias": draw(size=classes)}
+  return {name: x.astype(np.float32) if x.dtype == float else x for name, x in arrays.items()}
+
+
+def test_training_starts_from_a_file(tmp_path, monkeypatch):
+  monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
+  file, arrays = tmp_path / "model.safetensors", as_torch(4, 10)
+  save_file(arrays, file)
+  still = ("--train.learning_rate", 0, "--train.epochs", 1, "--model.name", "resnet10_small", "--model.width", 4)
+
+  def trained(run: str, *more: object) -> dict:
+    outcome = call("train", "digits", "--out", tmp_path / run, *still, "--model.pretrained", file, *more, "--json")
+    assert outcome.json["epochs"] == 1
+    with Checkpoints(tmp_path / run / "checkpoints", create=False) as checkpoints:
+      return checkpoints.restore_any()["params"]
+
+  params = trained("whole")
+  np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
+  np.testing.assert_array_equal(params["stage1_block1"]["norm2"]["scale"], arrays["layer1.0.bn2.weight"])
+  np.testing.assert_array_equal(params["head"]["kernel"], arrays["fc.weight"].T)
+  save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
+  refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
+  assert "head.bias has shape (3,) there" in refused.refusal()
+  params = trained("new head", "--model.new_head", "true")
+  np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
+  assert params["head"]["kernel"].shape == (4, 10)

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from running import FORGET_KEYS, TINY, call, snapshot
 
+from mnemonic_jax import models
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import Interrupted, MnemonicError
@@ -226,12 +227,12 @@ def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same
   assert (run / "checkpoints" / str(44 * epoch)).is_dir()
 
 
-CONVNET = tuple(
-  "--model.name resnet10_small --model.width 4 --train.batch_size 128 --train.epochs 2 --data.augment crop_flip".split()
-)
+CONVNET = ("--model.name", "resnet10_small", "--model.width", "4", "--data.augment", "crop_flip")
+CONVNET = (*CONVNET, "--train.batch_size", "128", "--train.epochs", "2")
 
 
 def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
+  monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1, 1), "small_stem": True})
   whole = call("train", "digits", "--out", tmp_path / "whole", *CONVNET, "--json").json
   real, calls = Progress.update, []
 

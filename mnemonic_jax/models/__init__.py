@@ -104,6 +104,7 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) ->
   """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`."""
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
 
+  @jax.jit
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
     _, params, model_state = _split(make_module(nnx.Rngs(key)))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
