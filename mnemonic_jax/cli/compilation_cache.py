@@ -35,7 +35,9 @@ def enable() -> None:
   except OSError:
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  jax.config.update(
+    "jax_persistent_cache_min_compile_time_secs", 0.0
+  )  # small ones too: they are half of a warm request
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
   _start_afresh_on_errors(folder)
 

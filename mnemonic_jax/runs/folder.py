@@ -9,6 +9,7 @@ import pathlib
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -170,8 +171,17 @@ class RunFolder:
     except OSError as error:
       raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
     finally:
-      shutil.rmtree(temporary, ignore_errors=True)
+      _remove(temporary)
     return final
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Delete a folder, into which threads of a failed write may still be writing; what is left, the next forget sweeps."""
+  for _ in range(20):
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+      return
+    time.sleep(0.1)
 
 
 def versions() -> dict[str, str]:

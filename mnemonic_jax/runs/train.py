@@ -50,8 +50,9 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     run.rewind_metrics(int(state.step))
     step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate)
     stored_step = training.make_stored_step(step, dataset.preprocess, augmentation.NAMES[config.data.augment])
-    # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
-    stepwise = jax.default_backend() == "cpu" and config.model.name != "mlp"
+    # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call. A checkpoint from inside an
+    # epoch may have come from there.
+    stepwise = (jax.default_backend() == "cpu" and config.model.name != "mlp") or resumed_from % 1 > 0
     make = _steps_of_an_epoch if stepwise else _epoch_at_once
     run_epoch = make(stored_step, jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels), settings)
     started = time.perf_counter()
