@@ -183,6 +183,10 @@ def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | N
       raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
     section, _, key = field.partition(".")
     sections[section][key] = _checked(field, value, known[field])
+  if sections["model"].get("new_head") and not sections["model"].get("pretrained"):
+    raise UsageError(
+      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
+    )
   return Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -122,7 +122,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
   ),
 }
 # Of torch's names: buffers that our models compute, or do without.
-_BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|attn_mask|relative_coords_table)$")
+_BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|attn_mask)$")
 
 
 def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTree, *, new_head: bool = False) -> Any:
@@ -131,8 +131,9 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
   Args:
     file: safetensors as torchvision's or timm's state dict, or an AugReg .npz. Pickled files are refused.
     name: of the model, as `models.make` takes it.
-    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them.
-    new_head: leave the head as it is in `params`, for a data set with other classes.
+    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them, of a model whose blocks
+      are not scanned.
+    new_head: leave the head as it is in `params` (arrays), for a data set with other classes.
 
   Returns:
     (params, model_state), same structure, shapes and dtypes, read one array at a time.
@@ -229,26 +230,33 @@ def _joined_heads(read: Reader, ours: str) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Mapping[str, Reader]]:
+def _opened(path: pathlib.Path) -> Iterator[dict[str, Reader]]:
   """Name -> reader of each array in a file; nothing is read before it is asked for, and nothing is unpickled."""
   if not path.is_file():
     raise MnemonicError(f"{path}: no such file. model.pretrained takes a local .safetensors or .npz file.")
-  try:
+  if path.suffix not in (".npz", ".safetensors"):
+    raise MnemonicError(
+      f"{path}: is neither .safetensors nor .npz. Other files may run code when they are read; in PyTorch, save with "
+      "safetensors.torch.save_file(model.state_dict(), FILE)."
+    )
+
+  def guarded(read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+      return read(*arguments, **options)
+    except OSError as error:
+      raise MnemonicError(f"{path}: cannot be read: {error.strerror or error}.") from error
+    except Exception as error:  # zipfile, zlib, struct, numpy and safetensors raise many kinds for damaged files
+      raise MnemonicError(f"{path}: cannot be read, it is damaged: {error}") from error
+
+  with ExitStack() as stack:
     if path.suffix == ".npz":
-      with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-        yield {name: partial(arrays.__getitem__, name) for name in arrays.files}
-    elif path.suffix == ".safetensors":
-      with safetensors.safe_open(path, framework="numpy") as arrays:
-        yield {name: partial(arrays.get_tensor, name) for name in arrays.keys()}  # noqa: SIM118
+      file = stack.enter_context(guarded(open, path, "rb"))
+      arrays = stack.enter_context(guarded(np.load, file, allow_pickle=False))
+      names, read = arrays.files, arrays.__getitem__
     else:
-      raise MnemonicError(
-        f"{path}: is neither .safetensors nor .npz. Other files may run code when they are read; in PyTorch, save with "
-        "safetensors.torch.save_file(model.state_dict(), FILE)."
-      )
-  except MnemonicError:
-    raise
-  except Exception as error:  # zipfile, zlib, struct, numpy and safetensors raise many kinds for damaged files
-    raise MnemonicError(f"{path}: cannot be read, it is damaged or no such file: {error}") from error
+      arrays = stack.enter_context(guarded(safetensors.safe_open, path, framework="numpy"))
+      names, read = arrays.keys(), arrays.get_tensor
+    yield {name: partial(guarded, read, name) for name in names}
 
 
 def _few(names: Iterable[str]) -> str:

@@ -36,6 +36,14 @@ def test_one_class_needs_no_list_and_an_integer_is_a_number():
   assert type(config.train.learning_rate) is float
 
 
+def test_a_new_head_needs_a_file_to_leave_the_old_one_in():
+  assert configs.load("digits", {"model.pretrained": "file", "model.new_head": True}).model.new_head
+  with pytest.raises(UsageError, match=r"model\.new_head: got true without model\.pretrained"):
+    configs.load("digits", {"model.new_head": True})
+  with pytest.raises(UsageError, match=r"model\.new_head: got 'yes'; expected true or false"):
+    configs.load("digits", {"model.new_head": "yes"})
+
+
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     configs.load("digits").train.epochs = 3  # type: ignore[misc]

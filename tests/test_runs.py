@@ -239,7 +239,7 @@ def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeyp
   def update(self, *args, **values):
     real(self, *args, **values)
     calls.append(1)
-    if len(calls) == 14:  # the second epoch's third of 11 steps, behind the first epoch's own line
+    if len(calls) == 13:  # the second of 11 steps of the second epoch
       signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patched:

@@ -34,7 +34,8 @@ class Dataset:
 
   def preprocess(self, images: jax.Array) -> jax.Array:
     """Stored pixels to what the model sees, float32; traceable."""
-    return (images.astype(jnp.float32) / self.levels - jnp.asarray(self.mean)) / jnp.asarray(self.std)
+    mean, std = (jnp.asarray(values, jnp.float32) for values in (self.mean, self.std))
+    return (images.astype(jnp.float32) / self.levels - mean) / std
 
   @property
   def shape(self) -> tuple[int, ...]:

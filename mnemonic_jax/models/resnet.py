@@ -81,6 +81,8 @@ class ResNet(Staged):
     dtype: Any = None,
     rngs: nnx.Rngs,
   ):
+    if bottleneck and width * group_width % 64:
+      raise ValueError(f"width: got {width}; expected a multiple of {64 // group_width} for {groups} groups.")
     self.small_stem = small_stem
     size, stride = (3, 1) if small_stem else (7, 2)
     self.stem = _conv(channels, width, size, rngs, stride=stride, dtype=dtype)

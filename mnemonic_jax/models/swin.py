@@ -27,7 +27,7 @@ class _Block(nnx.Module):
     self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
     self.feed_forward = FeedForward(width, rngs, dtype=dtype)
     # One number per head and offset between two positions of a window.
-    self.position_bias = nnx.Param(transformer.kernel_init(rngs.params(), ((2 * window - 1) ** 2, heads)))
+    self.position_bias = nnx.Param(transformer.kernel_init(rngs.params(), ((2 * window - 1) ** 2, heads), jnp.float32))
 
   def __call__(self, x: jax.Array) -> jax.Array:
     shift, (height, width) = self.shift, x.shape[1:3]
@@ -52,7 +52,7 @@ class Swin(Staged):
   """Stages "patches" and "stage1" to "stage4", each (N, H, W, F); Swin-T is the default.
 
   Args:
-    image: height and width of a picture: after the patches of 4 and at every stage, multiples of the window.
+    image: height and width of a picture: equal, and multiples of the window after the patches of 4 and at every stage.
     remat: a block's inner values are computed again on the way back.
   """
 
@@ -71,8 +71,8 @@ class Swin(Staged):
     rngs: nnx.Rngs,
   ):
     smallest = 4 * 2 ** (len(depths) - 1) * window
-    if any(side % smallest for side in image):
-      raise ValueError(f"image: got {image}; expected multiples of {smallest}, a window of {window} at the last stage.")
+    if image[0] != image[1] or image[0] % smallest:
+      raise ValueError(f"image: got {image}; expected a square whose side is a multiple of {smallest}.")
     self.remat, self.depths = remat, tuple(depths)
     self.patches = nnx.Conv(channels, width, (4, 4), (4, 4), padding="VALID", dtype=dtype, rngs=rngs)
     self.patches_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)

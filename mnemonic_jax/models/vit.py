@@ -69,10 +69,10 @@ class ViT(Staged):
     )
     tokens = (image[0] // patch) * (image[1] // patch)
     if pool == "token":
-      self.class_token = nnx.Param(jnp.zeros((1, 1, width)))
+      self.class_token = nnx.Param(jnp.zeros((1, 1, width), jnp.float32))
       tokens += 1
     self.pool = pool
-    self.positions = nnx.Param(transformer.kernel_init(rngs.params(), (1, tokens, width)))
+    self.positions = nnx.Param(transformer.kernel_init(rngs.params(), (1, tokens, width), jnp.float32))
     make_block = lambda: _Block(width, heads, rngs, dtype=dtype)
     if scan:
       self.blocks = transformer.stack(make_block, self.depth)

@@ -12,7 +12,6 @@ import numpy as np
 
 from mnemonic_jax import pretrained, training
 from mnemonic_jax.checkpoints import Checkpoints
-from mnemonic_jax.config import TrainConfig
 from mnemonic_jax.data import Dataset, augmentation
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
@@ -50,18 +49,21 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     run.rewind_metrics(int(state.step))
     step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate)
     stored_step = training.make_stored_step(step, dataset.preprocess, augmentation.NAMES[config.data.augment])
-    # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call. A checkpoint from inside an
-    # epoch may have come from there.
-    stepwise = (jax.default_backend() == "cpu" and config.model.name != "mlp") or resumed_from % 1 > 0
-    make = _steps_of_an_epoch if stepwise else _epoch_at_once
-    run_epoch = make(stored_step, jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels), settings)
+    # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
+    stepwise = jax.default_backend() == "cpu" and config.model.name != "mlp"
+    examples = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
+    at_once = _epoch_at_once(stored_step, *examples, settings.batch_size)
+    one_by_one = _steps_of_an_epoch(stored_step, *examples, settings.batch_size)
     started = time.perf_counter()
     total, unit = (settings.epochs * steps, "steps") if stepwise else (settings.epochs, "epochs")
     initial = int(state.step) if stepwise else int(resumed_from)
     with signals.deferred() as stop, Progress("train", total, unit, initial) as progress:
       while int(state.step) < settings.epochs * steps:
         epoch_started, first = time.perf_counter(), int(state.step)
-        state, values = run_epoch(state, stop, progress)
+        if stepwise or first % steps:  # a checkpoint from inside an epoch may come from another machine
+          state, values = one_by_one(state, stop, progress if stepwise else None)
+        else:
+          state, values = at_once(state)
         seconds, last = time.perf_counter() - epoch_started, int(state.step)
         rate = (last - first) * settings.batch_size / seconds
         number, rest = divmod(last, steps)
@@ -76,7 +78,8 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
         whole = rest or number % settings.checkpoint_every == 0 or number == settings.epochs or bool(stop.signum)
         if whole:
           checkpoints.save(state, codes)
-        progress.update(0 if stepwise else 1, **values, images_per_second=rate)
+        if not stepwise:
+          progress.update(1, **values, images_per_second=rate)
         if whole:  # a signal that came since is for the next epoch, whose checkpoint it will find written
           stop.stop_if_asked(
             f"stopped after epoch {last / steps:.4g} of {settings.epochs}; the checkpoint is written. Resume with the "
@@ -101,12 +104,12 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
 
 
 def _epoch_at_once(
-  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, settings: TrainConfig
-) -> Callable[[TrainState, StopFlag, Progress], tuple[TrainState, dict[str, float]]]:
+  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, batch_size: int
+) -> Callable[[TrainState], tuple[TrainState, dict[str, float]]]:
   """Run a whole epoch in one call."""
-  epoch = training.make_epoch(stored_step, batch_size=settings.batch_size)
+  epoch = training.make_epoch(stored_step, batch_size=batch_size)
 
-  def run_epoch(state: TrainState, stop: StopFlag, progress: Progress) -> tuple[TrainState, dict[str, float]]:
+  def run_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
     state, metrics = epoch(state, images, labels)
     return state, {name: float(value) for name, value in metrics.items()}
 
@@ -114,20 +117,23 @@ def _epoch_at_once(
 
 
 def _steps_of_an_epoch(
-  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, settings: TrainConfig
-) -> Callable[[TrainState, StopFlag, Progress], tuple[TrainState, dict[str, float]]]:
+  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, batch_size: int
+) -> Callable[[TrainState, StopFlag, Progress | None], tuple[TrainState, dict[str, float]]]:
   """Run the rest of an epoch, a step a call; end early when a signal comes."""
   one_step = jax.jit(stored_step, donate_argnums=0)
 
-  def run_epoch(state: TrainState, stop: StopFlag, progress: Progress) -> tuple[TrainState, dict[str, float]]:
-    steps = len(images) // settings.batch_size
+  def run_epoch(state: TrainState, stop: StopFlag, progress: Progress | None) -> tuple[TrainState, dict[str, float]]:
+    steps = len(images) // batch_size
     number, done = divmod(int(state.step), steps)
-    rows = training.epoch_rows(state.key, number, len(images), settings.batch_size)
+    rows = training.epoch_rows(state.key, number, len(images), batch_size)
     seen: list[dict[str, float]] = []
+    started = time.perf_counter()
     for index in range(done, steps):
       state, metrics = one_step(state, images, labels, rows[index], number)
       seen.append({name: float(value) for name, value in metrics.items()})
-      progress.update(1, **seen[-1])
+      if progress is not None:
+        rate = len(seen) * batch_size / (time.perf_counter() - started)
+        progress.update(1, **seen[-1], images_per_second=rate)
       if stop.signum:
         break
     return state, {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
