@@ -7,6 +7,8 @@ import logging
 import os
 import pathlib
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -26,9 +28,9 @@ class Checkpoints:
   """The checkpoints of one run, by step: the latest two, each written beside and renamed when whole."""
 
   def __init__(self, folder: pathlib.Path, *, create: bool = True) -> None:
-    self._folder = folder
+    self._folder, self._newest = folder, 0
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=2, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=False
+      max_to_keep=2, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
     )
     try:
       self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
@@ -48,13 +50,28 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, state: TrainState, codes: jax.Array) -> None:
-    """Write the state at its step; returns when it is on disk. A step that is there already is left alone."""
+    """Begin to write the state at its step; a step that is there already is left alone.
+
+    Returns when the state is copied, so that it may be donated. What goes wrong later is raised by the next call of
+    `save` or `wait`.
+    """
     step = int(state.step)
     if self.latest_step() == step:
       return
-    try:
+    with self._write_errors(step):
       self._manager.save(step, args=ocp.args.StandardSave(_as_tree(state, codes)))
+    self._newest = step
+
+  def wait(self) -> None:
+    """Return when all that was begun is on disk."""
+    with self._write_errors(self._newest):
       self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  @contextmanager
+  def _write_errors(self, step: int) -> Iterator[None]:
+    try:
+      yield
     except (OSError, ValueError, RuntimeError) as error:
       raise MnemonicError(
         f"{self._folder}: cannot write the checkpoint of step {step}: {_first_line(error)} "

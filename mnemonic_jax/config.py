@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mnemonic_jax import models
+from mnemonic_jax import data, models
 from mnemonic_jax.data import augmentation, prepared
 from mnemonic_jax.errors import UsageError, nearest
 
@@ -19,12 +19,16 @@ from mnemonic_jax.errors import UsageError, nearest
 class DataConfig:
   """Which examples. `data_dir` is where prepared TFDS sets lie (else TFDS_DATA_DIR, else TFDS's own default).
 
-  `augment`: "crop" pads each picture by 4 pixels and cuts a random one of its size out; "crop_flip" also mirrors half.
+  `augment`: "crop" pads each picture by 4 pixels and cuts a random one of its size out; "resized_crop", for streamed sets,
+  a random part of 8 to 100 %; with "_flip" half of them are mirrored too. `side` is that of streamed pictures.
+  `normalization`: "dataset", by the set's own channels, or "half", to [-1, 1] as AugReg's ViTs expect.
   """
 
   name: str = "digits"
   data_dir: str = ""
   augment: str = "none"
+  side: int = 224
+  normalization: str = "dataset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +59,22 @@ class CodesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over all epochs)."""
+  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over the whole training).
+
+  `steps`, where it is not 0, says how long to train instead of `epochs`. `checkpoint_every` counts epochs; where steps are
+  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it.
+  """
 
   seed: int = 0
   epochs: int = 30
+  steps: int = 0
   batch_size: int = 128
   learning_rate: float = 0.01
   momentum: float = 0.9
   weight_decay: float = 5e-4
   schedule: str = "constant"
   checkpoint_every: int = 10
+  checkpoint_steps: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +89,13 @@ class ForgetConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-  """How it is computed; changes nothing beyond rounding. `microbatch` 0 chooses by memory."""
+  """How it is computed; changes nothing beyond rounding. `microbatch` 0 chooses by memory.
+
+  `workers` are the processes that decode streamed pictures; 0: threads of the one that trains.
+  """
 
   microbatch: int = 0
+  workers: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +115,7 @@ _SECTIONS: dict[str, Any] = {f.name: f.default.__class__ for f in dataclasses.fi
 _CHOICES = {
   "data.name": ("digits", *prepared.NAMES),
   "data.augment": tuple(augmentation.NAMES),
+  "data.normalization": data.NORMALIZATIONS,
   "model.name": models.NAMES,
   "model.pool": ("token", "mean"),
   "model.dtype": ("float32", "bfloat16"),
@@ -111,6 +126,7 @@ _CHOICES = {
 # Inclusive bounds of the numbers; every other number is at least 0.
 _BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0, 1), "train.seed": (0, 2**32 - 1)}
 _AT_LEAST_ONE = {
+  "data.side",
   "model.hidden",
   "model.width",
   "codes.per_class",

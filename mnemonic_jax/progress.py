@@ -16,15 +16,15 @@ class Progress:
   """A context manager that counts `total` units of work.
 
   On a terminal it is a tqdm bar. Elsewhere (a log file, CI) it prints a whole line every few seconds and one at the
-  end, so that logs stay readable.
+  end, so that logs stay readable. A `quiet` one shows nothing.
   """
 
-  def __init__(self, description: str, total: int, unit: str, initial: int = 0) -> None:
-    self._description, self._total, self._unit = description, total, unit
+  def __init__(self, description: str, total: int, unit: str, initial: int = 0, *, quiet: bool = False) -> None:
+    self._description, self._total, self._unit, self._quiet = description, total, unit, quiet
     self._done = self._initial = initial
     self._started = self._last_line = time.monotonic()
     self._bar: Any = None
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not quiet:
       self._bar = tqdm(desc=description, total=total, unit=unit, initial=initial, file=sys.stderr, dynamic_ncols=True)
 
   def __enter__(self) -> Progress:
@@ -43,6 +43,8 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(units)
+      return
+    if self._quiet:
       return
     now = time.monotonic()
     if self._done < self._total and now - self._last_line < _SECONDS_BETWEEN_LINES:

@@ -98,7 +98,7 @@ def make_train_step(
 
 
 # (state, images, labels, rows (B,), epoch) -> (state, metrics)
-StoredStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array, Any], tuple[TrainState, Metrics]]
+BatchStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array, Any], tuple[TrainState, Metrics]]
 
 
 def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -> jax.Array:
@@ -121,12 +121,12 @@ def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -
   return jax.random.permutation(order_key, num_examples)[: steps * batch_size].reshape(steps, batch_size)
 
 
-def make_stored_step(
+def make_batch_step(
   step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
   preprocess: Callable[[jax.Array], jax.Array],
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> StoredStep:
-  """Make the function that does one step on rows of a data set that lives on the device.
+) -> BatchStep:
+  """Make the function that does one step on a batch of stored images: augment, preprocess, step.
 
   Args:
     step: as `make_train_step` returns it.
@@ -135,23 +135,40 @@ def make_stored_step(
       epoch and the example's row alone, whatever the batch it is in.
 
   Returns:
-    stored_step(state, images, labels, rows (B,), epoch) -> (state, metrics), traceable.
+    batch_step(state, images (B, *shape), labels (B,), rows (B,), epoch) -> (state, metrics), traceable; `rows` are the
+    examples' places in the data set.
   """
 
-  def stored_step(
+  def batch_step(
     state: TrainState, images: jax.Array, labels: jax.Array, rows: jax.Array, epoch: Any
   ) -> tuple[TrainState, Metrics]:
-    batch = images[rows]
     if augment is not None:
       epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENTATION), epoch)
-      batch = augment(jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(rows), batch)
-    return step(state, preprocess(batch), labels[rows])
+      images = augment(jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(rows), images)
+    return step(state, preprocess(images), labels)
 
-  return stored_step
+  return batch_step
+
+
+def make_stored_step(
+  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
+  preprocess: Callable[[jax.Array], jax.Array],
+  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> BatchStep:
+  """Make the function that does one step on rows of a data set that lives on the device.
+
+  Args:
+    step, preprocess, augment: as `make_batch_step` takes them.
+
+  Returns:
+    stored_step(state, all images, all labels, rows (B,), epoch) -> (state, metrics), traceable.
+  """
+  batch_step = make_batch_step(step, preprocess, augment)
+  return lambda state, images, labels, rows, epoch: batch_step(state, images[rows], labels[rows], rows, epoch)
 
 
 def make_epoch(
-  stored_step: StoredStep,
+  stored_step: BatchStep,
   *,
   batch_size: int,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:

@@ -135,7 +135,11 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _dataset(config: configs.Config, options: argparse.Namespace) -> data.Dataset:
-  return data.load(config.data.name, options.data_dir or config.data.data_dir)
+  settings = config.data
+  where = options.data_dir or settings.data_dir
+  return data.load(
+    settings.name, where, side=settings.side, augment=settings.augment, normalization=settings.normalization
+  )
 
 
 _VERBS = {

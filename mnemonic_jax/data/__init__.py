@@ -1,16 +1,18 @@
-"""Data sets that fit in memory: decoded once, uint8, split in train and test."""
+"""Data sets by name: small ones decoded once and kept in memory, large ones streamed from disk."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax.data import digits, prepared
+from mnemonic_jax.data import augmentation, digits, prepared
 from mnemonic_jax.data.split import Split
-from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,15 +20,15 @@ class Dataset:
   """A labelled image set.
 
   Attributes:
-    train, test: images (N, H, W, C) uint8 and labels (N,) int32.
+    train, test: images (N, H, W, C) uint8 and labels (N,) int32, in memory or streamed.
     class_names: one per class, in label order.
     levels: the largest pixel value.
     mean, std: per channel of pixels / levels; the model sees (pixels / levels - mean) / std.
   """
 
   name: str
-  train: Split
-  test: Split
+  train: Split | Stream
+  test: Split | Stream
   class_names: tuple[str, ...]
   levels: int
   mean: tuple[float, ...] = (0.0,)
@@ -40,25 +42,58 @@ class Dataset:
   @property
   def shape(self) -> tuple[int, ...]:
     """Shape of one image."""
-    return self.train.images.shape[1:]
+    return self.train.shape
 
-  def without(self, classes: tuple[int, ...]) -> Dataset:
+  def without(self, classes: Sequence[int]) -> Dataset:
     """The same set with the training examples of `classes` left out, for training from scratch without them."""
-    kept = ~np.isin(self.train.labels, classes)
-    return dataclasses.replace(self, train=Split(self.train.images[kept], self.train.labels[kept]))
+    return dataclasses.replace(self, train=self.train.without(classes))
 
 
 # Mean and standard deviation of the training pictures' channels, as is usual for colour pictures; the others stay in [0, 1].
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CHANNELS = {
   "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
   "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-}
+} | dict.fromkeys(prepared.STREAMED, _IMAGENET)
+NORMALIZATIONS = ("dataset", "half")
 
 
-def load(name: str, data_dir: str = "") -> Dataset:
-  """Load a data set by name: "digits" ships with scikit-learn, the others are read from prepared TFDS folders."""
+def load(
+  name: str, data_dir: str = "", *, side: int = 224, augment: str = "none", normalization: str = "dataset"
+) -> Dataset:
+  """Load a data set by name: "digits" ships with scikit-learn, the others are read from prepared TFDS folders.
+
+  Args:
+    name: "digits" or one of `prepared.NAMES`.
+    data_dir: folder of prepared sets.
+    side: of streamed pictures.
+    augment: of `augmentation.NAMES`; a streamed set then cuts random crops itself.
+    normalization: "dataset", by the set's own channels; "half": to [-1, 1], as AugReg's ViTs expect.
+  """
+  if name not in ("digits", *prepared.NAMES):
+    raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}")
+  if augment in augmentation.STREAMED and name not in prepared.STREAMED:
+    raise UsageError(
+      f"data.augment: got {augment!r} for {name}; it needs a streamed set ({', '.join(prepared.STREAMED)})."
+    )
+  channels = ((0.5,), (0.5,)) if normalization == "half" else _CHANNELS.get(name, ((0.0,), (1.0,)))
   if name == "digits":
-    return Dataset("digits", *digits.load(), levels=16)
-  if name in prepared.NAMES:
-    return Dataset(name, *prepared.load(name, data_dir), 255, *_CHANNELS.get(name, ()))
-  raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}")
+    return Dataset(name, *digits.load(), 16, *channels)
+  parts = prepared.load(name, data_dir, side=side, crop=augment in augmentation.STREAMED)
+  dataset = Dataset(name, *parts, 255, *channels)
+  _check_classes(dataset)
+  return dataset
+
+
+def _check_classes(dataset: Dataset) -> None:
+  """Refuse labels outside the classes, and classes that have nothing to train on, where the labels are known."""
+  labels, num_classes = dataset.train.labels, len(dataset.class_names)
+  if labels is None:
+    return
+  if outside := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
+    raise MnemonicError(f"data set {dataset.name!r}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
+  if len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
+    raise MnemonicError(
+      f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "
+      "would never be seen. Prepare the set again, whole."
+    )

@@ -1,25 +1,42 @@
-"""Small image sets from prepared TensorFlow Datasets folders, read without tensorflow."""
+"""Image sets from prepared TensorFlow Datasets folders, read without tensorflow."""
 
 from __future__ import annotations
 
-import io
-from typing import Any
+import pathlib
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
+from mnemonic_jax.data import pictures
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.data.stream import Stream, read_labels
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
 
-NAMES = ("mnist", "fashion_mnist", "cifar10", "cifar100")
+SMALL = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # decoded once, and kept in memory
+
+
+class _Streamed(NamedTuple):
+  """A set that stays on disk."""
+
+  test: str  # split that figures are reported on
+  num_classes: int | None = None  # the first so many; None: all
+
+
+STREAMED = {
+  "caltech_birds2011": _Streamed("test", 40),
+  "cars196": _Streamed("test", 49),
+  "imagenet2012": _Streamed("validation"),
+}
+NAMES = (*SMALL, *STREAMED)
 _ROWS = 1000  # examples read at once
 
 
-def load(name: str, data_dir: str = "") -> tuple[Split, Split, tuple[str, ...]]:
-  """Read train and test of the TFDS set `name` from `data_dir`, else TFDS_DATA_DIR, else TFDS's default folder.
+def load(name: str, data_dir: str = "", *, side: int = 224, crop: bool = False) -> tuple[Any, Any, tuple[str, ...]]:
+  """Read train, test and class names of the TFDS set `name` from `data_dir`, else TFDS_DATA_DIR, else TFDS's default.
 
-  Nothing is ever downloaded: a missing set raises with the commands that prepare it.
+  Nothing is ever downloaded: a missing set raises with the commands that prepare it. `SMALL` sets come as `Split`, the
+  others as `Stream` of pictures of `side`, random resized crops for training if `crop`.
   """
   tfds = _import_tfds()
   where = data_dir or None
@@ -30,14 +47,16 @@ def load(name: str, data_dir: str = "") -> tuple[Split, Split, tuple[str, ...]]:
     raise MnemonicError(f"data set {name!r}: TFDS cannot open it in {where or tfds_folder(tfds)}: {error}") from error
   if not prepared:
     raise MnemonicError(
-      f"data set {name!r}: not found, or not whole, at {builder.data_path}. Prepare it once with\n"
+      f"data set {name!r}: not found, or not whole, at {builder.data_path}{_other_versions(builder)}. Prepare it once with\n"
       f"  pip install 'mnemonic-jax[data]' tensorflow\n"
       f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
       "file_format='array_record').download_and_prepare()\"\n"
       "and pass --data-dir DIR, or set TFDS_DATA_DIR."
     )
   names = tuple(builder.info.features["label"].names)
-  return _read(tfds, builder, "train"), _read(tfds, builder, "test"), names
+  if name in STREAMED:
+    return _streams(tfds, builder, names, side, crop)
+  return _read(tfds, builder, "train", len(names)), _read(tfds, builder, "test", len(names)), names
 
 
 def tfds_folder(tfds: Any) -> str:
@@ -45,18 +64,55 @@ def tfds_folder(tfds: Any) -> str:
   return str(tfds.core.constants.DATA_DIR)
 
 
-def _read(tfds: Any, builder: Any, split: str) -> Split:
-  """Decode one split; the encoded bytes come from TFDS, the pixels from Pillow."""
+def _other_versions(builder: Any) -> str:
+  """Which versions of the set lie beside the one that is missing."""
+  folder = pathlib.Path(builder.data_path)
+  found = sorted(entry.name for entry in folder.parent.glob("[0-9]*.[0-9]*") if entry.name != folder.name)
+  return f" (found version {', '.join(found)}; this TFDS reads {folder.name})" if found else ""
+
+
+def _source(tfds: Any, builder: Any, split: str) -> Any:
+  """Random access to the examples, pictures (and masks) encoded as they are."""
+  features = builder.info.features
+  decoders = {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
   try:
-    source = builder.as_data_source(split=split, decoders={"image": tfds.decode.SkipDecoding()})
+    return builder.as_data_source(split=split, decoders=decoders)
+  except Exception as error:
+    raise MnemonicError(
+      f"data set {builder.name!r}: split {split!r} at {builder.data_path} cannot be opened ({type(error).__name__}: {error}). "
+      "Delete that folder and prepare it again."
+    ) from error
+
+
+def _streams(
+  tfds: Any, builder: Any, names: tuple[str, ...], side: int, crop: bool
+) -> tuple[Stream, Stream, tuple[str, ...]]:
+  """The splits of a set that stays on disk, with the first classes only where the set is used so."""
+  test, num_classes = STREAMED[builder.name]
+  splits = []
+  for split in ("train", test):
+    called = f"{builder.name!r}, split {split!r} at {builder.data_path}"
+    source = _source(tfds, builder, split)
+    places, labels = np.arange(len(source)), None
+    if num_classes is not None:
+      labels = read_labels(called, source, len(names))
+      places = np.flatnonzero(labels < num_classes)
+      labels = labels[places]
+    kept = num_classes or len(names)
+    splits.append(Stream(called, source, places, labels, kept, side, crop and split == "train"))
+  return splits[0], splits[1], names[:num_classes]
+
+
+def _read(tfds: Any, builder: Any, split: str, num_classes: int) -> Split:
+  """Decode one split; the encoded bytes come from TFDS, the pixels from Pillow."""
+  source = _source(tfds, builder, split)
+  try:
     images: list[np.ndarray] = []
     labels: list[int] = []
     with Progress(f"read {builder.name} {split}", len(source), "images") as progress:
       for start in range(0, len(source), _ROWS):
         for example in source.__getitems__(list(range(start, min(start + _ROWS, len(source))))):
-          with Image.open(io.BytesIO(example["image"])) as picture:
-            pixels = np.asarray(picture)
-          images.append(pixels if pixels.ndim == 3 else pixels[..., None])
+          images.append(pictures.decode(example["image"]))
           labels.append(int(example["label"]))
         progress.update(len(labels) - start)
     return Split(np.stack(images), np.asarray(labels, np.int32))

@@ -31,15 +31,15 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
     models["forgotten"] = restore_params(finished[-1] / "params", trained.state.params)
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
   for name, params in models.items():
-    predictions = predict(trained.logits_fn, params, dataset.test, dataset.preprocess).predictions
-    right = dataset.test.labels[predictions == dataset.test.labels]
-    right_counts, counts = (np.bincount(labels, minlength=num_classes) for labels in (right, dataset.test.labels))
+    seen = predict(trained.logits_fn, params, dataset.test, dataset.preprocess)
+    right = seen.labels[seen.predictions == seen.labels]
+    right_counts, counts = (np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels))
     scores = evaluation.scores_from_counts(right_counts, counts, chosen)
     result[name] = {
       "retain_accuracy": scores.retain_accuracy,
       "forget_error": scores.forget_error,
       "per_class_accuracy": scores.per_class.tolist(),
-      "accuracy": len(right) / len(predictions),
+      "accuracy": len(right) / len(seen.labels),
       "params": str(finished[-1] / "params") if name == "forgotten" else str(trained.checkpoint),
     }
   return result

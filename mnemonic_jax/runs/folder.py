@@ -106,13 +106,25 @@ class RunFolder:
     finally:
       lock.release()
 
-  def append_metrics(self, record: dict[str, Any]) -> None:
-    """Add one line to metrics.jsonl."""
+  @contextmanager
+  def metric_log(self, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Give a function that adds a record to metrics.jsonl and to TensorBoard's files, from after `step`."""
+    from tensorboardX import SummaryWriter  # half a second
+
+    def log(record: dict[str, Any]) -> None:
+      try:
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+          file.write(files.dumps(record) + "\n")
+        for name in record.keys() - {"step"}:
+          board.add_scalar(name, record[name], record["step"])
+      except OSError as error:
+        raise MnemonicError(f"{self.path}: metrics cannot be written: {error.strerror or error}.") from error
+
     try:
-      with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(files.dumps(record) + "\n")
+      with SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1) as board:
+        yield log
     except OSError as error:
-      raise MnemonicError(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}.") from error
+      raise MnemonicError(f"{self.path / 'tensorboard'}: cannot be written: {error.strerror or error}.") from error
 
   def metrics(self) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a line cut by a kill is left out."""

@@ -14,7 +14,6 @@ from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import save_params
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
@@ -23,7 +22,7 @@ from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.folder import RunFolder, versions
 from mnemonic_jax.runs.hashing import params_sha256
-from mnemonic_jax.runs.inference import Predictions, predict
+from mnemonic_jax.runs.inference import predict
 from mnemonic_jax.runs.trained import Trained, restore
 
 _SHOWN_LOSSES = 2000  # per distribution in the report
@@ -80,7 +79,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
       "config": run.config.name,
       "dataset": dataset.name,
       "model": run.config.model.name,
-      "num_test_examples": len(dataset.test.labels),
+      "num_test_examples": dataset.test.num_examples,
       "confusion_before": scored["before"].confusion,
       "confusion_after": scored["after"].confusion,
       "losses": {
@@ -115,16 +114,11 @@ class _Scored:
   def __init__(self, trained: Trained, params: Any, dataset: Dataset, classes: Sequence[int]) -> None:
     num_classes = len(dataset.class_names)
     test = predict(trained.logits_fn, params, dataset.test, dataset.preprocess)
-    self.confusion = evaluation.confusion_matrix(dataset.test.labels, test.predictions, num_classes)
+    self.confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
     self.scores: Scores = evaluation.scores_from_counts(self.confusion.diagonal(), self.confusion.sum(axis=1), classes)
-    self.test_losses = _of_classes(test, dataset.test.labels, classes)
-    rows = np.flatnonzero(np.isin(dataset.train.labels, classes))[:_SHOWN_LOSSES]
-    part = Split(dataset.train.images[rows], dataset.train.labels[rows])
-    self.train_losses = predict(trained.logits_fn, params, part, dataset.preprocess).losses if len(rows) else rows
-
-
-def _of_classes(predictions: Predictions, labels: np.ndarray, classes: Sequence[int]) -> np.ndarray:
-  return predictions.losses[np.isin(labels, classes)][:_SHOWN_LOSSES]
+    self.test_losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
+    part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
+    self.train_losses = predict(trained.logits_fn, params, part, dataset.preprocess).losses
 
 
 def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:

@@ -12,34 +12,42 @@ import numpy as np
 
 from mnemonic_jax import losses
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.progress import Progress
 
-_ROWS = 1000
+_ROWS = 1000  # at once, of small pictures
+_VALUES = 1000 * 32 * 32 * 3  # at once, of large ones
+_LEAST_ROWS = 32
 
 
 class Predictions(NamedTuple):
-  """Per example: the predicted class and the loss on the true one."""
+  """Per example: the predicted class, the loss on the true one, and the true one."""
 
   predictions: np.ndarray  # (N,) int
   losses: np.ndarray  # (N,) float32, nats
+  labels: np.ndarray  # (N,) int32
 
 
 def predict(
   logits_fn: Callable[[Any, jax.Array], jax.Array],
   params: Any,
-  split: Split,
+  split: Split | Stream,
   preprocess: Callable[[jax.Array], jax.Array],
 ) -> Predictions:
-  """Run the model over a split, a thousand rows at a time; the last rows are padded, so one shape compiles."""
-  predictions, values = [], []
-  for start in range(0, len(split.labels), _ROWS):
-    images, labels = split.images[start : start + _ROWS], split.labels[start : start + _ROWS]
-    padding = (-len(labels)) % min(_ROWS, len(split.labels))
-    images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
-    padded_labels = np.concatenate([labels, np.zeros(padding, labels.dtype)])
-    predicted, loss = _predict(logits_fn, preprocess, params, images, padded_labels)
-    predictions.append(np.asarray(predicted)[: len(labels)])
-    values.append(np.asarray(loss)[: len(labels)])
-  return Predictions(np.concatenate(predictions), np.concatenate(values))
+  """Run the model over a split, batch by batch; the last rows are padded, so one shape compiles."""
+  if not split.num_examples:
+    return Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))
+  size = min(split.num_examples, max(_LEAST_ROWS, min(_ROWS, _VALUES // int(np.prod(split.shape)))))
+  parts = []
+  with Progress("evaluate", split.num_examples, "images", quiet=isinstance(split, Split)) as progress:
+    for images, labels in split.batches(size):
+      padding = size - len(labels)
+      images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
+      padded_labels = np.concatenate([labels, np.zeros(padding, labels.dtype)])
+      predicted, loss = _predict(logits_fn, preprocess, params, images, padded_labels)
+      parts.append((np.asarray(predicted)[: len(labels)], np.asarray(loss)[: len(labels)], labels))
+      progress.update(len(labels))
+  return Predictions(*(np.concatenate(values) for values in zip(*parts, strict=True)))
 
 
 @partial(jax.jit, static_argnums=(0, 1))

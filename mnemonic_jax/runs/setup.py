@@ -28,15 +28,16 @@ class Setup(NamedTuple):
   state: TrainState
   codes: jax.Array
   steps_per_epoch: int
+  total_steps: int
 
 
 def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setup:
   """Build the model, the optimizer, the first state and the codes of a config."""
   train = config.train
-  steps_per_epoch = len(dataset.train.labels) // train.batch_size
+  steps_per_epoch = dataset.train.num_examples // train.batch_size
   if not steps_per_epoch:
     raise MnemonicError(
-      f"train.batch_size: got {train.batch_size} for {len(dataset.train.labels)} training examples; expected at most that."
+      f"train.batch_size: got {train.batch_size} for {dataset.train.num_examples} training examples; expected at most that."
     )
   num_classes = len(dataset.class_names)
   settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
@@ -54,8 +55,10 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
     per_class=config.codes.per_class,
     distribution=config.codes.distribution,
   )
-  optimizer = make_optimizer(train, train.epochs * steps_per_epoch)
-  return Setup(model, optimizer, init_train_state(params, model_state, optimizer, train_key), codes, steps_per_epoch)
+  total = train.steps or train.epochs * steps_per_epoch
+  optimizer = make_optimizer(train, total)
+  state = init_train_state(params, model_state, optimizer, train_key)
+  return Setup(model, optimizer, state, codes, steps_per_epoch, total)
 
 
 def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -12,7 +14,9 @@ import numpy as np
 
 from mnemonic_jax import pretrained, training
 from mnemonic_jax.checkpoints import Checkpoints
+from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
+from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
 from mnemonic_jax.runs import setup, signals
@@ -22,80 +26,86 @@ from mnemonic_jax.runs.inference import predict
 from mnemonic_jax.runs.signals import StopFlag
 from mnemonic_jax.training import TrainState
 
+# (epoch, steps done in it) -> (images, labels, rows) of each step that is left of the epoch
+Batches = Callable[[int, int], Iterator[tuple[Any, Any, Any]]]
+
 
 def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
-  """Train the run to its last epoch from wherever it is, and return a summary.
+  """Train the run to its last step from wherever it is, and return a summary.
 
-  A checkpoint is written every `train.checkpoint_every` epochs, at the end, and on Ctrl-C or SIGTERM. A resumed
-  training continues bit for bit as if it had never stopped, in the middle of an epoch too (whose line in metrics.jsonl
-  then averages over the steps since).
+  A checkpoint is written every `train.checkpoint_every` epochs (and `train.checkpoint_steps` steps), at the end, and on
+  Ctrl-C or SIGTERM; training goes on while it is written. A resumed training continues bit for bit as if it had never
+  stopped, in the middle of an epoch too (whose line in metrics.jsonl then averages over the steps since).
   """
   config, settings = run.config, run.config.train
   start = setup.make(config, dataset, run.prng_impl)
-  with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
-    state, codes, steps = start.state, start.codes, start.steps_per_epoch
-    if checkpoints.latest_step() is not None:
-      state, codes = checkpoints.restore(state, codes)
-    elif config.model.pretrained:
-      params, model_state = pretrained.load(
-        config.model.pretrained,
-        config.model.name,
-        state.params,
-        state.model_state,
-        new_head=config.model.new_head,
-      )
-      state = state._replace(params=params, model_state=model_state)
-    resumed_from = int(state.step) / steps
-    run.rewind_metrics(int(state.step))
+  with ExitStack() as stack:
+    stack.enter_context(run.locked())
+    checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
+    state, codes = _first_state(config, start, checkpoints)
+    first, steps, total = int(state.step), start.steps_per_epoch, start.total_steps
+    run.rewind_metrics(first)
+    log = stack.enter_context(run.metric_log(first))
     step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate)
-    stored_step = training.make_stored_step(step, dataset.preprocess, augmentation.NAMES[config.data.augment])
+    augment, split, size = augmentation.NAMES[config.data.augment], dataset.train, settings.batch_size
+    at_once = None
     # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
-    stepwise = jax.default_backend() == "cpu" and config.model.name != "mlp"
-    examples = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
-    at_once = _epoch_at_once(stored_step, *examples, settings.batch_size)
-    one_by_one = _steps_of_an_epoch(stored_step, *examples, settings.batch_size)
+    stepwise = isinstance(split, Stream) or (jax.default_backend() == "cpu" and config.model.name != "mlp")
+    if isinstance(split, Stream):
+      batch_step = training.make_batch_step(step, dataset.preprocess, augment)
+      seed, workers = settings.seed, config.execution.workers
+      loader = split.training_batches(seed, size, first_step=first, last_step=total, workers=workers)
+      batches = _streamed(stack.enter_context(loader), steps)
+    else:
+      batch_step = training.make_stored_step(step, dataset.preprocess, augment)
+      images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+      batches = _stored(images, labels, state.key, size)
+      if not stepwise:
+        at_once = _epoch_at_once(batch_step, images, labels, size)
+    one_by_one = _steps_one_by_one(batch_step, batches, steps, size)
     started = time.perf_counter()
-    total, unit = (settings.epochs * steps, "steps") if stepwise else (settings.epochs, "epochs")
-    initial = int(state.step) if stepwise else int(resumed_from)
-    with signals.deferred() as stop, Progress("train", total, unit, initial) as progress:
-      while int(state.step) < settings.epochs * steps:
-        epoch_started, first = time.perf_counter(), int(state.step)
-        if stepwise or first % steps:  # a checkpoint from inside an epoch may come from another machine
-          state, values = one_by_one(state, stop, progress if stepwise else None)
-        else:
+    amount, unit, initial = (total, "steps", first) if stepwise else (-(-total // steps), "epochs", first // steps)
+    with signals.deferred() as stop, Progress("train", amount, unit, initial) as progress:
+      while (before := int(state.step)) < total:
+        stretch_started, inside = time.perf_counter(), before % steps
+        if at_once is None or inside or before + steps > total:
+          end = int(min(total, before - inside + steps, _next_multiple(before, settings.checkpoint_steps)))
+          state, values = one_by_one(state, end - before, stop, progress if stepwise else None)
+        else:  # not inside an epoch, where a checkpoint from another machine may stand
           state, values = at_once(state)
-        seconds, last = time.perf_counter() - epoch_started, int(state.step)
-        rate = (last - first) * settings.batch_size / seconds
-        number, rest = divmod(last, steps)
+        seconds, done = time.perf_counter() - stretch_started, int(state.step)
+        rate = (done - before) * settings.batch_size / seconds
         if not np.isfinite(values["loss"]):
           raise MnemonicError(
-            f"training: the loss of epoch {number + bool(rest)} is {values['loss']}; expected a finite one. Use a smaller "
+            f"training: the loss of epoch {-(-done // steps)} is {values['loss']}; expected a finite one. Use a smaller "
             "train.learning_rate. The last checkpoint is from before that."
           )
-        if not rest:
-          record = {"epoch": number, "step": last, **values, "images_per_second": rate, "seconds": seconds}
-          run.append_metrics(record)
-        whole = rest or number % settings.checkpoint_every == 0 or number == settings.epochs or bool(stop.signum)
-        if whole:
+        epoch, rest = divmod(done, steps)
+        due = settings.checkpoint_steps and done % settings.checkpoint_steps == 0
+        last = done == total
+        if not rest or due or last:
+          log({"epoch": _plain(done / steps), "step": done, **values, "images_per_second": rate, "seconds": seconds})
+        if due or last or stop.signum or (not rest and epoch % settings.checkpoint_every == 0):
           checkpoints.save(state, codes)
         if not stepwise:
           progress.update(1, **values, images_per_second=rate)
-        if whole:  # a signal that came since is for the next epoch, whose checkpoint it will find written
+        if stop.signum:
+          checkpoints.wait()
           stop.stop_if_asked(
-            f"stopped after epoch {last / steps:.4g} of {settings.epochs}; the checkpoint is written. Resume with the "
+            f"stopped after epoch {done / steps:.4g} of {_plain(total / steps)}; the checkpoint is written. Resume with the "
             "same command."
           )
+      checkpoints.wait()
     seconds = time.perf_counter() - started
-    logits_fn = start.model.logits_fn(state.model_state)
-    test = predict(logits_fn, state.params, dataset.test, dataset.preprocess)
+    test = predict(start.model.logits_fn(state.model_state), state.params, dataset.test, dataset.preprocess)
     return {
       "run": str(run.path),
       "config": run.config.name,
-      "epochs": settings.epochs,
+      "epochs": _plain(total / steps),
       "steps": int(state.step),
-      "resumed_from_epoch": int(resumed_from) if resumed_from == int(resumed_from) else resumed_from,
+      "resumed_from_epoch": _plain(first / steps),
       "loss": run.metrics()[-1]["loss"] if run.metrics() else None,
-      "test_accuracy": float(np.mean(test.predictions == dataset.test.labels)),
+      "test_accuracy": float(np.mean(test.predictions == test.labels)),
       "seconds": seconds,
       "checkpoint": str(run.checkpoints / str(int(state.step))),
       "codes_sha256": setup.array_sha256(codes),
@@ -103,8 +113,39 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     }
 
 
+def _first_state(config: Config, start: setup.Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array]:
+  """State and codes of the newest checkpoint, else of the pretrained file, else fresh ones."""
+  if checkpoints.latest_step() is not None:
+    return checkpoints.restore(start.state, start.codes)
+  if not config.model.pretrained:
+    return start.state, start.codes
+  params, model_state = pretrained.load(
+    config.model.pretrained,
+    config.model.name,
+    start.state.params,
+    start.state.model_state,
+    new_head=config.model.new_head,
+  )
+  return start.state._replace(params=params, model_state=model_state), start.codes
+
+
+def _streamed(stream: Iterator[Any], steps_per_epoch: int) -> Batches:
+  """The stream goes on from epoch to epoch by itself."""
+  return lambda epoch, done: itertools.islice(stream, steps_per_epoch - done)
+
+
+def _stored(images: jax.Array, labels: jax.Array, key: jax.Array, batch_size: int) -> Batches:
+  """All images each time, and which rows of them a step sees."""
+
+  def batches(epoch: int, done: int) -> Iterator[tuple[Any, Any, Any]]:
+    for rows in training.epoch_rows(key, epoch, len(images), batch_size)[done:]:
+      yield images, labels, rows
+
+  return batches
+
+
 def _epoch_at_once(
-  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, batch_size: int
+  stored_step: training.BatchStep, images: jax.Array, labels: jax.Array, batch_size: int
 ) -> Callable[[TrainState], tuple[TrainState, dict[str, float]]]:
   """Run a whole epoch in one call."""
   epoch = training.make_epoch(stored_step, batch_size=batch_size)
@@ -116,26 +157,44 @@ def _epoch_at_once(
   return run_epoch
 
 
-def _steps_of_an_epoch(
-  stored_step: training.StoredStep, images: jax.Array, labels: jax.Array, batch_size: int
-) -> Callable[[TrainState, StopFlag, Progress | None], tuple[TrainState, dict[str, float]]]:
-  """Run the rest of an epoch, a step a call; end early when a signal comes."""
-  one_step = jax.jit(stored_step, donate_argnums=0)
+def _steps_one_by_one(
+  step: training.BatchStep, batches: Batches, steps_per_epoch: int, batch_size: int
+) -> Callable[[TrainState, int, StopFlag, Progress | None], tuple[TrainState, dict[str, float]]]:
+  """Run some steps of one epoch, each a call; end early when a signal comes."""
+  one_step = jax.jit(step, donate_argnums=0)
 
-  def run_epoch(state: TrainState, stop: StopFlag, progress: Progress | None) -> tuple[TrainState, dict[str, float]]:
-    steps = len(images) // batch_size
-    number, done = divmod(int(state.step), steps)
-    rows = training.epoch_rows(state.key, number, len(images), batch_size)
+  def run_steps(
+    state: TrainState, count: int, stop: StopFlag, progress: Progress | None
+  ) -> tuple[TrainState, dict[str, float]]:
+    epoch, done = divmod(int(state.step), steps_per_epoch)
     seen: list[dict[str, float]] = []
     started = time.perf_counter()
-    for index in range(done, steps):
-      state, metrics = one_step(state, images, labels, rows[index], number)
+
+    def show(metrics: training.Metrics) -> None:
       seen.append({name: float(value) for name, value in metrics.items()})
       if progress is not None:
         rate = len(seen) * batch_size / (time.perf_counter() - started)
         progress.update(1, **seen[-1], images_per_second=rate)
+
+    running: training.Metrics = {}
+    for images, labels, rows in itertools.islice(batches(epoch, done), count):
+      state, metrics = one_step(state, images, labels, rows, epoch)
+      if running:  # reading waits for the step: read while the next one runs
+        show(running)
+      running = metrics
       if stop.signum:
         break
+    show(running)
     return state, {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
 
-  return run_epoch
+  return run_steps
+
+
+def _next_multiple(step: int, every: int) -> float:
+  """The first multiple of `every` above `step`; without end for 0."""
+  return (step // every + 1) * every if every else float("inf")
+
+
+def _plain(number: float) -> float:
+  """As an integer where it is one."""
+  return int(number) if number == int(number) else number

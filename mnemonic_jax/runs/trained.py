@@ -37,8 +37,8 @@ def restore(run: RunFolder, dataset: Dataset) -> Trained:
     if checkpoints.latest_step() is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
     state, codes = checkpoints.restore(start.state, start.codes)
-  epochs, total = int(state.step) // start.steps_per_epoch, run.config.train.epochs
-  if epochs < total:
-    raise MnemonicError(f"{run.path}: training stands at epoch {epochs} of {total}. {resume}")
+  if (step := int(state.step)) < start.total_steps:
+    epoch, last = (f"{number / start.steps_per_epoch:.4g}" for number in (step, start.total_steps))
+    raise MnemonicError(f"{run.path}: training stands at epoch {epoch} of {last}. {resume}")
   checkpoint = run.checkpoints / str(int(state.step))
   return Trained(start.model, state, codes, checkpoint, start.model.logits_fn(state.model_state))

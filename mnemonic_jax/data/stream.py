@@ -1,0 +1,214 @@
+"""One part of a data set that stays on disk: pictures are decoded by Grain's workers as they are needed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mnemonic_jax.data import pictures
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.progress import Progress
+
+_AHEAD = 4  # batches that each process decodes ahead, a thread each
+_ORDER, _CROP = 0, 1  # branches of the seed
+
+
+class Batch(NamedTuple):
+  """What one training step sees."""
+
+  images: np.ndarray  # (B, H, W, 3) uint8
+  labels: np.ndarray  # (B,) int32
+  rows: np.ndarray  # (B,) int64, the examples' places in the split
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stream:
+  """Encoded pictures and their labels.
+
+  Attributes:
+    name: what errors call it.
+    source: random access to {"image": encoded bytes, "label": int}; can be pickled.
+    places: (N,) where in the source the examples lie.
+    labels: (N,) int32, or None where reading them all would take long.
+    side: pixels; pictures are cut and scaled to (side, side, 3).
+    crop: training sees random resized crops, not central ones.
+  """
+
+  name: str
+  source: Any
+  places: np.ndarray
+  labels: np.ndarray | None
+  num_classes: int
+  side: int
+  crop: bool = False
+
+  @property
+  def num_examples(self) -> int:
+    """N."""
+    return len(self.places)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of one image."""
+    return self.side, self.side, 3
+
+  def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Central crops (size, side, side, 3) and labels (size,) in order; the last batch may be smaller."""
+    grain = _import_grain()
+    loader = grain.MapDataset.source(np.arange(self.num_examples)).map(self._central)
+    with _Closing(loader.batch(size, batch_fn=_stack).to_iter_dataset(_read_options(grain))) as batches:
+      for batch in batches:
+        yield batch.images, batch.labels
+
+  def training_batches(
+    self,
+    seed: int,
+    batch_size: int,
+    *,
+    first_step: int,
+    last_step: int,
+    workers: int = 0,
+    process: tuple[int, int] = (0, 1),
+  ) -> _Closing:
+    """A context manager: an iterator over the `Batch` of each step, from `first_step` until before `last_step`.
+
+    Step s of an epoch sees rows [s batch_size, (s + 1) batch_size) of that epoch's permutation, whatever the workers and
+    the processes; the crop of an example depends on the seed, the epoch and its row alone.
+
+    Args:
+      workers: processes that decode; 0: threads of this one.
+      process: (index, count): this process gets its part of each batch, batch_size / count rows.
+    """
+    index, count = process
+    if batch_size % count:
+      raise MnemonicError(f"train.batch_size: got {batch_size} for {count} processes; expected a multiple of that.")
+    local = batch_size // count
+    steps = self.num_examples // batch_size
+
+    def example(position: int) -> tuple[np.ndarray, int, int]:
+      step, slot = divmod(int(position), local)
+      epoch, step = divmod(step, steps)
+      row = _permutation(seed, epoch, self.num_examples)[step * batch_size + index * local + slot]
+      return self._training(seed, epoch, int(row))
+
+    grain = _import_grain()
+    positions = grain.MapDataset.source(range(first_step * local, last_step * local))
+    loader = positions.map(example).batch(local, batch_fn=_stack).to_iter_dataset(_read_options(grain))
+    if workers:
+      _parse_no_flags()
+      options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
+      loader = loader.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+    return _Closing(loader)
+
+  def of_classes(self, classes: Sequence[int], at_most: int) -> Stream:
+    """The first examples of these classes; none where the labels are not known."""
+    if self.labels is None:
+      return self._part(np.zeros(0, np.int64))
+    return self._part(np.flatnonzero(np.isin(self.labels, classes))[:at_most])
+
+  def without(self, classes: Sequence[int]) -> Stream:
+    """All examples but those of these classes."""
+    labels = read_labels(self.name, self.source, self.num_classes) if self.labels is None else self.labels
+    part = dataclasses.replace(self, labels=labels)
+    return part._part(np.flatnonzero(~np.isin(labels, classes)))
+
+  def _part(self, rows: np.ndarray) -> Stream:
+    labels = None if self.labels is None else self.labels[rows]
+    return dataclasses.replace(self, places=self.places[rows], labels=labels)
+
+  def _central(self, row: int) -> tuple[np.ndarray, int, int]:
+    return self._decoded(int(row), lambda encoded: pictures.central_crop(encoded, self.side))
+
+  def _training(self, seed: int, epoch: int, row: int) -> tuple[np.ndarray, int, int]:
+    if not self.crop:
+      return self._central(row)
+    random = np.random.default_rng((seed, _CROP, epoch, row))
+    return self._decoded(row, lambda encoded: pictures.random_resized_crop(encoded, self.side, random))
+
+  def _decoded(self, row: int, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int, int]:
+    """Image, label and row of one example."""
+    place = int(self.places[row])
+    try:
+      example = self.source[place]
+      label = int(example["label"])
+      image = decode(example["image"])
+    except Exception as error:  # damaged records and pictures raise many kinds
+      raise MnemonicError(
+        f"data set {self.name}: example {place} cannot be read ({type(error).__name__}: {error}). The prepared files are "
+        "damaged: delete that folder and prepare it again."
+      ) from None
+    _check_labels(self.name, np.asarray([label]), self.num_classes)
+    return image, label, row
+
+
+def read_labels(name: str, source: Any, num_classes: int) -> np.ndarray:
+  """The labels of a whole source, (N,) int32; reads every record, without decoding pictures."""
+  labels = np.empty(len(source), np.int32)
+  with Progress(f"read labels of {name}", len(source), "records") as progress:
+    for start in range(0, len(source), 1000):
+      rows = list(range(start, min(start + 1000, len(source))))
+      labels[rows] = [int(example["label"]) for example in source.__getitems__(rows)]
+      progress.update(len(rows))
+  _check_labels(name, labels, num_classes)
+  return labels
+
+
+def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
+  if outside := [int(label) for label in labels if not 0 <= label < num_classes]:
+    raise MnemonicError(f"data set {name}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+  return np.random.default_rng((seed, _ORDER, epoch)).permutation(num_examples)
+
+
+def _stack(examples: Sequence[tuple[np.ndarray, int, int]]) -> Batch:
+  images, labels, rows = zip(*examples, strict=True)
+  return Batch(np.stack(images), np.asarray(labels, np.int32), np.asarray(rows, np.int64))
+
+
+def _read_options(grain: Any) -> Any:
+  return grain.ReadOptions(num_threads=_AHEAD, prefetch_buffer_size=_AHEAD)
+
+
+class _Closing:
+  """Iterate over a Grain data set, and end its threads and processes at exit."""
+
+  def __init__(self, loader: Any) -> None:
+    self._iterator = iter(loader)
+
+  def __enter__(self) -> Iterator[Batch]:
+    return self._iterator
+
+  def __exit__(self, *_: object) -> None:
+    self._iterator.close()
+
+
+def _ignore_interrupts(index: int, count: int) -> None:
+  """Ctrl-C reaches every process of a terminal; the one that trains decides."""
+  del index, count
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _parse_no_flags() -> None:
+  """Grain's processes read flags of absl, which a program without such flags never parses."""
+  from absl import flags
+
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()
+
+
+def _import_grain() -> Any:
+  try:
+    import grain
+  except ImportError as error:
+    raise MnemonicError(
+      f"streamed data sets need the data extra ({error}); install it with: pip install 'mnemonic-jax[data]'"
+    ) from None
+  return grain

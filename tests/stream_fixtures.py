@@ -1,0 +1,29 @@
+"""CUB, Cars and ImageNet, prepared by TFDS's own builders from small archives in the official layout.
+
+A pytest plugin: modules that need it say `pytest_plugins = ["stream_fixtures"]`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from prepared_sets import CLASSES
+from running import environment
+
+
+@pytest.fixture(scope="session")
+def prepared_sets(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A folder of prepared sets; read it, do not write to it."""
+  for module in ("tensorflow_datasets", "grain"):
+    pytest.importorskip(module)
+  folder = tmp_path_factory.mktemp("prepared")
+  program = pathlib.Path(__file__).with_name("prepared_sets.py")
+  for name in CLASSES:
+    done = subprocess.run(
+      [sys.executable, str(program), str(folder), name], text=True, capture_output=True, env=environment()
+    )
+    assert done.returncode == 0, done.stderr
+  return folder
