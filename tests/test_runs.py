@@ -157,7 +157,8 @@ def test_a_cut_line_of_metrics_is_left_out(trained, tail):
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(trained):
   run = RunFolder.open(trained)
-  run.append_metrics({"epoch": 4, "step": 176, "loss": float("nan")})
+  with run.metric_log(132) as log:
+    log({"epoch": 4, "step": 176, "loss": float("nan")})
   assert run.metrics()[-1]["loss"] is None
   run.rewind_metrics(132)
   assert run.metrics()[-1]["epoch"] == 3
@@ -239,18 +240,18 @@ def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeyp
   def update(self, *args, **values):
     real(self, *args, **values)
     calls.append(1)
-    if len(calls) == 13:  # the second of 11 steps of the second epoch
+    if len(calls) == 13:  # shown while the third of 11 steps of the second epoch runs
       signal.raise_signal(signal.SIGTERM)
 
   with monkeypatch.context() as patched:
     patched.setattr(Progress, "update", update)
     stopped = call("train", "digits", "--out", tmp_path / "run", *CONVNET)
-  assert stopped.code == 143 and "stopped after epoch 1.182 of 2" in stopped.err
-  assert (tmp_path / "run" / "checkpoints" / "13").is_dir()
+  assert stopped.code == 143 and "stopped after epoch 1.273 of 2" in stopped.err
+  assert (tmp_path / "run" / "checkpoints" / "14").is_dir()
   with monkeypatch.context() as elsewhere:  # where an epoch is one call, the rest of this one is not
     elsewhere.setattr(jax, "default_backend", lambda: "gpu")
     resumed = call("train", "digits", "--out", tmp_path / "run", *CONVNET, "--json").json
-  assert resumed["resumed_from_epoch"] == pytest.approx(13 / 11)
+  assert resumed["resumed_from_epoch"] == pytest.approx(14 / 11)
   assert resumed["params_sha256"] == whole["params_sha256"]
   lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
   assert [line["epoch"] for line in lines] == [1, 2]

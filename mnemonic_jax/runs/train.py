@@ -26,8 +26,8 @@ from mnemonic_jax.runs.inference import predict
 from mnemonic_jax.runs.signals import StopFlag
 from mnemonic_jax.training import TrainState
 
-# (epoch, steps done in it) -> (images, labels, rows) of each step that is left of the epoch
-Batches = Callable[[int, int], Iterator[tuple[Any, Any, Any]]]
+# (key of the state, epoch, steps done in it) -> (images, labels, rows) of each step that is left of the epoch
+Batches = Callable[[jax.Array, int, int], Iterator[tuple[Any, Any, Any]]]
 
 
 def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     else:
       batch_step = training.make_stored_step(step, dataset.preprocess, augment)
       images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-      batches = _stored(images, labels, state.key, size)
+      batches = _stored(images, labels, size)
       if not stepwise:
         at_once = _epoch_at_once(batch_step, images, labels, size)
     one_by_one = _steps_one_by_one(batch_step, batches, steps, size)
@@ -85,11 +85,12 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
         last = done == total
         if not rest or due or last:
           log({"epoch": _plain(done / steps), "step": done, **values, "images_per_second": rate, "seconds": seconds})
-        if due or last or stop.signum or (not rest and epoch % settings.checkpoint_every == 0):
+        saved = due or last or stop.signum or (not rest and epoch % settings.checkpoint_every == 0)
+        if saved:
           checkpoints.save(state, codes)
         if not stepwise:
           progress.update(1, **values, images_per_second=rate)
-        if stop.signum:
+        if saved and stop.signum:  # one that came since a checkpoint is for the next stretch
           checkpoints.wait()
           stop.stop_if_asked(
             f"stopped after epoch {done / steps:.4g} of {_plain(total / steps)}; the checkpoint is written. Resume with the "
@@ -131,13 +132,13 @@ def _first_state(config: Config, start: setup.Setup, checkpoints: Checkpoints) -
 
 def _streamed(stream: Iterator[Any], steps_per_epoch: int) -> Batches:
   """The stream goes on from epoch to epoch by itself."""
-  return lambda epoch, done: itertools.islice(stream, steps_per_epoch - done)
+  return lambda key, epoch, done: itertools.islice(stream, steps_per_epoch - done)
 
 
-def _stored(images: jax.Array, labels: jax.Array, key: jax.Array, batch_size: int) -> Batches:
+def _stored(images: jax.Array, labels: jax.Array, batch_size: int) -> Batches:
   """All images each time, and which rows of them a step sees."""
 
-  def batches(epoch: int, done: int) -> Iterator[tuple[Any, Any, Any]]:
+  def batches(key: jax.Array, epoch: int, done: int) -> Iterator[tuple[Any, Any, Any]]:
     for rows in training.epoch_rows(key, epoch, len(images), batch_size)[done:]:
       yield images, labels, rows
 
@@ -177,7 +178,7 @@ def _steps_one_by_one(
         progress.update(1, **seen[-1], images_per_second=rate)
 
     running: training.Metrics = {}
-    for images, labels, rows in itertools.islice(batches(epoch, done), count):
+    for images, labels, rows in itertools.islice(batches(state.key, epoch, done), count):
       state, metrics = one_step(state, images, labels, rows, epoch)
       if running:  # reading waits for the step: read while the next one runs
         show(running)
