@@ -19,7 +19,7 @@ from mnemonic_jax import config as configs
 
 pytest_plugins = ["run_fixtures"]
 
-VERBS = ("run", "train", "forget", "evaluate", "report", "configs")
+VERBS = ("run", "train", "forget", "evaluate", "report", "export", "configs")
 TRAIN_KEYS = {"run", "config", "epochs", "steps", "test_accuracy", "checkpoint", "codes_sha256", "params_sha256"}
 
 

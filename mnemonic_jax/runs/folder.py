@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -149,39 +146,33 @@ class RunFolder:
       raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. {remedy}")
     return classes
 
+  def finished_forget(self, number: int | None = None) -> pathlib.Path:
+    """Folder of the latest finished forget, or of the one numbered so."""
+    finished = {int(path.name): path for path in self.forgets()}
+    if not finished:
+      raise MnemonicError(
+        f"{self.path}: has no finished forget. Make one with: mnemonic forget {self.path} --classes 0"
+      )
+    chosen = max(finished) if number is None else number
+    if chosen not in finished:
+      raise UsageError(f"--number: got {chosen}; this run has {', '.join(map(str, finished))}.")
+    return finished[chosen]
+
   def add_forget(self, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Make forgets/NNNN: `fill` writes into a temporary folder, which is renamed when it is whole.
+    """Make forgets/NNNN, whole or not at all, from what `fill` writes.
 
     Call with the run locked. What an earlier, killed forget left behind is swept away first.
     """
     parent = self.path / "forgets"
     try:
-      parent.mkdir(exist_ok=True)
-      for leftover in parent.glob(".unfinished-*"):
+      for leftover in parent.glob(f"{files.UNFINISHED}*"):
         shutil.rmtree(leftover)
-      temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
     except OSError as error:
       raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
-    try:
-      fill(temporary)
-      number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
-      final = parent / f"{number:04d}"
-      os.chmod(temporary, 0o755)
-      os.rename(temporary, final)
-    except OSError as error:
-      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
-    finally:
-      _remove(temporary)
+    number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
+    final = parent / f"{number:04d}"
+    files.make_folder(final, fill)
     return final
-
-
-def _remove(folder: pathlib.Path) -> None:
-  """Delete a folder, into which threads of a failed write may still be writing; what is left, the next forget sweeps."""
-  for _ in range(20):
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-      return
-    time.sleep(0.1)
 
 
 def versions() -> dict[str, str]:
