@@ -89,7 +89,8 @@ def _require_same(folder: pathlib.Path, what: str, stored: dict[str, Any], expec
 
 def _require_codes(folder: pathlib.Path, codes: Any, dataset: Dataset) -> None:
   """Refuse codes that are not one or more for each class, of the images' shape."""
-  classes, shape = len(dataset.class_names), getattr(codes, "shape", ())
+  classes = len(dataset.class_names)
+  shape: tuple[int, ...] = getattr(codes, "shape", ())
   fits = len(shape) == 2 + len(dataset.shape) and (shape[0], *shape[2:]) == (classes, *dataset.shape) and shape[1]
   if not fits or not jnp.issubdtype(codes.dtype, jnp.floating):
     raise MnemonicError(
