@@ -48,7 +48,7 @@ def tree(trained_once: pathlib.Path) -> dict:
 
 
 def test_the_result_is_that_of_a_run_and_the_checkpoint_is_not_touched(tree, forgotten_once, tmp_path):
-  """With another strength of the config and all, in a process of its own, whose stderr must stay empty."""
+  """In a process of its own, whose stderr must stay empty."""
   checkpoint, out = save(tmp_path / "plain", tree), tmp_path / "results" / "three"
   before = snapshot(checkpoint)
   outcome = command(*forget(checkpoint, out, "--json"))
