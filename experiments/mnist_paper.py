@@ -59,7 +59,7 @@ def probe(model: Trained, params, dataset: Dataset) -> np.ndarray:
   """Per-class test accuracy, in percent, of a linear head refitted on the features with all training data."""
 
   def features(split: Split) -> np.ndarray:
-    compute = jax.jit(lambda images: model.model.features(params, model.state.model_state, dataset.preprocess(images)))
+    compute = jax.jit(lambda images: model.model.features(params, model.model_state, dataset.preprocess(images)))
     return np.concatenate([compute(split.images[i : i + 5000]) for i in range(0, len(split.labels), 5000)])
 
   return 100 * probe_accuracy(
@@ -73,7 +73,7 @@ def class_zero(runs: pathlib.Path, dataset: Dataset) -> dict[str, np.ndarray]:
   rows: dict[str, list] = {"Before": [], "Mnemonic code": [], "Head edit": [], "Retrain": []}
   for seed in SEEDS:
     model = trained(runs / f"uniform-{seed}", dataset, seed)
-    params = model.state.params
+    params = model.params
     result = mj.forget(model.logits_fn, params, model.codes, [0], strength=strength)
     before_probe = probe(model, params, dataset)[0]
     edited = head_edit(params, model.model.head, [0])
@@ -82,7 +82,7 @@ def class_zero(runs: pathlib.Path, dataset: Dataset) -> dict[str, np.ndarray]:
     rows["Head edit"].append((*score(model, edited, dataset, [0]), before_probe))
     without = dataset.without((0,))
     retrained = trained(runs / f"retrain-{seed}", without, seed)
-    again = retrained.state.params
+    again = retrained.params
     rows["Retrain"].append((*score(retrained, again, dataset, [0]), probe(retrained, again, dataset)[0]))
     print(
       f"seed {seed}: " + "; ".join(f"{n} " + " ".join(f"{x:.2f}" for x in v[-1]) for n, v in rows.items()), flush=True
@@ -94,10 +94,10 @@ def every_class(model: Trained, dataset: Dataset) -> list[dict[str, float]]:
   """Each class forgotten alone from one model, at the strength of the config."""
   rows = []
   for index in range(10):
-    result = mj.forget(model.logits_fn, model.state.params, model.codes, [index], strength=mj.Strength(1e-3, 10.0))
-    before = score(model, model.state.params, dataset, [index])
+    result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=mj.Strength(1e-3, 10.0))
+    before = score(model, model.params, dataset, [index])
     after = score(model, result.params, dataset, [index])
-    hidden = score(model, head_edit(model.state.params, model.model.head, [index]), dataset, [index])
+    hidden = score(model, head_edit(model.params, model.model.head, [index]), dataset, [index])
     rows.append(
       {
         "class": index,

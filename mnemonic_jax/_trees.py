@@ -28,6 +28,16 @@ def leaf_paths(tree: PyTree) -> list[str]:
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def by_path(tree: PyTree) -> dict[str, Any]:
+  """The leaves by their dotted paths.
+
+  >>> by_path({"hidden": {"bias": 1, "kernel": 2}})
+  {'hidden.bias': 1, 'hidden.kernel': 2}
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def prefix_leaves(name: str, prefix: PyTree, tree: PyTree) -> tuple[Hashable, ...]:
   """Spread a tree prefix over `tree` and return one value per leaf; None is a value in `prefix`, nothing in `tree`."""
   values: list[Hashable] = []

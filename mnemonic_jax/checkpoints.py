@@ -78,14 +78,8 @@ class Checkpoints:
         "Earlier checkpoints are untouched; make room or choose another --out, then run the same command to resume."
       ) from error
 
-  def restore_any(self) -> dict[str, PyTree]:
-    """Read the newest checkpoint as it is, as NumPy-like arrays in nested containers."""
-    try:
-      return self._manager.restore(self._require_step(), args=ocp.args.StandardRestore())
-    except Exception as error:  # Orbax raises many kinds for files that are damaged
-      raise MnemonicError(f"{self._folder}: cannot be restored: {_first_line(error)}") from error
-
-  def _require_step(self) -> int:
+  def require_step(self) -> int:
+    """Step of the newest whole checkpoint."""
     step = self.latest_step()
     if step is None:
       raise MnemonicError(f"{self._folder}: holds no whole checkpoint. Train first: mnemonic train CONFIG --out RUN")
@@ -93,7 +87,7 @@ class Checkpoints:
 
   def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
     """Read the newest checkpoint into the structure, shapes and shardings of `state` and `codes` (abstract or not)."""
-    step = self._require_step()
+    step = self.require_step()
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
     try:
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
@@ -107,10 +101,50 @@ class Checkpoints:
     return restored, tree["codes"]
 
 
-def restore_codes(folder: pathlib.Path) -> np.ndarray:
-  """The codes of the newest checkpoint, on the host, whatever the model is."""
+def newest(folder: pathlib.Path) -> pathlib.Path:
+  """Where the newest whole checkpoint of a run has its arrays, as `stored_shapes` and `restore_parts` take it."""
   with Checkpoints(folder, create=False) as checkpoints:
-    return np.asarray(checkpoints.restore_any()["codes"])
+    return folder / str(checkpoints.require_step()) / "default"
+
+
+def restore_codes(folder: pathlib.Path) -> np.ndarray:
+  """The codes of the newest checkpoint of a run, on the host, whatever the model is."""
+  checkpoint = newest(folder)
+  return restore_parts(checkpoint, {"codes": stored_shapes(checkpoint)["codes"]})["codes"]
+
+
+def is_checkpoint(folder: pathlib.Path) -> bool:
+  """Tell whether Orbax wrote a tree of arrays right here."""
+  return (folder / "_METADATA").is_file()
+
+
+def stored_shapes(folder: pathlib.Path) -> PyTree:
+  """The tree of any Orbax checkpoint in nested containers, a `jax.ShapeDtypeStruct` for each array; reads no array."""
+  if not is_checkpoint(folder):
+    raise MnemonicError(
+      f"{folder}: is no Orbax checkpoint, it has no _METADATA. Pass the folder that StandardCheckpointer().save wrote; "
+      "a CheckpointManager's is STEP/default."
+    )
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      found = checkpointer.metadata(folder.absolute()).item_metadata
+    if found is None:
+      raise ValueError("_METADATA is damaged")
+    shape = lambda x: x if getattr(x, "dtype", None) is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.tree.map(shape, found.tree)
+  except Exception as error:  # as in Checkpoints.restore
+    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
+
+
+def restore_parts(folder: pathlib.Path, parts: PyTree) -> PyTree:
+  """Read a part of what `stored_shapes` found, and nothing else, as NumPy arrays, whatever devices wrote it."""
+  on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
+  try:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      args = ocp.args.PyTreeRestore(parts, restore_args=on_host, partial_restore=True)
+      return checkpointer.restore(folder.absolute(), args=args)
+  except Exception as error:  # as in Checkpoints.restore
+    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
 
 
 def save_params(folder: pathlib.Path, params: PyTree) -> None:

@@ -36,7 +36,8 @@ class ModelConfig:
   """Which model. `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
 
   `pool` is what a ViT's head reads. `dtype` is what is computed in; params are float32. `pretrained` is a file that
-  training starts from (.safetensors of torchvision or timm, AugReg's .npz), with `new_head` all but its head.
+  training starts from (.safetensors of torchvision, timm or `mnemonic export`, AugReg's .npz), with `new_head` all but its
+  head.
   """
 
   name: str = "mlp"

@@ -12,6 +12,9 @@ class MnemonicError(Exception):
   exit_code = 1
 
 
+_FEW = 20
+
+
 class UsageError(MnemonicError):
   """The command or the config asks for something that does not exist; exit code 2."""
 
@@ -27,11 +30,12 @@ class Interrupted(MnemonicError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """End a message about an unknown name: the nearest known one, and all of them.
+  """End a message about an unknown name: the nearest known one, and all of them if they are few.
 
   >>> nearest("epoch", ["epochs", "seed"])
   'Did you mean epochs? Known: epochs, seed.'
   """
   known = sorted(known)
   close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-  return (f"Did you mean {close[0]}? " if close else "") + f"Known: {', '.join(known)}."
+  listed = f"Known: {', '.join(known)}." if len(known) <= _FEW or not close else ""
+  return (f"Did you mean {close[0]}? " if close else "") + listed

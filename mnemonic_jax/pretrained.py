@@ -1,4 +1,4 @@
-"""Pretrained weights from local files: safetensors of torchvision and timm models, and the AugReg ViTs' .npz."""
+"""Weights from local files: safetensors of torchvision and timm models, the AugReg ViTs' .npz, our own exports."""
 
 from __future__ import annotations
 
@@ -39,9 +39,12 @@ _BLOCK_OF_TORCH = (
   (r"\.mlp\.(fc1|0|linear_1)\.", ".feed_forward.hidden."),
   (r"\.mlp\.(fc2|3|linear_2)\.", ".feed_forward.out."),
 )
+_OURS = ((r"^model_state\.", ""),)  # what `mnemonic export` writes
 _SOURCES: dict[str, tuple[_Source, ...]] = {
-  "resnet": (  # torchvision and timm
-    _Source(
+  "mlp": (_Source("hidden.kernel", _OURS),),
+  "resnet": (
+    _Source("stem.kernel", _OURS),
+    _Source(  # torchvision and timm
       "layer1.0.conv1.weight",
       (
         (r"^conv1\.", "stem."),
@@ -55,6 +58,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
     ),
   ),
   "vit": (
+    _Source("patches.kernel", _OURS),
     _Source(  # timm
       "blocks.0.attn.qkv.weight",
       (
@@ -96,6 +100,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
     ),
   ),
   "swin": (
+    _Source("patches.kernel", _OURS),
     _Source(  # timm
       "layers.0.blocks.0.attn.relative_position_bias_table",
       (
@@ -129,7 +134,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
   """Fill params and running statistics with the weights in a file.
 
   Args:
-    file: safetensors as torchvision's or timm's state dict, or an AugReg .npz. Pickled files are refused.
+    file: safetensors as torchvision's or timm's state dict or as `mnemonic export` writes it, or an AugReg .npz. Pickled
+      files are refused.
     name: of the model, as `models.make` takes it.
     params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them, of a model whose blocks
       are not scanned.
@@ -142,6 +148,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     MnemonicError: no such file, a damaged one, or one of another architecture, head or picture size; it names the array.
   """
   family = "resnet" if name.startswith(("resnet", "resnext")) else name.split("_")[0]
+  head = "output" if family == "mlp" else "head"
   with _opened(pathlib.Path(file)) as arrays:
     source = next((s for s in _SOURCES.get(family, ()) if s.marker in arrays), None)
     if source is None:
@@ -154,7 +161,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
 
     def fill(path: Any, leaf: Any) -> Any:
       keys = tuple(str(key.key) for key in path)
-      if new_head and keys[0] == "head":
+      if new_head and keys[0] == head:
         return leaf
       ours = ".".join(keys)
       reader = named.get(ours)
@@ -167,12 +174,12 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       if value.shape != leaf.shape:
         raise MnemonicError(
           f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {tuple(leaf.shape)}."
-          + (" Pass model.new_head to start with a head of your own." if keys[0] == "head" else "")
+          + (" Pass model.new_head to start with a head of your own." if keys[0] == head else "")
         )
       return jax.numpy.asarray(value, leaf.dtype)
 
     filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
-    left = [ours for ours in named if ours not in used and not (new_head and ours.startswith("head."))]
+    left = [ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))]
     if left:
       raise MnemonicError(
         f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."

@@ -19,7 +19,7 @@ from mnemonic_jax import config as configs
 
 pytest_plugins = ["run_fixtures"]
 
-VERBS = ("run", "train", "forget", "evaluate", "report", "configs")
+VERBS = ("run", "train", "forget", "evaluate", "report", "export", "configs")
 TRAIN_KEYS = {"run", "config", "epochs", "steps", "test_accuracy", "checkpoint", "codes_sha256", "params_sha256"}
 
 
@@ -46,6 +46,7 @@ def test_run_trains_forgets_and_reports(tmp_path):
     "config.json",
     "forgets",
     "metrics.jsonl",
+    "tensorboard",
   ]
   lines = outcome.err.splitlines()
   assert lines and all(re.fullmatch(r"train: \d/3 epochs, .*epochs/s, \d+ s left", line) for line in lines), lines

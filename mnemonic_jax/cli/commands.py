@@ -13,10 +13,11 @@ from typing import Any
 from mnemonic_jax import config as configs
 from mnemonic_jax import data
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import restore_codes
+from mnemonic_jax.checkpoints import is_checkpoint, restore_codes
 from mnemonic_jax.cli import compilation_cache
-from mnemonic_jax.errors import MnemonicError, UsageError, nearest
+from mnemonic_jax.errors import UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
+from mnemonic_jax.runs import export as export_run
 from mnemonic_jax.runs import files
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
@@ -64,13 +65,36 @@ def _train_text(result: dict[str, Any]) -> str:
 
 
 def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  if options.config is not None or is_checkpoint(options.run):
+    return _forget_plain(options)
+  if options.out is not None:
+    raise UsageError("--out: goes with --config and a plain checkpoint; a run keeps its forgets in RUN/forgets.")
   folder = RunFolder.open(options.run)
-  for field in options.overrides:
-    if field.split(".")[0] not in ("forget", "execution") or field == "forget.classes":
-      raise UsageError(f"--{field}: a forget takes only --classes, fields of [forget] and of [execution].")
+  _require_sections(options.overrides, "forget", "execution")
   folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
   result = forget_run.forget(folder, _dataset(folder.config, options), options.classes)
   return result, _forget_text(result)
+
+
+def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  usage = f"mnemonic forget {options.run} --config CONFIG --classes CLASS --out FOLDER"
+  if (options.run / "config.json").is_file():
+    raise UsageError(f"--config: {options.run} is a run, which has its own config. Leave out --config and --out.")
+  if options.config is None or options.out is None:
+    missing = "--config" if options.config is None else "--out"
+    raise UsageError(f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}")
+  _require_sections(options.overrides, "forget", "execution", "data", "model")
+  config = configs.load(options.config, options.overrides)
+  result = forget_run.forget_plain(options.run, options.out, config, _dataset(config, options), options.classes)
+  return result, _forget_text(result)
+
+
+def _require_sections(overrides: dict[str, Any], *sections: str) -> None:
+  """Refuse fields that a forget does not look at."""
+  for field in overrides:
+    if field.split(".")[0] not in sections or field == "forget.classes":
+      known = ", ".join(f"[{section}]" for section in sections)
+      raise UsageError(f"--{field}: a forget takes only --classes and fields of {known}.")
 
 
 def _forget_text(result: dict[str, Any]) -> str:
@@ -105,23 +129,25 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
-  finished = {int(path.name): path for path in folder.forgets()}
-  if not finished:
-    raise MnemonicError(
-      f"{folder.path}: has no finished forget. Make one with: mnemonic forget {folder.path} --classes 0"
-    )
-  number = max(finished) if options.number is None else options.number
-  if number not in finished:
-    raise UsageError(f"--number: got {number}; this run has {', '.join(map(str, finished))}.")
+  finished = folder.finished_forget(options.number)
   remedy = "Forget again to make a new, whole report."
-  report, evidence = (files.read_json(finished[number] / f"{name}.json", remedy) for name in ("report", "evidence"))
+  report, evidence = (files.read_json(finished / f"{name}.json", remedy) for name in ("report", "evidence"))
   codes = None
   if not options.hide_codes:
     codes = restore_codes(folder.checkpoints)
-  page = finished[number] / "report.html"
+  page = finished / "report.html"
   with folder.locked():
     files.write_text(page, reports.render(report, evidence, codes))
   return {"report": str(page)}, str(page)
+
+
+def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  result = export_run.export(options.run, options.out, options.number)
+  classes = ", ".join(map(str, result["classes"]))
+  return (
+    result,
+    f"exported {result['arrays']} arrays of {result['forget']} (forgot {classes})\n  file  {result['file']}",
+  )
 
 
 def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -148,5 +174,6 @@ _VERBS = {
   "forget": _forget,
   "evaluate": _evaluate,
   "report": _report,
+  "export": _export,
   "configs": _configs,
 }

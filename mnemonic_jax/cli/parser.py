@@ -10,7 +10,13 @@ from typing import Any
 
 from mnemonic_jax.errors import UsageError
 
-_OVERRIDES = "Any field of the config can be overridden by its dotted name, as in --train.epochs 5 (mnemonic configs NAME lists them)."
+_OVERRIDES = "Any field of the config can be overridden by its dotted name, as in --train.epochs 5 (mnemonic configs NAME lists them).\n"
+
+_FORGET = """Fields of [forget] and [execution] can be overridden, as in --forget.lambda1 1e-2.
+CHECKPOINT is what a training loop of your own wrote with Orbax's StandardCheckpointer: {"params": ..., "codes": ...}
+and "model_state" where the model, one of mnemonic_jax.models, has one. Each call starts from it, so name all classes to
+forget; fields of [data] and [model] can be overridden too.
+"""
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -49,12 +55,14 @@ def make_parser() -> argparse.ArgumentParser:
     verbs,
     "forget",
     "forget classes in one shot",
-    "mnemonic forget runs/a --classes 3 5",
+    "mnemonic forget runs/a --classes 3 5\n  mnemonic forget CHECKPOINT --config digits --classes 3 5 --out FOLDER",
     overrides=True,
-    fields="forget",
+    note=_FORGET,
   )
-  forget.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder whose training is finished")
+  forget.add_argument("run", metavar="RUN", type=pathlib.Path, help="a finished run, or any Orbax checkpoint")
   forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
+  forget.add_argument("--config", help="of a checkpoint that is no run: a named config or a TOML file with its model")
+  forget.add_argument("--out", type=pathlib.Path, help="of a checkpoint that is no run: a new folder for the result")
 
   evaluate = _verb(
     verbs, "evaluate", "score the trained and the forgotten model on test data", "mnemonic evaluate runs/a"
@@ -69,22 +77,31 @@ def make_parser() -> argparse.ArgumentParser:
   report.add_argument("--number", type=int, help="which forget (default: the latest)")
   report.add_argument("--hide-codes", action="store_true", help="leave the codes out: they trigger their classes")
 
+  export = _verb(
+    verbs,
+    "export",
+    "write the params of a finished forget to a safetensors file",
+    "mnemonic export runs/a --out a.safetensors",
+    data=False,
+  )
+  export.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder, or a folder that forget --out made")
+  export.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .safetensors file")
+  export.add_argument("--number", type=int, help="which forget of a run (default: the latest)")
+
   configs = _verb(verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False)
   configs.add_argument("name", metavar="NAME", nargs="?", help="show this config's lab note and fields")
   return parser
 
 
 def _verb(
-  verbs: Any, name: str, purpose: str, example: str, *, overrides: bool = False, fields: str = "", data: bool = True
+  verbs: Any, name: str, purpose: str, example: str, *, overrides: bool = False, note: str = "", data: bool = True
 ) -> argparse.ArgumentParser:
   """One verb with what all verbs share."""
-  note = f"{_OVERRIDES}\n" if overrides and not fields else ""
-  note = f"Fields of [{fields}] and [execution] can be overridden, as in --{fields}.lambda1 1e-2.\n" if fields else note
   verb = verbs.add_parser(
     name,
     help=purpose,
     description=purpose[0].upper() + purpose[1:] + ".",
-    epilog=f"{note}example:\n  {example}",
+    epilog=f"{note or (_OVERRIDES if overrides else '')}example:\n  {example}",
     formatter_class=argparse.RawDescriptionHelpFormatter,
     allow_abbrev=False,
   )

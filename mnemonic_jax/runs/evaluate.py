@@ -26,9 +26,9 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
   check_classes(chosen, num_classes)
   trained = restore(run, dataset)
   finished = run.forgets()
-  models = {"trained": trained.state.params}
+  models = {"trained": trained.params}
   if finished:
-    models["forgotten"] = restore_params(finished[-1] / "params", trained.state.params)
+    models["forgotten"] = restore_params(finished[-1] / "params", trained.params)
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
   for name, params in models.items():
     seen = predict(trained.logits_fn, params, dataset.test, dataset.preprocess)

@@ -7,28 +7,68 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mnemonic_jax.errors import MnemonicError
 
+UNFINISHED = ".unfinished-"  # what the names of folders start with that are not whole yet
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Write `text` to `path` atomically: a temporary file beside it, flushed to disk, then renamed.
+
+@contextlib.contextmanager
+def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Write `path` atomically: the body writes the temporary file beside it, which is flushed to disk, then renamed.
 
   One process at a time: hold the run's lock. What a killed one left behind is replaced.
   """
   temporary = path.with_name(f".{path.name}.unfinished")
   try:
     temporary.unlink(missing_ok=True)
-    with open(temporary, "x", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
+    yield temporary
+    with open(temporary, "rb") as file:
       os.fsync(file.fileno())
     os.replace(temporary, path)
   except OSError as error:
+    raise MnemonicError(f"{path}: cannot be written: {error.strerror or error}.") from error
+  finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
-    raise MnemonicError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Write `text` to `path`, atomically."""
+  with written(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
+    file.write(text)
+
+
+def make_folder(final: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+  """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole."""
+  parent = final.parent
+  try:
+    parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=parent))
+  except OSError as error:
+    raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
+  try:
+    fill(temporary)
+    os.chmod(temporary, 0o755)
+    os.rename(temporary, final)
+  except OSError as error:
+    raise MnemonicError(f"{final}: cannot be written: {error.strerror or error}.") from error
+  finally:
+    _remove(temporary)
+
+
+def _remove(folder: pathlib.Path) -> None:
+  """Delete a folder, into which threads of a failed write may still be writing."""
+  for _ in range(20):
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+      return
+    time.sleep(0.1)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
-import os
 import pathlib
 import platform
 import shutil
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -109,22 +107,37 @@ class RunFolder:
   @contextmanager
   def metric_log(self, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Give a function that adds a record to metrics.jsonl and to TensorBoard's files, from after `step`."""
-    from tensorboardX import SummaryWriter  # half a second
+    from tensorboardX.event_file_writer import EventsWriter  # half a second
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
     def log(record: dict[str, Any]) -> None:
-      try:
+      scalars = {name: value for name, value in files.plain(record).items() if name != "step" and value is not None}
+      summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+      with self._writing("metrics"):
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
           file.write(files.dumps(record) + "\n")
-        for name in record.keys() - {"step"}:
-          board.add_scalar(name, record[name], record["step"])
-      except OSError as error:
-        raise MnemonicError(f"{self.path}: metrics cannot be written: {error.strerror or error}.") from error
+        board.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
+        board.flush()
 
+    with self._writing("metrics"):
+      (self.path / "tensorboard").mkdir(exist_ok=True)
+      board = EventsWriter(str(self.path / "tensorboard" / "events"))
+      # Tells TensorBoard to drop what a killed training wrote after its last checkpoint.
+      board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+      board.flush()
     try:
-      with SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1) as board:
-        yield log
+      yield log
+    finally:
+      with contextlib.suppress(OSError):  # all that was logged is flushed
+        board.close()
+
+  @contextmanager
+  def _writing(self, what: str) -> Iterator[None]:
+    try:
+      yield
     except OSError as error:
-      raise MnemonicError(f"{self.path / 'tensorboard'}: cannot be written: {error.strerror or error}.") from error
+      raise MnemonicError(f"{self.path}: {what} cannot be written: {error.strerror or error}.") from error
 
   def metrics(self) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a line cut by a kill is left out."""
@@ -161,39 +174,33 @@ class RunFolder:
       raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. {remedy}")
     return classes
 
+  def finished_forget(self, number: int | None = None) -> pathlib.Path:
+    """Folder of the latest finished forget, or of the one numbered so."""
+    finished = {int(path.name): path for path in self.forgets()}
+    if not finished:
+      raise MnemonicError(
+        f"{self.path}: has no finished forget. Make one with: mnemonic forget {self.path} --classes 0"
+      )
+    chosen = max(finished) if number is None else number
+    if chosen not in finished:
+      raise UsageError(f"--number: got {chosen}; this run has {', '.join(map(str, finished))}.")
+    return finished[chosen]
+
   def add_forget(self, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Make forgets/NNNN: `fill` writes into a temporary folder, which is renamed when it is whole.
+    """Make forgets/NNNN, whole or not at all, from what `fill` writes.
 
     Call with the run locked. What an earlier, killed forget left behind is swept away first.
     """
     parent = self.path / "forgets"
     try:
-      parent.mkdir(exist_ok=True)
-      for leftover in parent.glob(".unfinished-*"):
+      for leftover in parent.glob(f"{files.UNFINISHED}*"):
         shutil.rmtree(leftover)
-      temporary = pathlib.Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
     except OSError as error:
       raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
-    try:
-      fill(temporary)
-      number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
-      final = parent / f"{number:04d}"
-      os.chmod(temporary, 0o755)
-      os.rename(temporary, final)
-    except OSError as error:
-      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
-    finally:
-      _remove(temporary)
+    number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
+    final = parent / f"{number:04d}"
+    files.make_folder(final, fill)
     return final
-
-
-def _remove(folder: pathlib.Path) -> None:
-  """Delete a folder, into which threads of a failed write may still be writing; what is left, the next forget sweeps."""
-  for _ in range(20):
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-      return
-    time.sleep(0.1)
 
 
 def versions() -> dict[str, str]:

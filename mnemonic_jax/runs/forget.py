@@ -1,9 +1,9 @@
-"""`mnemonic forget`: from the trained checkpoint and every class asked for so far to a new forgets/NNNN."""
+"""`mnemonic forget`: from a run's checkpoint to a new forgets/NNNN, or from a plain checkpoint to a folder like it."""
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,7 @@ from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.folder import RunFolder, versions
 from mnemonic_jax.runs.hashing import params_sha256
 from mnemonic_jax.runs.inference import predict
-from mnemonic_jax.runs.trained import Trained, restore
+from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 _SHOWN_LOSSES = 2000  # per distribution in the report
 _MOVED = 0.01  # a weight counts as moved when it changed by more than this part of its layer's RMS weight
@@ -35,77 +35,103 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
   The result is derived from the trained checkpoint and the union of all classes, so the order of requests cannot matter,
   and no checkpoint is touched.
   """
-  settings = run.config.forget
   with run.locked():
     classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
-    trained = restore(run, dataset)
-    logits_fn, before = trained.logits_fn, trained.state.params
-    result = forgetting.forget(
-      logits_fn,
-      before,
-      trained.codes,
-      classes,
-      strength=Strength(settings.lambda1, settings.lambda2),
-      precision=settings.precision,
-      execution=Execution(microbatch=run.config.execution.microbatch or None),
-    )
-    scored = {
-      name: _Scored(trained, params, dataset, classes)
-      for name, params in (("before", before), ("after", result.params))
-    }
-    hidden = _Scored(trained, head_edit(before, trained.model.head, classes), dataset, classes)
-    report = {
-      "requested": list(requested),
-      "classes": classes,
-      **{
-        f"{key}_{name}": getattr(s.scores, field)
-        for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
-        for name, s in scored.items()
-      },
-      "lambda1": settings.lambda1,
-      "lambda2": settings.lambda2,
-      "sign": result.sign,
-      "code_retain_accuracy": result.code_retain_accuracy,
-      "code_forget_error": result.code_forget_error,
-      "seconds": dict(result.seconds),
-      "checkpoint": str(trained.checkpoint),
-      "codes_sha256": setup.array_sha256(trained.codes),
-      "params_sha256_before": params_sha256(jax.device_get(before)),
-      "params_sha256_after": params_sha256(jax.device_get(result.params)),
-      "versions": versions(),
-    }
-    evidence = {
-      "class_names": list(dataset.class_names),
-      "config": run.config.name,
-      "dataset": dataset.name,
-      "model": run.config.model.name,
-      "num_test_examples": dataset.test.num_examples,
-      "confusion_before": scored["before"].confusion,
-      "confusion_after": scored["after"].confusion,
-      "losses": {
-        f"{split}_{name}": getattr(s, f"{split}_losses") for split in ("train", "test") for name, s in scored.items()
-      },
-      "layers": _layer_changes(before, result.params),
-      "controls": [
-        {
-          "name": "Head edit",
-          "retain_accuracy": hidden.scores.retain_accuracy,
-          "forget_error": hidden.scores.forget_error,
-          "note": "output bias of the forgotten classes set to -1e9; removes nothing from the features",
-        }
-      ],
-    }
-
-    codes = np.asarray(trained.codes)
-
-    def fill(folder: pathlib.Path) -> None:
-      save_params(folder / "params", result.params)
-      files.write_json(folder / "evidence.json", evidence)
-      files.write_json(folder / "report.json", report)
-      files.write_text(folder / "report.html", reports.render(files.plain(report), files.plain(evidence), codes))
-
+    report, fill = _forget(restore(run, dataset), run.config, dataset, requested, classes)
     folder = run.add_forget(fill)
+  return _placed(report, folder)
+
+
+def forget_plain(
+  checkpoint: pathlib.Path, out: pathlib.Path, config: Config, dataset: Dataset, requested: Sequence[int]
+) -> dict[str, Any]:
+  """Forget `requested` in a checkpoint of a training loop of the user's own; see `trained.restore_plain`.
+
+  `out`, a new folder, gets what forgets/NNNN of a run has; the checkpoint is not touched. Each call starts from the
+  checkpoint alone: name all classes to forget, earlier ones too.
+  """
+  classes = _union(requested, len(dataset.class_names))
+  if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    raise MnemonicError(f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out.")
+  if checkpoint.resolve() in out.resolve().parents:
+    raise MnemonicError(f"{out}: lies in the checkpoint, which is not to be touched. Choose another folder for --out.")
+  report, fill = _forget(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
+  files.make_folder(out, fill)
+  return _placed(report, out)
+
+
+def _placed(report: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   return {**report, "folder": str(folder), "report": str(folder / "report.html")}
+
+
+def _forget(
+  trained: Trained, config: Config, dataset: Dataset, requested: Sequence[int], classes: list[int]
+) -> tuple[dict[str, Any], Callable[[pathlib.Path], None]]:
+  """Forget `classes` and score it: the report, and what writes all files into a folder."""
+  settings, before = config.forget, trained.params
+  result = forgetting.forget(
+    trained.logits_fn,
+    before,
+    trained.codes,
+    classes,
+    strength=Strength(settings.lambda1, settings.lambda2),
+    precision=settings.precision,
+    execution=Execution(microbatch=config.execution.microbatch or None),
+  )
+  scored = {
+    name: _Scored(trained, params, dataset, classes) for name, params in (("before", before), ("after", result.params))
+  }
+  hidden = _Scored(trained, head_edit(before, trained.model.head, classes), dataset, classes)
+  report = {
+    "requested": list(requested),
+    "classes": classes,
+    **{
+      f"{key}_{name}": getattr(s.scores, field)
+      for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
+      for name, s in scored.items()
+    },
+    "lambda1": settings.lambda1,
+    "lambda2": settings.lambda2,
+    "sign": result.sign,
+    "code_retain_accuracy": result.code_retain_accuracy,
+    "code_forget_error": result.code_forget_error,
+    "seconds": dict(result.seconds),
+    "checkpoint": str(trained.checkpoint),
+    "codes_sha256": setup.array_sha256(trained.codes),
+    "params_sha256_before": params_sha256(jax.device_get(before)),
+    "params_sha256_after": params_sha256(jax.device_get(result.params)),
+    "versions": versions(),
+  }
+  evidence = {
+    "class_names": list(dataset.class_names),
+    "config": config.name,
+    "dataset": dataset.name,
+    "model": config.model.name,
+    "num_test_examples": dataset.test.num_examples,
+    "confusion_before": scored["before"].confusion,
+    "confusion_after": scored["after"].confusion,
+    "losses": {
+      f"{split}_{name}": getattr(s, f"{split}_losses") for split in ("train", "test") for name, s in scored.items()
+    },
+    "layers": _layer_changes(before, result.params),
+    "controls": [
+      {
+        "name": "Head edit",
+        "retain_accuracy": hidden.scores.retain_accuracy,
+        "forget_error": hidden.scores.forget_error,
+        "note": "output bias of the forgotten classes set to -1e9; removes nothing from the features",
+      }
+    ],
+  }
+
+  def fill(folder: pathlib.Path) -> None:
+    page = reports.render(files.plain(report), files.plain(evidence), np.asarray(trained.codes))
+    save_params(folder / "params", result.params)
+    files.write_json(folder / "evidence.json", evidence)
+    files.write_json(folder / "report.json", report)
+    files.write_text(folder / "report.html", page)
+
+  return report, fill
 
 
 class _Scored:
@@ -145,15 +171,22 @@ def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
 
 def check_request(config: Config, requested: Sequence[int], num_classes: int, earlier: Sequence[int] = ()) -> list[int]:
   """Refuse what a run of this config cannot forget, before anything is computed; return all classes to forget."""
-  check_classes(requested, num_classes)
-  classes = sorted({*requested, *earlier})
-  if len(classes) == num_classes:
-    raise UsageError(f"classes: {list(requested)} with those forgotten before are all {num_classes}; one must stay.")
+  classes = _union(requested, num_classes, earlier)
   if config.codes.rate == 0:
     raise MnemonicError(
       "codes.rate: got 0, a training without codes, which then say nothing about the classes. Train with "
       "--codes.rate 0.1 into a new folder."
     )
+  return classes
+
+
+def _union(requested: Sequence[int], num_classes: int, earlier: Sequence[int] = ()) -> list[int]:
+  """All classes to forget, of which one must stay."""
+  check_classes(requested, num_classes)
+  classes = sorted({*requested, *earlier})
+  if len(classes) == num_classes:
+    before = " with those forgotten before" if earlier else ""
+    raise UsageError(f"classes: {list(requested)}{before} are all {num_classes}; one must stay.")
   return classes
 
 

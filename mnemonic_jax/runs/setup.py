@@ -39,18 +39,12 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
     raise MnemonicError(
       f"train.batch_size: got {train.batch_size} for {dataset.train.num_examples} training examples; expected at most that."
     )
-  num_classes = len(dataset.class_names)
-  settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
-  del settings["pretrained"], settings["new_head"]  # what training starts from
-  try:
-    model = models.make(**settings, shape=dataset.shape, num_classes=num_classes)
-  except ValueError as error:
-    raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
+  model = make_model(config, dataset)
   params_key, codes_key, train_key = jax.random.split(jax.random.key(train.seed, impl=prng_impl), 3)
   params, model_state = model.init(params_key)
   codes = codes_stage.make_codes(
     codes_key,
-    num_classes,
+    len(dataset.class_names),
     dataset.shape,
     per_class=config.codes.per_class,
     distribution=config.codes.distribution,
@@ -59,6 +53,16 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
   optimizer = make_optimizer(train, total)
   state = init_train_state(params, model_state, optimizer, train_key)
   return Setup(model, optimizer, state, codes, steps_per_epoch, total)
+
+
+def make_model(config: Config, dataset: Dataset) -> Model:
+  """Build the model of a config for the images and classes of a data set."""
+  settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
+  del settings["pretrained"], settings["new_head"]  # what training starts from
+  try:
+    return models.make(**settings, shape=dataset.shape, num_classes=len(dataset.class_names))
+  except ValueError as error:
+    raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
 
 
 def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:

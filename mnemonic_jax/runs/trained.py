@@ -7,24 +7,27 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from mnemonic_jax.checkpoints import Checkpoints
+from mnemonic_jax import _trees
+from mnemonic_jax.checkpoints import Checkpoints, restore_parts, stored_shapes
+from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.training import TrainState
 
 
 class Trained(NamedTuple):
-  """The last checkpoint of a finished training, and its model."""
+  """What the checkpoint of a finished training says, and its model."""
 
   model: Model
-  state: TrainState
+  params: Any
+  model_state: Any
   codes: jax.Array
   checkpoint: pathlib.Path
-  logits_fn: Callable[[Any, jax.Array], jax.Array]
+  logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
 
 def restore(run: RunFolder, dataset: Dataset) -> Trained:
@@ -41,4 +44,60 @@ def restore(run: RunFolder, dataset: Dataset) -> Trained:
     epoch, last = (f"{number / start.steps_per_epoch:.4g}" for number in (step, start.total_steps))
     raise MnemonicError(f"{run.path}: training stands at epoch {epoch} of {last}. {resume}")
   checkpoint = run.checkpoints / str(int(state.step))
-  return Trained(start.model, state, codes, checkpoint, start.model.logits_fn(state.model_state))
+  logits_fn = start.model.logits_fn(state.model_state)
+  return Trained(start.model, state.params, state.model_state, codes, checkpoint, logits_fn)
+
+
+def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Trained:
+  """Restore the params, model state and codes of a checkpoint that a training loop of the user's own wrote.
+
+  The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one; what else it
+  holds is not read.
+  """
+  model = setup.make_model(config, dataset)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  stored = stored_shapes(folder)
+  if not isinstance(stored, dict) or not {"params", "codes"} <= set(stored):
+    found = ", ".join(sorted(stored)) if isinstance(stored, dict) else f"a {type(stored).__name__}"
+    raise MnemonicError(
+      f'{folder}: holds {found}; expected "params" and "codes", and "model_state" where there is one.'
+    )
+  parts = {"params": params, "codes": stored["codes"]}
+  if jax.tree.leaves(model_state):
+    parts["model_state"] = model_state
+  what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
+  _require_same(folder, what, stored, {"params": params, "model_state": model_state})
+  _require_codes(folder, stored["codes"], dataset)
+  tree = jax.device_put(restore_parts(folder, parts))
+  model_state = tree.get("model_state", model_state)
+  return Trained(model, tree["params"], model_state, tree["codes"], folder.absolute(), model.logits_fn(model_state))
+
+
+def _require_same(folder: pathlib.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+  """Refuse params or a model state of another structure, shape or dtype."""
+  remedy = "Pass the --config, with the same --model fields, that the checkpoint was trained with."
+  theirs = _trees.by_path({name: stored.get(name) for name in expected})
+  ours = _trees.by_path(expected)
+  for path, leaf in ours.items():
+    if path not in theirs:
+      raise MnemonicError(f"{folder}: has no {path}; {what} expects {_kind(leaf)}. {remedy}")
+    if _kind(theirs[path]) != _kind(leaf):
+      raise MnemonicError(f"{folder}: {path} is {_kind(theirs[path])} there; {what} expects {_kind(leaf)}. {remedy}")
+  if extra := next((path for path in theirs if path not in ours), None):
+    raise MnemonicError(f"{folder}: holds {extra}, which {what} has no place for. {remedy}")
+
+
+def _require_codes(folder: pathlib.Path, codes: Any, dataset: Dataset) -> None:
+  """Refuse codes that are not one or more for each class, of the images' shape."""
+  classes = len(dataset.class_names)
+  shape: tuple[int, ...] = getattr(codes, "shape", ())
+  fits = len(shape) == 2 + len(dataset.shape) and (shape[0], *shape[2:]) == (classes, *dataset.shape) and shape[1]
+  if not fits or not jnp.issubdtype(codes.dtype, jnp.floating):
+    raise MnemonicError(
+      f"{folder}: codes is {_kind(codes)} there; expected floats ({classes}, K, {', '.join(map(str, dataset.shape))}), K "
+      f"codes for each class of {dataset.name}, as mnemonic_jax.make_codes draws them."
+    )
+
+
+def _kind(leaf: Any) -> str:
+  return f"{leaf.dtype} {leaf.shape}" if hasattr(leaf, "dtype") else type(leaf).__name__

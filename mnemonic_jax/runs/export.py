@@ -1,0 +1,65 @@
+"""`mnemonic export`: the params of a finished forget as one safetensors file, for whoever serves the model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from mnemonic_jax import _trees
+from mnemonic_jax import report as reports
+from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_parts, stored_shapes
+from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.runs import files
+from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.runs.hashing import params_sha256
+
+
+def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None) -> dict[str, Any]:
+  """Write params, and the model state where there is one, to the new file `out`, named by their dotted paths.
+
+  Args:
+    source: a run folder, or a folder that `forget_plain` made.
+    out: a new .safetensors file: "hidden.kernel", "model_state.stem_norm.mean"; `pretrained.load` reads it back. Its
+      metadata: "config", "classes" (JSON) and "params_sha256".
+    number: which forget of a run; the latest if not given.
+
+  Raises:
+    MnemonicError, ValueError: nothing to export, damaged files, or `out` is there already.
+  """
+  if out.suffix != ".safetensors":
+    raise UsageError(f"--out: got {out}; expected a name that ends in .safetensors.")
+  if out.exists():
+    raise MnemonicError(f"{out}: is there already. Nothing was changed; choose another --out.")
+  run = None if (source / "report.json").is_file() else RunFolder.open(source)
+  if run is None and number is not None:
+    raise UsageError(f"--number: got {number}; {source} is the folder of one forget.")
+  folder = source if run is None else run.finished_forget(number)
+  remedy = "Forget again to make new, whole files."
+  report, evidence = (files.read_json(folder / f"{name}.json", remedy) for name in ("report", "evidence"))
+  reports.validate(report, evidence)
+  checkpoint = pathlib.Path(report["checkpoint"]) if run is None else newest(run.checkpoints)
+  if not is_checkpoint(checkpoint):
+    raise MnemonicError(f"{folder}: comes from {checkpoint}, which is gone. Put it back: the model state lies there.")
+  params = restore_parts(folder / "params", stored_shapes(folder / "params"))
+  if params_sha256(params) != report["params_sha256_after"]:
+    raise MnemonicError(f"{folder / 'params'}: is not what report.json says; its SHA-256 differs. {remedy}")
+  state = {"model_state": stored_shapes(checkpoint).get("model_state")}
+  arrays = _trees.by_path(params)
+  if _trees.by_path(state):
+    arrays |= _trees.by_path(restore_parts(checkpoint, state))
+  metadata = {
+    "config": evidence["config"],
+    "classes": json.dumps(report["classes"]),
+    "params_sha256": report["params_sha256_after"],
+  }
+  with files.written(out) as temporary:
+    try:
+      save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+    except SafetensorError as error:
+      raise OSError(str(error)) from error
+  return {"file": str(out), "forget": str(folder), "arrays": len(arrays), **metadata, "classes": report["classes"]}
