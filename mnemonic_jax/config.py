@@ -55,7 +55,11 @@ class CodesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over all epochs)."""
+  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over all epochs).
+
+  `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much of the next one it is
+  blended with; 0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure.
+  """
 
   seed: int = 0
   epochs: int = 30
@@ -65,6 +69,8 @@ class TrainConfig:
   weight_decay: float = 5e-4
   schedule: str = "constant"
   checkpoint_every: int = 10
+  mixup: float = 0.0
+  cutmix: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +189,9 @@ def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | N
       raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
     section, _, key = field.partition(".")
     sections[section][key] = _checked(field, value, known[field])
-  if sections["model"].get("new_head") and not sections["model"].get("pretrained"):
-    raise UsageError(
-      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
-    )
-  return Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+  config = Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+  _check_together(config)
+  return config
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -214,6 +218,19 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
       limit = f"from {low:.0f} to {high:.0f}" if high < float("inf") else f"of at least {low:g}, finite"
       raise UsageError(f"{field}: got {value}; expected a number {limit}.")
   return value
+
+
+def _check_together(config: Config) -> None:
+  """Refuse fields that are right by themselves and do not go together."""
+  model, train = config.model, config.train
+  if model.new_head and not model.pretrained:
+    raise UsageError(
+      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
+    )
+  if train.mixup and train.cutmix:
+    raise UsageError(
+      f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at most. Set the other to 0."
+    )
 
 
 def _folder() -> Any:

@@ -16,7 +16,11 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
 Metrics = dict[str, jax.Array]
 
+# (key, images (N, H, W, C), targets (N, C)) -> (images, targets), such as `blending.mixup` with its alpha
+BlendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
 _AUGMENTATION = 2**32 - 1  # the branch of the state's key that no step draws from
+_BLENDING = 2**32 - 1  # the branch of a step's key that mixing does not draw from
 
 
 class TrainState(NamedTuple):
@@ -49,23 +53,30 @@ def make_train_step(
   *,
   rate: float,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.softmax_cross_entropy,
+  blend: BlendFn | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
   """Make the function that does one step of training with codes mixed in.
 
       images <- mix(fold_in(key, step), images, labels, codes, rate);  params <- optimizer(grad mean loss)
 
+  With `blend`, labels become one-hot targets, images and targets are blended, and only then do codes replace: a replaced
+  row has the code and the one-hot target of its own class, both pure.
+
   Guarantees:
-    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so.
+    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so. The same rows become the same
+    codes with and without `blend`.
 
   Args:
     apply: pure function (params, model_state, inputs, train) -> (logits, model_state).
     optimizer: an optax gradient transformation.
     codes: (C, K, *shape), floating, in the space that apply sees.
     rate: probability that an example is replaced by a code of its class, the paper's t_mix.
-    loss: (logits, labels) -> (N,) losses.
+    loss: (logits, labels) -> (N,) losses; with `blend` it is given float32 targets (N, C) instead of labels.
+    blend: (key, images, targets) -> (images, targets), such as partial(blending.mixup, alpha=0.2); None: no blending.
 
   Returns:
-    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch.
+    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch; of a blended
+    example the heavier class counts as the right one.
 
   >>> apply = lambda params, model_state, inputs, train: (inputs @ params, model_state)
   >>> step = make_train_step(apply, optax.sgd(1.0), jnp.eye(2)[:, None], rate=0.1)
@@ -81,11 +92,20 @@ def make_train_step(
   _validation.require_rate(rate)
 
   def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
-    images = mixing.mix(jax.random.fold_in(state.key, state.step), images, labels, codes, rate)
+    key = jax.random.fold_in(state.key, state.step)
+    targets = labels
+    if blend is None:
+      images = mixing.mix(key, images, labels, codes, rate)
+    else:
+      own = jax.nn.one_hot(labels, len(codes), dtype=jnp.float32)
+      images, targets = blend(jax.random.fold_in(key, _BLENDING), images, own)
+      images, replaced = mixing.mix(key, images, labels, codes, rate, return_mask=True)
+      targets = jnp.where(replaced[:, None], own, targets)
+      labels = jnp.argmax(targets, axis=-1)
 
     def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
       logits, model_state = apply(params, state.model_state, images, True)
-      return jnp.mean(loss(logits, labels)), (logits, model_state)
+      return jnp.mean(loss(logits, targets)), (logits, model_state)
 
     (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)

@@ -44,6 +44,12 @@ def test_a_new_head_needs_a_file_to_leave_the_old_one_in():
     configs.load("digits", {"model.new_head": "yes"})
 
 
+def test_mixup_and_cutmix_exclude_each_other():
+  assert configs.load("digits", {"train.mixup": 0.2}).train.mixup == 0.2
+  with pytest.raises(UsageError, match=r"train\.mixup: got 0\.2 with train\.cutmix 1\.0; expected one of them"):
+    configs.load("digits", {"train.mixup": 0.2, "train.cutmix": 1})
+
+
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     configs.load("digits").train.epochs = 3  # type: ignore[misc]
@@ -69,6 +75,8 @@ def test_every_section_refuses_fields_it_has_not():
     ("codes.rate", 1.0001),
     ("codes.rate", float("nan")),
     ("codes.per_class", 0),
+    ("train.mixup", -0.2),
+    ("train.cutmix", float("inf")),
     ("forget.lambda1", float("inf")),
     ("forget.precision", "float16"),
     ("forget.classes", [1.5]),

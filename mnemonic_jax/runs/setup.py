@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mnemonic_jax import blending, models
 from mnemonic_jax import codes as codes_stage
-from mnemonic_jax import models
 from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
-from mnemonic_jax.training import TrainState, init_train_state
+from mnemonic_jax.training import BlendFn, TrainState, init_train_state
 
 
 class Setup(NamedTuple):
@@ -64,6 +65,13 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
   if train.schedule == "cosine":
     rate = optax.cosine_decay_schedule(train.learning_rate, steps)
   return optax.chain(optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum or None))
+
+
+def make_blend(train: TrainConfig) -> BlendFn | None:
+  """Mixup, CutMix or neither."""
+  if train.mixup:
+    return partial(blending.mixup, alpha=train.mixup)
+  return partial(blending.cutmix, alpha=train.cutmix) if train.cutmix else None
 
 
 def array_sha256(array: Any) -> str:

@@ -47,7 +47,9 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
       state = state._replace(params=params, model_state=model_state)
     resumed_from = int(state.step) / steps
     run.rewind_metrics(int(state.step))
-    step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate)
+    step = training.make_train_step(
+      start.model.apply, start.optimizer, codes, rate=config.codes.rate, blend=setup.make_blend(settings)
+    )
     stored_step = training.make_stored_step(step, dataset.preprocess, augmentation.NAMES[config.data.augment])
     # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
     stepwise = jax.default_backend() == "cpu" and config.model.name != "mlp"
