@@ -31,14 +31,18 @@ class DataConfig:
 class ModelConfig:
   """Which model. `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
 
-  `pool` is what a ViT's head reads. `dtype` is what is computed in; params are float32. `pretrained` is a file that
-  training starts from (.safetensors of torchvision or timm, AugReg's .npz), with `new_head` all but its head.
+  `pool` is what a ViT's head reads. `scan` stacks the params of a ViT's blocks, which then compile once; `remat` computes
+  the inner values of a transformer's blocks again on the way back, for less memory. `dtype` is what is computed in;
+  params are float32. `pretrained` is a file that training starts from (.safetensors of torchvision or timm, AugReg's
+  .npz), with `new_head` all but its head.
   """
 
   name: str = "mlp"
   hidden: int = 1000
   width: int = 64
   pool: str = "token"
+  scan: bool = False
+  remat: bool = False
   dtype: str = "float32"
   pretrained: str = ""
   new_head: bool = False
@@ -223,6 +227,9 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
 def _check_together(config: Config) -> None:
   """Refuse fields that are right by themselves and do not go together."""
   model, train = config.model, config.train
+  for option, having in models.OPTIONS.items():
+    if getattr(model, option) and model.name not in having:
+      raise UsageError(f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it.")
   if model.new_head and not model.pretrained:
     raise UsageError(
       "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."

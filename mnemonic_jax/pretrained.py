@@ -131,8 +131,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
   Args:
     file: safetensors as torchvision's or timm's state dict, or an AugReg .npz. Pickled files are refused.
     name: of the model, as `models.make` takes it.
-    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them, of a model whose blocks
-      are not scanned.
+    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them; those of scanned
+      "blocks" are stacked layer by layer.
     new_head: leave the head as it is in `params` (arrays), for a data set with other classes.
 
   Returns:
@@ -152,24 +152,29 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     named = _renamed(arrays, source)
     used: set[str] = set()
 
-    def fill(path: Any, leaf: Any) -> Any:
-      keys = tuple(str(key.key) for key in path)
-      if new_head and keys[0] == "head":
-        return leaf
-      ours = ".".join(keys)
+    def read(ours: str, shape: tuple[int, ...]) -> np.ndarray:
       reader = named.get(ours)
       if reader is None:
-        raise MnemonicError(
-          f"{file}: has no array for {ours} {tuple(leaf.shape)} of {name}; it is another architecture."
-        )
+        raise MnemonicError(f"{file}: has no array for {ours} {shape} of {name}; it is another architecture.")
       used.add(ours)
       value = reader()
-      if value.shape != leaf.shape:
+      if value.shape != shape:
         raise MnemonicError(
-          f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {tuple(leaf.shape)}."
-          + (" Pass model.new_head to start with a head of your own." if keys[0] == "head" else "")
+          f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {shape}."
+          + (" Pass model.new_head to start with a head of your own." if ours.startswith("head.") else "")
         )
-      return jax.numpy.asarray(value, leaf.dtype)
+      return value
+
+    def fill(path: Any, leaf: Any) -> Any:
+      top, *keys = (str(key.key) for key in path)
+      if new_head and top == "head":
+        return leaf
+      if top == "blocks":  # scanned: one leaf holds a param of every block
+        stacked = np.empty(leaf.shape, leaf.dtype)
+        for index in range(len(stacked)):
+          stacked[index] = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
+        return jax.numpy.asarray(stacked)
+      return jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
 
     filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
     left = [ours for ours in named if ours not in used and not (new_head and ours.startswith("head."))]

@@ -50,6 +50,18 @@ def test_mixup_and_cutmix_exclude_each_other():
     configs.load("digits", {"train.mixup": 0.2, "train.cutmix": 1})
 
 
+@pytest.mark.parametrize(
+  ("option", "name"), [("scan", "mlp"), ("scan", "swin_t"), ("remat", "mlp"), ("remat", "resnet18_small")]
+)
+def test_an_option_that_the_model_does_not_have_is_refused(option, name):
+  for having in ("vit_ti16", "swin_t") if option == "remat" else ("vit_ti16",):
+    assert getattr(configs.load("digits", {"model.name": having, f"model.{option}": True}).model, option)
+  with pytest.raises(
+    UsageError, match=rf"model\.{option}: got true for model\.name '{name}'; only vit_ti16, .* have it"
+  ):
+    configs.load("digits", {"model.name": name, f"model.{option}": True})
+
+
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     configs.load("digits").train.epochs = 3  # type: ignore[misc]

@@ -27,6 +27,8 @@ class Model(NamedTuple):
     stages: (params, model_state, inputs) -> the output of each stage by name, (N, ..., F), in evaluation mode, and
       "features" (N, F). Under jit, a stage that nobody reads costs nothing.
     head: keys of the last layer in params.
+    layer_axis: the layer axis of params whose blocks are scanned, a tree prefix as `forgetting.forget` takes it, so that
+      a scanned and an unrolled model forget identically; None where no param is stacked.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -34,6 +36,7 @@ class Model(NamedTuple):
   features: Callable[[PyTree, PyTree, jax.Array], jax.Array]
   stages: Callable[[PyTree, PyTree, jax.Array], dict[str, jax.Array]]
   head: tuple[str, ...]
+  layer_axis: PyTree = None
 
   def logits_fn(self, model_state: PyTree) -> Callable[[PyTree, jax.Array], jax.Array]:
     """(params, inputs) -> logits in evaluation mode, as the core takes it."""
@@ -49,6 +52,8 @@ _RESNETS: dict[str, dict[str, Any]] = {
 }
 _VITS = {f"vit_{size}16": size for size in ("ti", "s", "b", "l")}
 NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
+# The models that an option is for.
+OPTIONS = {"scan": tuple(_VITS), "remat": (*_VITS, "swin_t")}
 
 
 def make(
@@ -71,7 +76,7 @@ def make(
     hidden: units of the MLP.
     width: channels of a ResNet's first stage.
     pool: "token" or "mean", what a ViT's head reads.
-    scan: a ViT's blocks are one, with params stacked along a leading axis (`layer_axis` 0 of "blocks").
+    scan: a ViT's blocks are one, "blocks", with params stacked along a leading axis.
     remat: a transformer's blocks compute their inner values again in the backward pass.
     dtype: to compute in, bfloat16 for example; params and running statistics are float32.
 
@@ -96,13 +101,18 @@ def make(
   settings |= {"image": tuple(image), "remat": remat}
   if name in _VITS:
     settings |= {"pool": pool, "scan": scan}
-    return functional(lambda rngs: ViT(_VITS[name], num_classes, **settings, rngs=rngs), head=("head",))
+    make_vit = lambda rngs: ViT(_VITS[name], num_classes, **settings, rngs=rngs)
+    return functional(make_vit, head=("head",), stacked=("blocks",) if scan else ())
   return functional(lambda rngs: Swin(num_classes, **settings, rngs=rngs), head=("head",))
 
 
-def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) -> Model:
-  """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`."""
+def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], stacked: Sequence[str] = ()) -> Model:
+  """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`.
+
+  `stacked` names its submodules whose params have a leading axis of layers.
+  """
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
+  layer_axis = {name: 0 if name in stacked else None for name in nnx.to_pure_dict(shapes[0])} if stacked else None
 
   @jax.jit
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -131,7 +141,7 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) ->
   def stages(params: PyTree, model_state: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
     return bound(params, model_state, False).stages(inputs)
 
-  return Model(init, apply, features, stages, head)
+  return Model(init, apply, features, stages, head, layer_axis)
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:

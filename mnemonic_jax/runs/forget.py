@@ -47,6 +47,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
       trained.codes,
       classes,
       strength=Strength(settings.lambda1, settings.lambda2),
+      layer_axis=trained.model.layer_axis,
       precision=settings.precision,
       execution=Execution(microbatch=run.config.execution.microbatch or None),
     )
