@@ -34,7 +34,8 @@ class ModelConfig:
   `pool` is what a ViT's head reads. `scan` stacks the params of a ViT's blocks, which then compile once; `remat` computes
   the inner values of a transformer's blocks again on the way back, for less memory. `dtype` is what is computed in;
   params are float32. `pretrained` is a file that training starts from (.safetensors of torchvision or timm, AugReg's
-  .npz), with `new_head` all but its head.
+  .npz), with `new_head` all but its head. `text_embeddings` is a file of one vector for each class (.npy, or .safetensors
+  of one array) that the head then scores against, as in CLIP.
   """
 
   name: str = "mlp"
@@ -46,6 +47,7 @@ class ModelConfig:
   dtype: str = "float32"
   pretrained: str = ""
   new_head: bool = False
+  text_embeddings: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +229,11 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
 def _check_together(config: Config) -> None:
   """Refuse fields that are right by themselves and do not go together."""
   model, train = config.model, config.train
+  if model.text_embeddings and model.pretrained and not model.new_head:
+    raise UsageError(
+      f"model.text_embeddings: got {model.text_embeddings!r} with model.pretrained, whose head is a linear one; set "
+      "model.new_head to leave that out."
+    )
   for option, having in models.OPTIONS.items():
     if getattr(model, option) and model.name not in having:
       raise UsageError(f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it.")

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
 from mnemonic_jax.models.swin import Swin
@@ -66,6 +67,7 @@ def make(
   pool: str = "token",
   scan: bool = False,
   remat: bool = False,
+  text: np.ndarray | None = None,
   dtype: Any = None,
 ) -> Model:
   """Make the model `name` of `NAMES` for inputs of `shape`; an option that it does not have is ignored.
@@ -78,6 +80,8 @@ def make(
     pool: "token" or "mean", what a ViT's head reads.
     scan: a ViT's blocks are one, "blocks", with params stacked along a leading axis.
     remat: a transformer's blocks compute their inner values again in the backward pass.
+    text: (num_classes, E) vectors, one for each class: the head scores against them (`TextHead`), and they are part of
+      model_state. None: a linear head.
     dtype: to compute in, bfloat16 for example; params and running statistics are float32.
 
   Raises:
@@ -87,23 +91,40 @@ def make(
   >>> jax.tree.map(lambda leaf: leaf.shape, params)
   {'hidden': {'bias': (16,), 'kernel': (64, 16)}, 'output': {'bias': (10,), 'kernel': (16, 10)}}
   """
-  if name == "mlp":
-    return functional(lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs), head=("output",))
   if name not in NAMES:
     raise ValueError(f"model.name: got {name!r}; expected one of {', '.join(NAMES)}.")
-  if len(shape) != 3:
+  if name != "mlp" and len(shape) != 3:
     raise ValueError(f"shape: got {tuple(shape)}; {name} expects (height, width, channels).")
+  head = "output" if name == "mlp" else "head"
+  make_module = _module_maker(name, shape, num_classes, hidden, width, pool, scan, remat, dtype)
+  if text is not None:
+    make_module = text_head.attach(make_module, head, text, dtype=dtype)
+  return functional(make_module, head=(head,), stacked=("blocks",) if scan and name in _VITS else ())
+
+
+def _module_maker(
+  name: str,
+  shape: Sequence[int],
+  num_classes: int,
+  hidden: int,
+  width: int,
+  pool: str,
+  scan: bool,
+  remat: bool,
+  dtype: Any,
+) -> Callable[[nnx.Rngs], Any]:
+  """Make the module of a name, with a linear head."""
+  if name == "mlp":
+    return lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs)
   *image, channels = shape
   settings = {"channels": channels, "dtype": dtype}
   if name in _RESNETS:
-    made = _RESNETS[name] | settings
-    return functional(lambda rngs: ResNet(num_classes=num_classes, width=width, **made, rngs=rngs), head=("head",))
+    settings |= {"width": width, **_RESNETS[name]}
+    return lambda rngs: ResNet(num_classes=num_classes, **settings, rngs=rngs)
   settings |= {"image": tuple(image), "remat": remat}
   if name in _VITS:
-    settings |= {"pool": pool, "scan": scan}
-    make_vit = lambda rngs: ViT(_VITS[name], num_classes, **settings, rngs=rngs)
-    return functional(make_vit, head=("head",), stacked=("blocks",) if scan else ())
-  return functional(lambda rngs: Swin(num_classes, **settings, rngs=rngs), head=("head",))
+    return lambda rngs: ViT(_VITS[name], num_classes, pool=pool, scan=scan, **settings, rngs=rngs)
+  return lambda rngs: Swin(num_classes, **settings, rngs=rngs)
 
 
 def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], stacked: Sequence[str] = ()) -> Model:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import blending, models
+from mnemonic_jax import blending, models, pretrained
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
@@ -42,8 +42,10 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
   num_classes = len(dataset.class_names)
   settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
   del settings["pretrained"], settings["new_head"]  # what training starts from
+  text_file = settings.pop("text_embeddings")
+  text = pretrained.load_text_embeddings(text_file, num_classes) if text_file else None
   try:
-    model = models.make(**settings, shape=dataset.shape, num_classes=num_classes)
+    model = models.make(**settings, text=text, shape=dataset.shape, num_classes=num_classes)
   except ValueError as error:
     raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
   params_key, codes_key, train_key = jax.random.split(jax.random.key(train.seed, impl=prng_impl), 3)
