@@ -64,7 +64,8 @@ class TrainConfig:
   """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over all epochs).
 
   `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much of the next one it is
-  blended with; 0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure.
+  blended with; 0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure. `ema` is the decay
+  of a moving average of the params, below 1; 0 keeps none. A forget then covers both copies.
   """
 
   seed: int = 0
@@ -77,6 +78,7 @@ class TrainConfig:
   checkpoint_every: int = 10
   mixup: float = 0.0
   cutmix: float = 0.0
+  ema: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,6 +243,8 @@ def _check_together(config: Config) -> None:
     raise UsageError(
       "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
     )
+  if train.ema >= 1:
+    raise UsageError(f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999.")
   if train.mixup and train.cutmix:
     raise UsageError(
       f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at most. Set the other to 0."

@@ -62,6 +62,12 @@ def test_an_option_that_the_model_does_not_have_is_refused(option, name):
     configs.load("digits", {"model.name": name, f"model.{option}": True})
 
 
+def test_the_decay_of_an_average_is_below_one():
+  assert configs.load("digits", {"train.ema": 0.9999}).train.ema == 0.9999
+  with pytest.raises(UsageError, match=r"train\.ema: got 1\.0; expected a decay of at least 0"):
+    configs.load("digits", {"train.ema": 1})
+
+
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     configs.load("digits").train.epochs = 3  # type: ignore[misc]

@@ -248,6 +248,12 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
   assert "head.bias has shape (3,) there" in refused.refusal()
+  save_file(arrays, file)
+  trained("averaged", "--train.ema", 0.999)  # and so does its average
+  with Checkpoints(tmp_path / "averaged" / "checkpoints", create=False) as checkpoints:
+    average = checkpoints.restore_any()["optimizer_state"]["average"]
+  np.testing.assert_allclose(average["stem"]["kernel"], params["stem"]["kernel"], rtol=1e-4)
+  save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   params = trained("new head", "--model.new_head", "true")
   np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
   assert params["head"]["kernel"].shape == (4, 10)

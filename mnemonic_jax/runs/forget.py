@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 
-from mnemonic_jax import evaluation, forgetting
+from mnemonic_jax import evaluation, forgetting, training
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import save_params
 from mnemonic_jax.config import Config
@@ -18,6 +19,7 @@ from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
+from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.perturbation import Strength
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
@@ -41,16 +43,17 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
     classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
     trained = restore(run, dataset)
     logits_fn, before = trained.logits_fn, trained.state.params
-    result = forgetting.forget(
+    one_shot = partial(
+      forgetting.forget,
       logits_fn,
-      before,
-      trained.codes,
-      classes,
+      codes=trained.codes,
+      classes=classes,
       strength=Strength(settings.lambda1, settings.lambda2),
       layer_axis=trained.model.layer_axis,
       precision=settings.precision,
       execution=Execution(microbatch=run.config.execution.microbatch or None),
     )
+    result = one_shot(before)
     scored = {
       name: _Scored(trained, params, dataset, classes)
       for name, params in (("before", before), ("after", result.params))
@@ -59,23 +62,20 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
     report = {
       "requested": list(requested),
       "classes": classes,
-      **{
-        f"{key}_{name}": getattr(s.scores, field)
-        for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
-        for name, s in scored.items()
-      },
+      **_outcome(before, result, scored),
       "lambda1": settings.lambda1,
       "lambda2": settings.lambda2,
-      "sign": result.sign,
-      "code_retain_accuracy": result.code_retain_accuracy,
-      "code_forget_error": result.code_forget_error,
-      "seconds": dict(result.seconds),
       "checkpoint": str(trained.checkpoint),
       "codes_sha256": setup.array_sha256(trained.codes),
-      "params_sha256_before": params_sha256(jax.device_get(before)),
-      "params_sha256_after": params_sha256(jax.device_get(result.params)),
       "versions": versions(),
     }
+    copies = {"params": result.params}
+    if (average := training.ema_params(trained.state)) is not None:  # a copy that may be served too
+      ema = one_shot(average)
+      copies["ema_params"] = ema.params
+      pair = {"before": average, "after": ema.params}
+      ema_scored = {name: _Scored(trained, params, dataset, classes) for name, params in pair.items()}
+      report["copies"] = {"params": _outcome(before, result, scored), "ema": _outcome(average, ema, ema_scored)}
     evidence = {
       "class_names": list(dataset.class_names),
       "config": run.config.name,
@@ -101,13 +101,31 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
     codes = np.asarray(trained.codes)
 
     def fill(folder: pathlib.Path) -> None:
-      save_params(folder / "params", result.params)
+      for name, params in copies.items():
+        save_params(folder / name, params)
       files.write_json(folder / "evidence.json", evidence)
       files.write_json(folder / "report.json", report)
       files.write_text(folder / "report.html", reports.render(files.plain(report), files.plain(evidence), codes))
 
     folder = run.add_forget(fill)
   return {**report, "folder": str(folder), "report": str(folder / "report.html")}
+
+
+def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> dict[str, Any]:
+  """What a copy of the params was before the forget and is after it."""
+  return {
+    **{
+      f"{key}_{name}": getattr(s.scores, field)
+      for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
+      for name, s in scored.items()
+    },
+    "sign": result.sign,
+    "code_retain_accuracy": result.code_retain_accuracy,
+    "code_forget_error": result.code_forget_error,
+    "seconds": dict(result.seconds),
+    "params_sha256_before": params_sha256(jax.device_get(before)),
+    "params_sha256_after": params_sha256(jax.device_get(result.params)),
+  }
 
 
 class _Scored:

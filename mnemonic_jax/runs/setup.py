@@ -18,7 +18,7 @@ from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
-from mnemonic_jax.training import BlendFn, TrainState, init_train_state
+from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
 
 class Setup(NamedTuple):
@@ -66,7 +66,9 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
   rate: Any = train.learning_rate
   if train.schedule == "cosine":
     rate = optax.cosine_decay_schedule(train.learning_rate, steps)
-  return optax.chain(optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum or None))
+  sgd = optax.sgd(rate, momentum=train.momentum or None)
+  optimizer = optax.chain(optax.add_decayed_weights(train.weight_decay), sgd)
+  return with_ema(optimizer, train.ema) if train.ema else optimizer
 
 
 def make_blend(train: TrainConfig) -> BlendFn | None:

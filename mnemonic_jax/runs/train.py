@@ -44,7 +44,7 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
         state.model_state,
         new_head=config.model.new_head,
       )
-      state = state._replace(params=params, model_state=model_state)
+      state = training.init_train_state(params, model_state, start.optimizer, state.key)
     resumed_from = int(state.step) / steps
     run.rewind_metrics(int(state.step))
     step = training.make_train_step(
