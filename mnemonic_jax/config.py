@@ -35,18 +35,23 @@ class DataConfig:
 class ModelConfig:
   """Which model. `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
 
-  `pool` is what a ViT's head reads. `dtype` is what is computed in; params are float32. `pretrained` is a file that
-  training starts from (.safetensors of torchvision, timm or `mnemonic export`, AugReg's .npz), with `new_head` all but its
-  head.
+  `pool` is what a ViT's head reads. `scan` stacks the params of a ViT's blocks, which then compile once; `remat` computes
+  the inner values of a transformer's blocks again on the way back, for less memory. `dtype` is what is computed in;
+  params are float32. `pretrained` is a file that training starts from (.safetensors of torchvision, timm or `mnemonic
+  export`, AugReg's .npz), with `new_head` all but its head. `text_embeddings` is a file of one vector for each class (.npy,
+  or .safetensors of one array) that the head then scores against, as in CLIP.
   """
 
   name: str = "mlp"
   hidden: int = 1000
   width: int = 64
   pool: str = "token"
+  scan: bool = False
+  remat: bool = False
   dtype: str = "float32"
   pretrained: str = ""
   new_head: bool = False
+  text_embeddings: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +68,10 @@ class TrainConfig:
   """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over the whole training).
 
   `steps`, where it is not 0, says how long to train instead of `epochs`. `checkpoint_every` counts epochs; where steps are
-  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it.
+  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it. `mixup` and
+  `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much of the next one it is blended with;
+  0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure. `ema` is the decay of a moving
+  average of the params, below 1; 0 keeps none. A forget then covers both copies.
   """
 
   seed: int = 0
@@ -76,6 +84,9 @@ class TrainConfig:
   schedule: str = "constant"
   checkpoint_every: int = 10
   checkpoint_steps: int = 0
+  mixup: float = 0.0
+  cutmix: float = 0.0
+  ema: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +211,9 @@ def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | N
       raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
     section, _, key = field.partition(".")
     sections[section][key] = _checked(field, value, known[field])
-  if sections["model"].get("new_head") and not sections["model"].get("pretrained"):
-    raise UsageError(
-      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
-    )
-  return Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+  config = Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+  _check_together(config)
+  return config
 
 
 def as_dict(config: Config) -> dict[str, Any]:
@@ -231,6 +240,29 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
       limit = f"from {low:.0f} to {high:.0f}" if high < float("inf") else f"of at least {low:g}, finite"
       raise UsageError(f"{field}: got {value}; expected a number {limit}.")
   return value
+
+
+def _check_together(config: Config) -> None:
+  """Refuse fields that are right by themselves and do not go together."""
+  model, train = config.model, config.train
+  if model.text_embeddings and model.pretrained and not model.new_head:
+    raise UsageError(
+      f"model.text_embeddings: got {model.text_embeddings!r} with model.pretrained, whose head is a linear one; set "
+      "model.new_head to leave that out."
+    )
+  for option, having in models.OPTIONS.items():
+    if getattr(model, option) and model.name not in having:
+      raise UsageError(f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it.")
+  if model.new_head and not model.pretrained:
+    raise UsageError(
+      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
+    )
+  if train.ema >= 1:
+    raise UsageError(f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999.")
+  if train.mixup and train.cutmix:
+    raise UsageError(
+      f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at most. Set the other to 0."
+    )
 
 
 def _folder() -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_FEW = 20  # names that a message lists
+
 
 class MnemonicError(Exception):
   """Something failed in a way that the user can act on; exit code 1."""
 
   exit_code = 1
-
-
-_FEW = 20
 
 
 class UsageError(MnemonicError):

@@ -1,4 +1,4 @@
-"""Weights from local files: safetensors of torchvision and timm models, the AugReg ViTs' .npz, our own exports."""
+"""Weights from local files: safetensors of torchvision and timm, the AugReg ViTs' .npz, our exports, vectors of texts."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     file: safetensors as torchvision's or timm's state dict or as `mnemonic export` writes it, or an AugReg .npz. Pickled
       files are refused.
     name: of the model, as `models.make` takes it.
-    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them, of a model whose blocks
-      are not scanned.
+    params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them; those of scanned
+      "blocks" are stacked layer by layer.
     new_head: leave the head as it is in `params` (arrays), for a data set with other classes.
 
   Returns:
@@ -149,7 +149,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
   """
   family = "resnet" if name.startswith(("resnet", "resnext")) else name.split("_")[0]
   head = "output" if family == "mlp" else "head"
-  with _opened(pathlib.Path(file)) as arrays:
+  remedy = "in PyTorch, save with safetensors.torch.save_file(model.state_dict(), FILE)."
+  with _opened(pathlib.Path(file), "model.pretrained", (".safetensors", ".npz"), remedy) as arrays:
     source = next((s for s in _SOURCES.get(family, ()) if s.marker in arrays), None)
     if source is None:
       raise MnemonicError(
@@ -159,24 +160,29 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     named = _renamed(arrays, source)
     used: set[str] = set()
 
-    def fill(path: Any, leaf: Any) -> Any:
-      keys = tuple(str(key.key) for key in path)
-      if new_head and keys[0] == head:
-        return leaf
-      ours = ".".join(keys)
+    def read(ours: str, shape: tuple[int, ...]) -> np.ndarray:
       reader = named.get(ours)
       if reader is None:
-        raise MnemonicError(
-          f"{file}: has no array for {ours} {tuple(leaf.shape)} of {name}; it is another architecture."
-        )
+        raise MnemonicError(f"{file}: has no array for {ours} {shape} of {name}; it is another architecture.")
       used.add(ours)
       value = reader()
-      if value.shape != leaf.shape:
+      if value.shape != shape:
         raise MnemonicError(
-          f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {tuple(leaf.shape)}."
-          + (" Pass model.new_head to start with a head of your own." if keys[0] == head else "")
+          f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {shape}."
+          + (" Pass model.new_head to start with a head of your own." if ours.startswith(f"{head}.") else "")
         )
-      return jax.numpy.asarray(value, leaf.dtype)
+      return value
+
+    def fill(path: Any, leaf: Any) -> Any:
+      top, *keys = (str(key.key) for key in path)
+      if new_head and top == head:
+        return leaf
+      if top == "blocks" and ".".join([top, *keys]) not in named:  # scanned: one leaf holds a param of every block
+        stacked = np.empty(leaf.shape, leaf.dtype)
+        for index in range(len(stacked)):
+          stacked[index] = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
+        return jax.numpy.asarray(stacked)
+      return jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
 
     filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
     left = [ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))]
@@ -185,6 +191,40 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
         f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."
       )
   return filled
+
+
+def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarray:
+  """Read the vectors that a text-embedding head scores against, one row for each class in label order.
+
+  Args:
+    file: .npy, or .safetensors of exactly one array: (num_classes, E), floating. Pickled files are refused.
+
+  Returns:
+    (num_classes, E) float32, vectors of length one.
+
+  Raises:
+    MnemonicError: no such file, a damaged one, or vectors that no head can score against; it names the file.
+  """
+  remedy = "save the vectors with numpy.save(FILE, vectors)."
+  with _opened(pathlib.Path(file), "model.text_embeddings", (".npy", ".safetensors"), remedy) as arrays:
+    if len(arrays) != 1:
+      raise MnemonicError(f"{file}: holds {len(arrays)} arrays ({_few(arrays)}); expected one, the text embeddings.")
+    (read,) = arrays.values()
+    vectors = read()
+  if vectors.ndim != 2 or len(vectors) != num_classes or not vectors.size:
+    raise MnemonicError(
+      f"{file}: has shape {vectors.shape}; expected ({num_classes}, E), a vector for each of the {num_classes} classes."
+    )
+  if not np.issubdtype(vectors.dtype, np.floating):
+    raise MnemonicError(f"{file}: has dtype {vectors.dtype}; expected floating vectors.")
+  with np.errstate(over="ignore", invalid="ignore"):
+    vectors = vectors.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+  if (wrong := np.flatnonzero(~np.isfinite(lengths))).size:
+    raise MnemonicError(f"{file}: the vector of class {wrong[0]} holds NaN or inf; expected finite vectors.")
+  if (wrong := np.flatnonzero(lengths == 0)).size:
+    raise MnemonicError(f"{file}: the vector of class {wrong[0]} is zero; expected one with a direction.")
+  return (vectors / lengths).astype(np.float32)
 
 
 def _renamed(arrays: Mapping[str, Reader], source: _Source) -> dict[str, Reader]:
@@ -237,14 +277,13 @@ def _joined_heads(read: Reader, ours: str) -> np.ndarray:
 
 
 @contextmanager
-def _opened(path: pathlib.Path) -> Iterator[dict[str, Reader]]:
+def _opened(path: pathlib.Path, field: str, suffixes: tuple[str, str], remedy: str) -> Iterator[dict[str, Reader]]:
   """Name -> reader of each array in a file; nothing is read before it is asked for, and nothing is unpickled."""
   if not path.is_file():
-    raise MnemonicError(f"{path}: no such file. model.pretrained takes a local .safetensors or .npz file.")
-  if path.suffix not in (".npz", ".safetensors"):
+    raise MnemonicError(f"{path}: no such file. {field} takes a local {' or '.join(suffixes)} file.")
+  if path.suffix not in suffixes:
     raise MnemonicError(
-      f"{path}: is neither .safetensors nor .npz. Other files may run code when they are read; in PyTorch, save with "
-      "safetensors.torch.save_file(model.state_dict(), FILE)."
+      f"{path}: is neither {' nor '.join(suffixes)}. Other files may run code when they are read; {remedy}"
     )
 
   def guarded(read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -256,7 +295,9 @@ def _opened(path: pathlib.Path) -> Iterator[dict[str, Reader]]:
       raise MnemonicError(f"{path}: cannot be read, it is damaged: {error}") from error
 
   with ExitStack() as stack:
-    if path.suffix == ".npz":
+    if path.suffix == ".npy":
+      names, read = [path.stem], lambda _: _read_npy(path)
+    elif path.suffix == ".npz":
       file = stack.enter_context(guarded(open, path, "rb"))
       arrays = stack.enter_context(guarded(np.load, file, allow_pickle=False))
       names, read = arrays.files, arrays.__getitem__
@@ -264,6 +305,11 @@ def _opened(path: pathlib.Path) -> Iterator[dict[str, Reader]]:
       arrays = stack.enter_context(guarded(safetensors.safe_open, path, framework="numpy"))
       names, read = arrays.keys(), arrays.get_tensor
     yield {name: partial(guarded, read, name) for name in names}
+
+
+def _read_npy(path: pathlib.Path) -> np.ndarray:
+  with open(path, "rb") as file:  # numpy.load would also take pickles and zip files of this name
+    return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -16,7 +16,11 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
 Metrics = dict[str, jax.Array]
 
+# (key, images (N, H, W, C), targets (N, C)) -> (images, targets), such as `blending.mixup` with its alpha
+BlendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+
 _AUGMENTATION = 2**32 - 1  # the branch of the state's key that no step draws from
+_BLENDING = 2**32 - 1  # the branch of a step's key that mixing does not draw from
 
 
 class TrainState(NamedTuple):
@@ -42,6 +46,55 @@ def init_train_state(
   return TrainState(params, model_state, optimizer.init(params), jnp.int32(0), key)
 
 
+class EmaState(NamedTuple):
+  """State of an optimizer that keeps an average of the params."""
+
+  average: PyTree  # like params
+  inner: PyTree  # of the optimizer inside
+
+
+def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+  """Let an optimizer keep an exponential moving average of the params that it makes.
+
+      average <- decay * average + (1 - decay) * params, after each update; it starts as the first params
+
+  Guarantees:
+    The params are the same, to the bit, as without it. `ema_params` reads the average of a train state.
+
+  Args:
+    optimizer: any; its update is given the params.
+    decay: in [0, 1), 0.999 for example.
+
+  Raises:
+    ValueError: a decay outside that range.
+
+  >>> optimizer = with_ema(optax.sgd(1.0), decay=0.75)
+  >>> state = init_train_state(jnp.array(0.0), {}, optimizer, jax.random.key(0))
+  >>> updates, after = optimizer.update(jnp.array(-4.0), state.optimizer_state, state.params)  # params go from 0 to 4
+  >>> float(ema_params(state._replace(optimizer_state=after)))
+  1.0
+  """
+  if not 0 <= decay < 1:
+    raise ValueError(f"decay: got {decay}; expected a number of at least 0 and below 1, such as 0.999.")
+
+  def init(params: PyTree) -> EmaState:
+    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # of its own: states are donated
+    return EmaState(copies, optimizer.init(params))
+
+  def update(gradient: PyTree, state: EmaState, params: PyTree = None) -> tuple[PyTree, EmaState]:
+    updates, inner = optimizer.update(gradient, state.inner, params)
+    after = optax.apply_updates(params, updates)
+    average = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.average, after)
+    return updates, EmaState(average, inner)
+
+  return optax.GradientTransformation(init, update)
+
+
+def ema_params(state: TrainState) -> PyTree | None:
+  """The average of the params that `with_ema` keeps, or None where there is none."""
+  return state.optimizer_state.average if isinstance(state.optimizer_state, EmaState) else None
+
+
 def make_train_step(
   apply: ApplyFn,
   optimizer: optax.GradientTransformation,
@@ -49,23 +102,30 @@ def make_train_step(
   *,
   rate: float,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.softmax_cross_entropy,
+  blend: BlendFn | None = None,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
   """Make the function that does one step of training with codes mixed in.
 
       images <- mix(fold_in(key, step), images, labels, codes, rate);  params <- optimizer(grad mean loss)
 
+  With `blend`, labels become one-hot targets, images and targets are blended, and only then do codes replace: a replaced
+  row has the code and the one-hot target of its own class, both pure.
+
   Guarantees:
-    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so.
+    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so. The same rows become the same
+    codes with and without `blend`.
 
   Args:
     apply: pure function (params, model_state, inputs, train) -> (logits, model_state).
     optimizer: an optax gradient transformation.
     codes: (C, K, *shape), floating, in the space that apply sees.
     rate: probability that an example is replaced by a code of its class, the paper's t_mix.
-    loss: (logits, labels) -> (N,) losses.
+    loss: (logits, labels) -> (N,) losses; with `blend` it is given float32 targets (N, C) instead of labels.
+    blend: (key, images, targets) -> (images, targets), such as partial(blending.mixup, alpha=0.2); None: no blending.
 
   Returns:
-    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch.
+    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch; of a blended
+    example the heavier class counts as the right one.
 
   >>> apply = lambda params, model_state, inputs, train: (inputs @ params, model_state)
   >>> step = make_train_step(apply, optax.sgd(1.0), jnp.eye(2)[:, None], rate=0.1)
@@ -81,11 +141,20 @@ def make_train_step(
   _validation.require_rate(rate)
 
   def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
-    images = mixing.mix(jax.random.fold_in(state.key, state.step), images, labels, codes, rate)
+    key = jax.random.fold_in(state.key, state.step)
+    targets = labels
+    if blend is None:
+      images = mixing.mix(key, images, labels, codes, rate)
+    else:
+      own = jax.nn.one_hot(labels, len(codes), dtype=jnp.float32)
+      images, targets = blend(jax.random.fold_in(key, _BLENDING), images, own)
+      images, replaced = mixing.mix(key, images, labels, codes, rate, return_mask=True)
+      targets = jnp.where(replaced[:, None], own, targets)
+      labels = jnp.argmax(targets, axis=-1)
 
     def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
       logits, model_state = apply(params, state.model_state, images, True)
-      return jnp.mean(loss(logits, labels)), (logits, model_state)
+      return jnp.mean(loss(logits, targets)), (logits, model_state)
 
     (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)

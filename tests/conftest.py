@@ -6,7 +6,15 @@ import jax
 import pytest
 
 # Tests of the core run with these: a broadcast over ranks or a promotion of dtypes that nobody wrote is an error.
-CORE = {"test_codes", "test_mixing", "test_losses", "test_training", "test_fisher", "test_perturbation"} | {
+CORE = {
+  "test_codes",
+  "test_mixing",
+  "test_blending",
+  "test_losses",
+  "test_training",
+  "test_fisher",
+  "test_perturbation",
+} | {
   "test_forgetting",
   "test_evaluation",
   "test_code_fishers",

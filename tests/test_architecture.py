@@ -20,6 +20,7 @@ CORE = (
   "losses",
   "codes",
   "mixing",
+  "blending",
   "training",
   "fisher",
   "explaining",

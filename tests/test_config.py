@@ -44,6 +44,30 @@ def test_a_new_head_needs_a_file_to_leave_the_old_one_in():
     configs.load("digits", {"model.new_head": "yes"})
 
 
+def test_mixup_and_cutmix_exclude_each_other():
+  assert configs.load("digits", {"train.mixup": 0.2}).train.mixup == 0.2
+  with pytest.raises(UsageError, match=r"train\.mixup: got 0\.2 with train\.cutmix 1\.0; expected one of them"):
+    configs.load("digits", {"train.mixup": 0.2, "train.cutmix": 1})
+
+
+@pytest.mark.parametrize(
+  ("option", "name"), [("scan", "mlp"), ("scan", "swin_t"), ("remat", "mlp"), ("remat", "resnet18_small")]
+)
+def test_an_option_that_the_model_does_not_have_is_refused(option, name):
+  for having in ("vit_ti16", "swin_t") if option == "remat" else ("vit_ti16",):
+    assert getattr(configs.load("digits", {"model.name": having, f"model.{option}": True}).model, option)
+  with pytest.raises(
+    UsageError, match=rf"model\.{option}: got true for model\.name '{name}'; only vit_ti16, .* have it"
+  ):
+    configs.load("digits", {"model.name": name, f"model.{option}": True})
+
+
+def test_the_decay_of_an_average_is_below_one():
+  assert configs.load("digits", {"train.ema": 0.9999}).train.ema == 0.9999
+  with pytest.raises(UsageError, match=r"train\.ema: got 1\.0; expected a decay of at least 0"):
+    configs.load("digits", {"train.ema": 1})
+
+
 def test_configs_are_frozen():
   with pytest.raises(dataclasses.FrozenInstanceError):
     configs.load("digits").train.epochs = 3  # type: ignore[misc]
@@ -69,6 +93,8 @@ def test_every_section_refuses_fields_it_has_not():
     ("codes.rate", 1.0001),
     ("codes.rate", float("nan")),
     ("codes.per_class", 0),
+    ("train.mixup", -0.2),
+    ("train.cutmix", float("inf")),
     ("forget.lambda1", float("inf")),
     ("forget.precision", "float16"),
     ("forget.classes", [1.5]),

@@ -54,3 +54,32 @@ def test_float64_logits_give_float64_losses_to_a_margin_of_700():
     losses = mj.softmax_cross_entropy(jnp.array([[700.0, 0.0]], jnp.float64), jnp.array([0]))
     assert losses.dtype == jnp.float64
     np.testing.assert_allclose(losses, [np.exp(-700.0)], rtol=1e-10)
+
+
+def soft_gradient(logits, targets):
+  total = lambda logits: mj.softmax_cross_entropy(logits[None], jnp.asarray(targets, jnp.float32)[None])[0]
+  return np.asarray(jax.grad(total)(jnp.asarray(logits, jnp.float32)), np.float64)
+
+
+@pytest.mark.parametrize("targets", [[0.7, 0.2, 0.0, 0.1], [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.25] * 4])
+def test_probabilities_weigh_the_losses_of_the_classes(targets):
+  logits = np.array([0.25, 3.0, -1.0, 0.5])
+  value = mj.softmax_cross_entropy(jnp.asarray(logits, jnp.float32)[None], jnp.asarray(targets, jnp.float32)[None])
+  assert value.shape == (1,) and value.dtype == jnp.float32
+  wanted = sum(p * reference.cross_entropy(logits, c) for c, p in enumerate(targets))
+  np.testing.assert_allclose(value[0], wanted, rtol=1e-5)
+  residuals = sum(p * reference.residual(logits, c) for c, p in enumerate(targets))
+  np.testing.assert_allclose(soft_gradient(logits, targets), residuals, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("margin", [0.0, 17.0, 60.0])
+def test_a_one_hot_target_is_its_label_to_the_bit(margin):
+  logits = jnp.array([0.25, margin, -1.0, -0.5])
+  hard = mj.softmax_cross_entropy(logits[None], jnp.array([1]))
+  np.testing.assert_array_equal(mj.softmax_cross_entropy(logits[None], jnp.eye(4)[1:2]), hard)
+  np.testing.assert_array_equal(soft_gradient(logits, np.eye(4)[1]), gradient(logits, 1))
+
+
+def test_floating_labels_must_be_probabilities_of_every_class():
+  with pytest.raises(ValueError, match=r"labels: got floating labels of shape \(2,\) for logits \(2, 4\)"):
+    mj.softmax_cross_entropy(jnp.zeros((2, 4)), jnp.zeros(2))

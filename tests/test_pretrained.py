@@ -123,6 +123,25 @@ def test_an_augreg_file_gives_every_param_back(small_vit, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, read, params)
 
 
+def test_a_scanned_model_is_filled_layer_by_layer(small_vit, tmp_path):
+  _, params, _ = small_vit
+  np.savez(tmp_path / "augreg.npz", **as_augreg(params))
+  scanned = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, scan=True)
+  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", *jax.eval_shape(scanned.init, jax.random.key(0)))
+  for index in range(12):
+    block = jax.tree.map(lambda leaf, index=index: leaf[index], read["blocks"])
+    jax.tree.map(np.testing.assert_array_equal, block, params[f"block{index + 1}"])
+  jax.tree.map(np.testing.assert_array_equal, read["head"], params["head"])
+  arrays = as_augreg(params)
+  np.savez(tmp_path / "short.npz", **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name})
+  blank = jax.eval_shape(scanned.init, jax.random.key(0))
+  assert "no array for block12." in refusal(tmp_path / "short.npz", "vit_ti16", blank)
+  np.savez(
+    tmp_path / "long.npz", **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)}
+  )
+  assert "no place for: block13.norm1.bias" in refusal(tmp_path / "long.npz", "vit_ti16", blank)
+
+
 def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp_path):
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
@@ -229,6 +248,13 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
   assert "head.bias has shape (3,) there" in refused.refusal()
+  save_file(arrays, file)
+  trained("averaged", "--train.ema", 0.999)  # and so does its average
+  checkpoint = newest(tmp_path / "averaged" / "checkpoints")
+  kept = {"optimizer_state": {"average": stored_shapes(checkpoint)["optimizer_state"]["average"]}}
+  average = restore_parts(checkpoint, kept)["optimizer_state"]["average"]
+  np.testing.assert_allclose(average["stem"]["kernel"], params["stem"]["kernel"], rtol=1e-4)
+  save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   params = trained("new head", "--model.new_head", "true")
   np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
   assert params["head"]["kernel"].shape == (4, 10)

@@ -14,12 +14,14 @@ import orbax.checkpoint as ocp
 import pytest
 from running import FORGET_KEYS, TINY, call, snapshot
 
-from mnemonic_jax import models
+from mnemonic_jax import config as configs
+from mnemonic_jax import forgetting, models
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import Interrupted, MnemonicError
 from mnemonic_jax.progress import Progress
 from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs.folder import RunFolder
 
 pytest_plugins = ["run_fixtures"]
@@ -107,6 +109,75 @@ def test_hashes_are_those_of_the_files(forgotten_once):
   codes = np.asarray(checkpoint["codes"])
   assert hashlib.sha256(codes.astype("<f4").tobytes()).hexdigest() == report["codes_sha256"]
   assert np.array_equal(restore_codes(forgotten_once / "checkpoints"), codes)
+
+
+def test_a_forget_minds_the_layer_axis_of_the_model(trained, monkeypatch):
+  """As of a scanned ViT; here the MLP calls the units of its hidden layer layers."""
+  layer_axis = {"hidden": {"kernel": 1, "bias": None}, "output": None}
+  seen = []
+
+  def restore(*arguments: object) -> object:
+    seen.append(forget_run_restore(*arguments))
+    return seen[0]._replace(model=seen[0].model._replace(layer_axis=layer_axis))
+
+  forget_run_restore = forget_run.restore
+  monkeypatch.setattr(forget_run, "restore", restore)
+  assert call("forget", trained, "--classes", 3).code == 0
+  after = restored(trained / "forgets" / "0001" / "params")
+  checkpoint = jax.tree.map(jax.numpy.asarray, restored(trained / "checkpoints" / "132" / "default"))
+  settings = RunFolder.open(trained).config.forget
+  strength = forgetting.Strength(settings.lambda1, settings.lambda2)
+
+  def distance(axis: object) -> float:
+    arguments = seen[0].logits_fn, checkpoint["params"], checkpoint["codes"], [3]
+    wanted = forgetting.forget(*arguments, strength=strength, layer_axis=axis).params
+    return float(np.abs(after["hidden"]["kernel"] - wanted["hidden"]["kernel"]).max())
+
+  assert distance(layer_axis) < 1e-5 < 1e-3 < distance(None)
+
+
+def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
+  plain, run = (pathlib.Path(shutil.copytree(trained_once, tmp_path / "plain")), tmp_path / "averaged")
+  averaged = call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9, "--json").json
+  report = call("forget", run, "--classes", 3, "--json").json
+  alone = call("forget", plain, "--classes", 3, "--json").json
+  assert "copies" not in alone and not (plain / "forgets" / "0001" / "ema_params").exists()
+  copies, folder = report["copies"], run / "forgets" / "0001"
+  assert set(copies) == {"params", "ema"}
+  assert {key: report[key] for key in copies["params"]} == copies["params"]
+  assert averaged["params_sha256"] == alone["params_sha256_before"] == copies["params"]["params_sha256_before"]
+  assert copies["params"]["params_sha256_after"] == alone["params_sha256_after"]
+
+  checkpoint = restored(run / "checkpoints" / "132" / "default")
+  average = checkpoint["optimizer_state"]["average"]
+  for name, before, after in (("params", checkpoint["params"], "params"), ("ema", average, "ema_params")):
+    assert copies[name]["params_sha256_before"] == sha256_of_params(before)
+    assert copies[name]["params_sha256_after"] == sha256_of_params(restored(folder / after))
+    assert copies[name]["forget_error_after"] > copies[name]["forget_error_before"] + 0.2
+    assert copies[name]["sign"] in (1, -1) and copies[name]["seconds"]["total"] > 0
+  assert len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")}) == 4
+  reports.validate(*(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence")))
+  # by its own Fishers, at its own values: what the core makes of the average alone
+  model = models.make("mlp", shape=(8, 8, 1), num_classes=10, hidden=32)
+  settings = configs.load("digits").forget
+  strength = forgetting.Strength(settings.lambda1, settings.lambda2)
+  codes = jax.numpy.asarray(checkpoint["codes"])
+  wanted = forgetting.forget(
+    model.logits_fn({}), jax.tree.map(jax.numpy.asarray, average), codes, [3], strength=strength
+  )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), restored(folder / "ema_params"), wanted.params
+  )
+
+
+def test_an_averaging_training_resumes_bit_for_bit(tmp_path):
+  words = ("--model.hidden", 32, "--train.checkpoint_every", 1, "--train.ema", 0.9)
+  call("train", "digits", "--out", tmp_path / "whole", *words, "--train.epochs", 2)
+  shutil.copytree(tmp_path / "whole", tmp_path / "run")
+  shutil.rmtree(tmp_path / "run" / "checkpoints" / "88")
+  assert call("train", "digits", "--out", tmp_path / "run", *words, "--train.epochs", 2, "--json").json["epochs"] == 2
+  whole, resumed = (restored(tmp_path / name / "checkpoints" / "88" / "default") for name in ("whole", "run"))
+  jax.tree.map(np.testing.assert_array_equal, whole["optimizer_state"], resumed["optimizer_state"])
 
 
 def test_the_order_of_requests_does_not_matter(trained_once, forgotten, tmp_path):

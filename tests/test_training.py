@@ -171,3 +171,33 @@ def test_the_rows_of_an_epoch_are_checked():
     training.epoch_rows(jax.random.key(0), 0, 6, 7)
   with pytest.raises(ValueError, match="batch_size"):
     training.epoch_rows(jax.random.key(0), 0, 6, 0)
+
+
+def test_the_average_follows_the_params_and_changes_nothing_else():
+  plain, (images, labels) = optax.sgd(0.1, momentum=0.9), make_batch()
+  averaging = training.with_ema(plain, 0.8)
+  states = {name: make_state(optimizer) for name, optimizer in (("plain", plain), ("ema", averaging))}
+  assert training.ema_params(states["plain"]) is None
+  wanted = host(states["ema"].params)
+  assert_trees_close(training.ema_params(states["ema"]), wanted, rtol=0)
+  for _ in range(4):
+    for name, optimizer in (("plain", plain), ("ema", averaging)):
+      step = jax.jit(mj.make_train_step(apply, optimizer, make_codes(), rate=0.5))
+      states[name], _ = step(states[name], images, labels)
+    wanted = {key: 0.8 * wanted[key] + 0.2 * value for key, value in host(states["ema"].params).items()}
+  assert_trees_close(states["ema"].params, host(states["plain"].params), rtol=0)
+  assert_trees_close(training.ema_params(states["ema"]), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_a_donated_state_may_hold_an_average():
+  optimizer, (images, labels) = training.with_ema(optax.sgd(0.1), 0.5), make_batch(examples=6)
+  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.5)
+  epoch = training.make_epoch(training.make_stored_step(step, lambda x: x), batch_size=3)
+  state, _ = epoch(make_state(optimizer), images, labels)
+  assert np.isfinite(training.ema_params(state)["kernel"]).all()
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_outside_its_range_is_refused(decay):
+  with pytest.raises(ValueError, match=f"decay: got {decay}; expected a number of at least 0 and below 1"):
+    training.with_ema(optax.sgd(0.1), decay)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
 from mnemonic_jax.models.swin import Swin
@@ -27,6 +28,8 @@ class Model(NamedTuple):
     stages: (params, model_state, inputs) -> the output of each stage by name, (N, ..., F), in evaluation mode, and
       "features" (N, F). Under jit, a stage that nobody reads costs nothing.
     head: keys of the last layer in params.
+    layer_axis: the layer axis of params whose blocks are scanned, a tree prefix as `forgetting.forget` takes it, so that
+      a scanned and an unrolled model forget identically; None where no param is stacked.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -34,6 +37,7 @@ class Model(NamedTuple):
   features: Callable[[PyTree, PyTree, jax.Array], jax.Array]
   stages: Callable[[PyTree, PyTree, jax.Array], dict[str, jax.Array]]
   head: tuple[str, ...]
+  layer_axis: PyTree = None
 
   def logits_fn(self, model_state: PyTree) -> Callable[[PyTree, jax.Array], jax.Array]:
     """(params, inputs) -> logits in evaluation mode, as the core takes it."""
@@ -49,6 +53,8 @@ _RESNETS: dict[str, dict[str, Any]] = {
 }
 _VITS = {f"vit_{size}16": size for size in ("ti", "s", "b", "l")}
 NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
+# The models that an option is for.
+OPTIONS = {"scan": tuple(_VITS), "remat": (*_VITS, "swin_t")}
 
 
 def make(
@@ -61,6 +67,7 @@ def make(
   pool: str = "token",
   scan: bool = False,
   remat: bool = False,
+  text: np.ndarray | None = None,
   dtype: Any = None,
 ) -> Model:
   """Make the model `name` of `NAMES` for inputs of `shape`; an option that it does not have is ignored.
@@ -71,8 +78,10 @@ def make(
     hidden: units of the MLP.
     width: channels of a ResNet's first stage.
     pool: "token" or "mean", what a ViT's head reads.
-    scan: a ViT's blocks are one, with params stacked along a leading axis (`layer_axis` 0 of "blocks").
+    scan: a ViT's blocks are one, "blocks", with params stacked along a leading axis.
     remat: a transformer's blocks compute their inner values again in the backward pass.
+    text: (num_classes, E) vectors, one for each class: the head scores against them (`TextHead`), and they are part of
+      model_state. None: a linear head.
     dtype: to compute in, bfloat16 for example; params and running statistics are float32.
 
   Raises:
@@ -82,27 +91,49 @@ def make(
   >>> jax.tree.map(lambda leaf: leaf.shape, params)
   {'hidden': {'bias': (16,), 'kernel': (64, 16)}, 'output': {'bias': (10,), 'kernel': (16, 10)}}
   """
-  if name == "mlp":
-    return functional(lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs), head=("output",))
   if name not in NAMES:
     raise ValueError(f"model.name: got {name!r}; expected one of {', '.join(NAMES)}.")
-  if len(shape) != 3:
+  if name != "mlp" and len(shape) != 3:
     raise ValueError(f"shape: got {tuple(shape)}; {name} expects (height, width, channels).")
+  head = "output" if name == "mlp" else "head"
+  make_module = _module_maker(name, shape, num_classes, hidden, width, pool, scan, remat, dtype)
+  if text is not None:
+    make_module = text_head.attach(make_module, head, text, dtype=dtype)
+  return functional(make_module, head=(head,), stacked=("blocks",) if scan and name in _VITS else ())
+
+
+def _module_maker(
+  name: str,
+  shape: Sequence[int],
+  num_classes: int,
+  hidden: int,
+  width: int,
+  pool: str,
+  scan: bool,
+  remat: bool,
+  dtype: Any,
+) -> Callable[[nnx.Rngs], Any]:
+  """Make the module of a name, with a linear head."""
+  if name == "mlp":
+    return lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs)
   *image, channels = shape
   settings = {"channels": channels, "dtype": dtype}
   if name in _RESNETS:
-    made = _RESNETS[name] | settings
-    return functional(lambda rngs: ResNet(num_classes=num_classes, width=width, **made, rngs=rngs), head=("head",))
+    settings |= {"width": width, **_RESNETS[name]}
+    return lambda rngs: ResNet(num_classes=num_classes, **settings, rngs=rngs)
   settings |= {"image": tuple(image), "remat": remat}
   if name in _VITS:
-    settings |= {"pool": pool, "scan": scan}
-    return functional(lambda rngs: ViT(_VITS[name], num_classes, **settings, rngs=rngs), head=("head",))
-  return functional(lambda rngs: Swin(num_classes, **settings, rngs=rngs), head=("head",))
+    return lambda rngs: ViT(_VITS[name], num_classes, pool=pool, scan=scan, **settings, rngs=rngs)
+  return lambda rngs: Swin(num_classes, **settings, rngs=rngs)
 
 
-def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) -> Model:
-  """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`."""
+def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], stacked: Sequence[str] = ()) -> Model:
+  """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`.
+
+  `stacked` names its submodules whose params have a leading axis of layers.
+  """
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
+  layer_axis = {name: 0 if name in stacked else None for name in nnx.to_pure_dict(shapes[0])} if stacked else None
 
   @jax.jit
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -131,7 +162,7 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...]) ->
   def stages(params: PyTree, model_state: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
     return bound(params, model_state, False).stages(inputs)
 
-  return Model(init, apply, features, stages, head)
+  return Model(init, apply, features, stages, head, layer_axis)
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:

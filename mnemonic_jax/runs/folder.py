@@ -8,6 +8,7 @@ import json
 import pathlib
 import platform
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

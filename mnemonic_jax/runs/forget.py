@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
+from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.perturbation import Strength
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
@@ -69,39 +71,35 @@ def _forget(
 ) -> tuple[dict[str, Any], Callable[[pathlib.Path], None]]:
   """Forget `classes` and score it: the report, and what writes all files into a folder."""
   settings, before = config.forget, trained.params
-  result = forgetting.forget(
+  one_shot = partial(
+    forgetting.forget,
     trained.logits_fn,
-    before,
-    trained.codes,
-    classes,
+    codes=trained.codes,
+    classes=classes,
     strength=Strength(settings.lambda1, settings.lambda2),
+    layer_axis=trained.model.layer_axis,
     precision=settings.precision,
     execution=Execution(microbatch=config.execution.microbatch or None),
   )
-  scored = {
-    name: _Scored(trained, params, dataset, classes) for name, params in (("before", before), ("after", result.params))
-  }
+  result = one_shot(before)
+  scored = _before_and_after(trained, before, result.params, dataset, classes)
   hidden = _Scored(trained, head_edit(before, trained.model.head, classes), dataset, classes)
   report = {
     "requested": list(requested),
     "classes": classes,
-    **{
-      f"{key}_{name}": getattr(s.scores, field)
-      for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
-      for name, s in scored.items()
-    },
+    **_outcome(before, result, scored),
     "lambda1": settings.lambda1,
     "lambda2": settings.lambda2,
-    "sign": result.sign,
-    "code_retain_accuracy": result.code_retain_accuracy,
-    "code_forget_error": result.code_forget_error,
-    "seconds": dict(result.seconds),
     "checkpoint": str(trained.checkpoint),
     "codes_sha256": setup.array_sha256(trained.codes),
-    "params_sha256_before": params_sha256(jax.device_get(before)),
-    "params_sha256_after": params_sha256(jax.device_get(result.params)),
     "versions": versions(),
   }
+  copies = {"params": result.params}
+  if (average := trained.ema_params) is not None:  # a copy that may be served too
+    ema = one_shot(average)
+    copies["ema_params"] = ema.params
+    ema_scored = _before_and_after(trained, average, ema.params, dataset, classes)
+    report["copies"] = {"params": _outcome(before, result, scored), "ema": _outcome(average, ema, ema_scored)}
   evidence = {
     "class_names": list(dataset.class_names),
     "config": config.name,
@@ -126,12 +124,36 @@ def _forget(
 
   def fill(folder: pathlib.Path) -> None:
     page = reports.render(files.plain(report), files.plain(evidence), np.asarray(trained.codes))
-    save_params(folder / "params", result.params)
+    for name, params in copies.items():
+      save_params(folder / name, params)
     files.write_json(folder / "evidence.json", evidence)
     files.write_json(folder / "report.json", report)
     files.write_text(folder / "report.html", page)
 
   return report, fill
+
+
+def _before_and_after(
+  trained: Trained, before: Any, after: Any, dataset: Dataset, classes: Sequence[int]
+) -> dict[str, _Scored]:
+  return {name: _Scored(trained, params, dataset, classes) for name, params in (("before", before), ("after", after))}
+
+
+def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> dict[str, Any]:
+  """What a copy of the params was before the forget and is after it."""
+  return {
+    **{
+      f"{key}_{name}": getattr(s.scores, field)
+      for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
+      for name, s in scored.items()
+    },
+    "sign": result.sign,
+    "code_retain_accuracy": result.code_retain_accuracy,
+    "code_forget_error": result.code_forget_error,
+    "seconds": dict(result.seconds),
+    "params_sha256_before": params_sha256(jax.device_get(before)),
+    "params_sha256_after": params_sha256(jax.device_get(result.params)),
+  }
 
 
 class _Scored:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mnemonic_jax import blending, models, pretrained
 from mnemonic_jax import codes as codes_stage
-from mnemonic_jax import models
 from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
-from mnemonic_jax.training import TrainState, init_train_state
+from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
 
 class Setup(NamedTuple):
@@ -59,8 +60,11 @@ def make_model(config: Config, dataset: Dataset) -> Model:
   """Build the model of a config for the images and classes of a data set."""
   settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
   del settings["pretrained"], settings["new_head"]  # what training starts from
+  num_classes = len(dataset.class_names)
+  text_file = settings.pop("text_embeddings")
+  text = pretrained.load_text_embeddings(text_file, num_classes) if text_file else None
   try:
-    return models.make(**settings, shape=dataset.shape, num_classes=len(dataset.class_names))
+    return models.make(**settings, text=text, shape=dataset.shape, num_classes=num_classes)
   except ValueError as error:
     raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
 
@@ -70,7 +74,16 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
   rate: Any = train.learning_rate
   if train.schedule == "cosine":
     rate = optax.cosine_decay_schedule(train.learning_rate, steps)
-  return optax.chain(optax.add_decayed_weights(train.weight_decay), optax.sgd(rate, momentum=train.momentum or None))
+  sgd = optax.sgd(rate, momentum=train.momentum or None)
+  optimizer = optax.chain(optax.add_decayed_weights(train.weight_decay), sgd)
+  return with_ema(optimizer, train.ema) if train.ema else optimizer
+
+
+def make_blend(train: TrainConfig) -> BlendFn | None:
+  """Mixup, CutMix or neither."""
+  if train.mixup:
+    return partial(blending.mixup, alpha=train.mixup)
+  return partial(blending.cutmix, alpha=train.cutmix) if train.cutmix else None
 
 
 def array_sha256(array: Any) -> str:

@@ -46,7 +46,8 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     first, steps, total = int(state.step), start.steps_per_epoch, start.total_steps
     run.rewind_metrics(first)
     log = stack.enter_context(run.metric_log(first))
-    step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate)
+    blend = setup.make_blend(settings)
+    step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate, blend=blend)
     augment, split, size = augmentation.NAMES[config.data.augment], dataset.train, settings.batch_size
     at_once = None
     # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
@@ -127,7 +128,7 @@ def _first_state(config: Config, start: setup.Setup, checkpoints: Checkpoints) -
     start.state.model_state,
     new_head=config.model.new_head,
   )
-  return start.state._replace(params=params, model_state=model_state), start.codes
+  return training.init_train_state(params, model_state, start.optimizer, start.state.key), start.codes
 
 
 def _streamed(stream: Iterator[Any], steps_per_epoch: int) -> Batches:

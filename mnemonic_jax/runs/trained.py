@@ -17,6 +17,7 @@ from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.training import ema_params
 
 
 class Trained(NamedTuple):
@@ -24,6 +25,7 @@ class Trained(NamedTuple):
 
   model: Model
   params: Any
+  ema_params: Any  # a moving average of the params, or None
   model_state: Any
   codes: jax.Array
   checkpoint: pathlib.Path
@@ -45,14 +47,14 @@ def restore(run: RunFolder, dataset: Dataset) -> Trained:
     raise MnemonicError(f"{run.path}: training stands at epoch {epoch} of {last}. {resume}")
   checkpoint = run.checkpoints / str(int(state.step))
   logits_fn = start.model.logits_fn(state.model_state)
-  return Trained(start.model, state.params, state.model_state, codes, checkpoint, logits_fn)
+  return Trained(start.model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
 
 
 def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Trained:
   """Restore the params, model state and codes of a checkpoint that a training loop of the user's own wrote.
 
-  The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one; what else it
-  holds is not read.
+  The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one and "ema_params"
+  where a moving average of the params is kept; what else it holds is not read.
   """
   model = setup.make_model(config, dataset)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
@@ -65,12 +67,18 @@ def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Tra
   parts = {"params": params, "codes": stored["codes"]}
   if jax.tree.leaves(model_state):
     parts["model_state"] = model_state
+  expected = {"params": params, "model_state": model_state}
+  if "ema_params" in stored:
+    expected["ema_params"] = parts["ema_params"] = params
   what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
-  _require_same(folder, what, stored, {"params": params, "model_state": model_state})
+  _require_same(folder, what, stored, expected)
   _require_codes(folder, stored["codes"], dataset)
   tree = jax.device_put(restore_parts(folder, parts))
   model_state = tree.get("model_state", model_state)
-  return Trained(model, tree["params"], model_state, tree["codes"], folder.absolute(), model.logits_fn(model_state))
+  logits_fn = model.logits_fn(model_state)
+  return Trained(
+    model, tree["params"], tree.get("ema_params"), model_state, tree["codes"], folder.absolute(), logits_fn
+  )
 
 
 def _require_same(folder: pathlib.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:

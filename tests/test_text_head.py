@@ -1,0 +1,216 @@
+"""The head that scores against text embeddings. No text model is at hand: the vectors are random ones of length one."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from running import FORGET_KEYS, TINY, call
+from safetensors.numpy import save_file
+
+import mnemonic_jax as mj
+from mnemonic_jax import models, pretrained
+from mnemonic_jax.checkpoints import Checkpoints, restore_params
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.rivals.head_edit import head_edit
+
+
+def vectors(classes: int = 3, size: int = 6) -> np.ndarray:
+  drawn = np.random.default_rng(0).normal(size=(classes, size)).astype(np.float32)
+  return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def mlp() -> models.Model:
+  return models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, text=vectors())
+
+
+@pytest.fixture(scope="module")
+def images() -> jax.Array:
+  return jax.random.uniform(jax.random.key(1), (5, 4, 4, 1))
+
+
+def test_logits_are_scaled_cosines(mlp, images):
+  params, model_state = mlp.init(jax.random.key(0))
+  params["output"]["bias"] = jnp.array([0.5, 0.0, -1.0])
+  features = np.asarray(mlp.features(params, model_state, images), np.float64)
+  projected = features @ np.asarray(params["output"]["projection"]["kernel"], np.float64)
+  cosines = (projected / np.linalg.norm(projected, axis=1, keepdims=True)) @ vectors().T
+  logits = mlp.logits_fn(model_state)(params, images)
+  np.testing.assert_allclose(logits, cosines / 0.07 + [0.5, 0.0, -1.0], rtol=1e-4, atol=1e-4)
+  longer = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, text=9 * vectors())
+  chex.assert_trees_all_close(longer.init(jax.random.key(0))[1], model_state, rtol=1e-6)
+
+
+def test_the_text_is_no_param_and_the_rest_of_the_model_is_as_with_a_linear_head(mlp):
+  params, model_state = mlp.init(jax.random.key(0))
+  linear, _ = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7).init(jax.random.key(0))
+  chex.assert_trees_all_equal(params["hidden"], linear["hidden"])
+  head = params["output"]
+  shapes = {name: leaf.shape for name, leaf in (head | {"projection": head["projection"]["kernel"]}).items()}
+  assert shapes == {"bias": (3,), "log_scale": (), "projection": (7, 6)} and set(head["projection"]) == {"kernel"}
+  assert float(head["log_scale"]) == pytest.approx(math.log(1 / 0.07)) and not head["bias"].any()
+  np.testing.assert_allclose(model_state["output"]["text"], vectors(), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("name", "side", "features"), [("resnet18_small", 32, 512), ("vit_ti16", 32, 192), ("swin_t", 224, 768)]
+)
+def test_every_model_may_have_it(name, side, features):
+  model = models.make(name, shape=(side, side, 3), num_classes=3, text=vectors(), dtype=jnp.bfloat16)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  assert params["head"]["projection"]["kernel"].shape == (features, 6)
+  assert model_state["head"]["text"].shape == (3, 6)
+  assert {leaf.dtype for leaf in jax.tree.leaves((params, model_state))} == {jnp.dtype(jnp.float32)}
+
+
+def test_training_moves_the_head_and_not_the_text(mlp, images):
+  optimizer = optax.sgd(0.1)
+  params, model_state = mlp.init(jax.random.key(0))
+  state = mj.init_train_state(params, model_state, optimizer, jax.random.key(2))
+  codes = mj.make_codes(jax.random.key(3), 3, (4, 4, 1))
+  step = jax.jit(mj.make_train_step(mlp.apply, optimizer, codes, rate=0.5))
+  after, first = step(state, images, jnp.array([0, 1, 2, 0, 1]))
+  chex.assert_trees_all_equal(after.model_state, model_state)
+  moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, params)
+  assert all(jax.tree.leaves(moved)), moved
+  for _ in range(60):
+    after, last = step(after, images, jnp.array([0, 1, 2, 0, 1]))
+  assert last["loss"] < first["loss"]
+
+
+def test_its_fisher_is_exact(mlp, images):
+  params, model_state = mlp.init(jax.random.key(0))
+  labels = jnp.array([0, 1, 2, 0, 1])
+  logits_fn = mlp.logits_fn(model_state)
+  loss = lambda params, inputs, labels: mj.softmax_cross_entropy(logits_fn(params, inputs), labels)
+  one = lambda image, label: jax.grad(lambda params: loss(params, image[None], label[None])[0])(params)
+  wanted = jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jax.vmap(one)(images, labels))
+  assert all(bool((leaf > 0).any()) for leaf in jax.tree.leaves(wanted))
+  chex.assert_trees_all_close(mj.diagonal_fisher(loss, params, images, labels), wanted, rtol=1e-4, atol=1e-9)
+
+
+def test_the_head_edit_hides_a_class(mlp, images):
+  params, model_state = mlp.init(jax.random.key(0))
+  logits = mlp.logits_fn(model_state)(params, images)
+  edited = mlp.logits_fn(model_state)(head_edit(params, mlp.head, [int(logits[0].argmax())]), images)
+  assert (edited.argmax(1) != logits[0].argmax()).all() and bool(jnp.isfinite(edited).all())
+
+
+def test_features_of_length_zero_have_a_finite_gradient(mlp, images):
+  params, model_state = mlp.init(jax.random.key(0))
+  params["output"]["projection"]["kernel"] *= 0
+  gradient = jax.grad(lambda params: mlp.logits_fn(model_state)(params, images).sum())(params)
+  assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".safetensors"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_file_gives_its_directions(tmp_path, suffix, dtype):
+  file, text = tmp_path / f"text{suffix}", (9 * vectors()).astype(dtype)
+  if suffix == ".npy":
+    np.save(file, np.asfortranarray(text))
+  else:
+    save_file({"anything": text}, file)
+  read = pretrained.load_text_embeddings(file, 3)
+  assert read.dtype == np.float32
+  np.testing.assert_allclose(read, vectors(), rtol=2e-3 if dtype == np.float16 else 1e-6)
+
+
+class Trap:
+  sprung = False
+
+  def __reduce__(self):
+    return (setattr, (Trap, "sprung", True))
+
+
+def changed(row: int, value: float) -> np.ndarray:
+  text = vectors()
+  text[row] = value
+  return text
+
+
+def refusal(file: pathlib.Path) -> str:
+  with pytest.raises(MnemonicError) as caught:
+    pretrained.load_text_embeddings(file, 3)
+  message = str(caught.value)
+  assert message.startswith(f"{file}: ") and len(message) < 500
+  return message.removeprefix(f"{file}: ")
+
+
+@pytest.mark.parametrize(
+  ("value", "words"),
+  [
+    (vectors()[0], "has shape (6,); expected (3, E)"),
+    (vectors(4), "has shape (4, 6); expected (3, E), a vector for each of the 3 classes"),
+    (vectors()[:, :0], "has shape (3, 0)"),
+    (changed(1, np.nan), "the vector of class 1 holds NaN or inf"),
+    (changed(2, np.inf), "the vector of class 2 holds NaN or inf"),
+    (changed(2, 0.0), "the vector of class 2 is zero"),
+    (np.ones((3, 6), np.int32), "has dtype int32; expected floating"),
+    (np.array([[Trap()]] * 3, dtype=object), "cannot be read"),
+  ],
+)
+def test_vectors_that_cannot_be_scored_against_are_refused(tmp_path, value, words):
+  np.save(tmp_path / "text.npy", value, allow_pickle=True)
+  assert words in refusal(tmp_path / "text.npy")
+  assert not Trap.sprung
+
+
+def test_files_that_are_something_else_are_refused(tmp_path):
+  file = tmp_path / "text.npy"
+  assert "no such file. model.text_embeddings takes a local .npy or .safetensors file" in refusal(file)
+  file.write_bytes(pickle.dumps(Trap()))
+  assert "cannot be read" in refusal(file)
+  np.savez(tmp_path / "text.npz", vectors())
+  (tmp_path / "text.npz").rename(file)
+  assert "cannot be read" in refusal(file)
+  np.save(file, vectors())
+  file.write_bytes(file.read_bytes()[:-4])
+  assert "cannot be read" in refusal(file)
+  (tmp_path / "text.pt").write_bytes(pickle.dumps(Trap()))
+  assert "is neither .npy nor .safetensors" in refusal(tmp_path / "text.pt")
+  two = tmp_path / "two.safetensors"
+  save_file({"a": vectors(), "b": vectors()}, two)
+  assert refusal(two).startswith("holds 2 arrays (a, b); expected one")
+  two.write_bytes(two.read_bytes()[:-5])
+  assert "cannot be read" in refusal(two)
+  assert not Trap.sprung
+
+
+def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
+  """The texts are random vectors: what is shown is that the digits are learned against fixed ones, and forgotten."""
+  np.save(tmp_path / "text.npy", vectors(10, 16))
+  run = tmp_path / "run"
+  settings = ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 64, "--train.learning_rate", 0.005)
+  trained = call("train", "digits", "--out", run, *settings, "--train.epochs", 30, "--json").json
+  assert trained["test_accuracy"] > 0.9
+  strength = ("--forget.lambda1", 0.01, "--forget.lambda2", 1)
+  forgotten = call("forget", run, "--classes", 3, *strength, "--json").json
+  assert forgotten.keys() >= FORGET_KEYS
+  assert forgotten["forget_error_after"] > 0.7 > 0.2 > forgotten["forget_error_before"]
+  assert forgotten["retain_accuracy_after"] > 0.8
+  assert forgotten["params_sha256_after"] != forgotten["params_sha256_before"]
+  with Checkpoints(run / "checkpoints", create=False) as checkpoints:
+    state = checkpoints.restore_any()
+  np.testing.assert_allclose(state["model_state"]["output"]["text"], vectors(10, 16), rtol=1e-6)
+  after = restore_params(run / "forgets" / "0001" / "params", state["params"])
+  assert set(after["output"]) == {"bias", "log_scale", "projection"}
+  evaluated = call("evaluate", run, "--json").json
+  assert evaluated["forgotten"]["forget_error"] == forgotten["forget_error_after"]
+  (tmp_path / "text.npy").unlink()
+  assert "text.npy: no such file" in call("evaluate", run).refusal()
+
+
+def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
+  np.save(tmp_path / "text.npy", vectors(9))
+  words = ("train", "digits", "--out", tmp_path / "run", *TINY, "--model.text_embeddings", tmp_path / "text.npy")
+  assert "text.npy: has shape (9, 6); expected (10, E)" in call(*words).refusal()
+  assert "model.text_embeddings" in call(*words, "--model.pretrained", "some.npz").refusal(2)
