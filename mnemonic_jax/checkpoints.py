@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -43,7 +44,12 @@ class Checkpoints:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
-    self._manager.close()
+    if error is None:
+      with self._write_errors(self._newest):
+        self._manager.close()
+    else:  # and a write in the background that fails too would hide it
+      with contextlib.suppress(Exception):
+        self._manager.close()
 
   def latest_step(self) -> int | None:
     """Step of the newest whole checkpoint, or None."""

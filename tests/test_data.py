@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import os
 import pathlib
 import subprocess
@@ -13,9 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from mnemonic_jax import data
+from mnemonic_jax.data import pictures
+from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 
 SHARED = pathlib.Path(__file__).parents[1].parent / "shared" / "data"
@@ -121,6 +125,29 @@ def test_a_damaged_prepared_set_says_what_to_do(tfds_folder, tmp_path):
   with pytest.raises(MnemonicError, match="Delete that folder and prepare it again") as caught:
     data.load("mnist", str(tmp_path))
   assert "split 'train'" in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(28, 28, 3), (14, 28)])
+def test_a_picture_of_another_shape_is_named(shape, tfds_folder, monkeypatch):
+  odd = io.BytesIO()
+  Image.fromarray(np.zeros(shape, np.uint8)).save(odd, "PNG")
+  real = pictures.decode
+  monkeypatch.setattr(pictures, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
+  with pytest.raises(
+    MnemonicError, match=r"split 'train' .* a picture is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)"
+  ):
+    data.load("mnist", str(tfds_folder))
+
+
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [([0, 1, 2, 3], r"holds the label 3; expected 0 to 2"), ([0, 2, 2, 0], r"class 1 \(b\) has no training example")],
+)
+def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
+  split = Split(np.zeros((4, 2, 2, 1), np.uint8), np.asarray(labels, np.int32))
+  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  with pytest.raises(MnemonicError, match=message):
+    data.load("mnist")
 
 
 def test_a_half_prepared_set_says_what_to_do(tfds_folder, tmp_path):

@@ -14,11 +14,14 @@ _TRIES = 10
 _KEPT = 7 / 8  # of the shorter side, in a central crop
 
 
-def decode(encoded: bytes) -> np.ndarray:
-  """Pixels (H, W, C) uint8 of an encoded picture, C as in the file."""
+def decode(encoded: bytes, shape: tuple[int, ...]) -> np.ndarray:
+  """Pixels (H, W, C) uint8 of an encoded picture that should be of `shape`; raises ValueError for another one."""
   with Image.open(io.BytesIO(encoded)) as picture:
     pixels = np.asarray(picture)
-  return pixels if pixels.ndim == 3 else pixels[..., None]
+  pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+  if pixels.shape != shape or pixels.dtype != np.uint8:
+    raise ValueError(f"a picture is {pixels.dtype} {pixels.shape}; expected uint8 {shape}, height, width and channels")
+  return pixels
 
 
 def random_resized_crop(encoded: bytes, side: int, random: np.random.Generator) -> np.ndarray:

@@ -112,7 +112,7 @@ def _read(tfds: Any, builder: Any, split: str, num_classes: int) -> Split:
     with Progress(f"read {builder.name} {split}", len(source), "images") as progress:
       for start in range(0, len(source), _ROWS):
         for example in source.__getitems__(list(range(start, min(start + _ROWS, len(source))))):
-          images.append(pictures.decode(example["image"]))
+          images.append(pictures.decode(example["image"], builder.info.features["image"].shape))
           labels.append(int(example["label"]))
         progress.update(len(labels) - start)
     return Split(np.stack(images), np.asarray(labels, np.int32))
