@@ -33,7 +33,7 @@ check: $(VENV)/.full ## lint, format check, type check, architecture test
 smoke-newest: ## a plain install, the doctests and the demo on the newest Python at hand
 	bash tests/smoke_newest.sh
 
-soak: $(VENV)/.full ## kill -9 training and forgetting, 20 times each
+soak: $(VENV)/.full ## kill -9 training 50 times, forgetting 20 times
 	$(BIN)/python tests/soak_kill.py
 
 benchmark: $(VENV)/.full ## time whole epochs per call against steps from Python

@@ -31,6 +31,15 @@ def begin_training(run: pathlib.Path) -> subprocess.Popen[str]:
   return process
 
 
+def begin_checkpointing(run: pathlib.Path, seconds: float = 0.0) -> subprocess.Popen[str]:
+  """The same, and train for some seconds more; return while it writes a checkpoint."""
+  process = begin_training(run)
+  time.sleep(seconds)
+  folder = run / "checkpoints"
+  wait_for(lambda: any("tmp" in path.name for path in folder.glob("*") if path.is_dir()), process)
+  return process
+
+
 def start_forgetting(run: pathlib.Path, *classes: int) -> subprocess.Popen[str]:
   """Start to forget."""
   return start("forget", run, "--classes", *classes, "--json")

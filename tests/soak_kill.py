@@ -1,6 +1,7 @@
-"""Kill -9 training and forgetting at random moments, 20 times each; one line per trial, exit 1 on any loss.
+"""Kill -9 training and forgetting at random moments; one line per trial, exit 1 on any loss.
 
-Run it with `make soak` or `python tests/soak_kill.py [TRIALS]`; about ten minutes on two cores.
+Run it with `make soak` or `python tests/soak_kill.py [TRAININGS [FORGETS]]`, 50 and 20 if not given; every other training
+is killed while it writes a checkpoint. About fifteen minutes on two cores.
 """
 
 from __future__ import annotations
@@ -13,13 +14,21 @@ import tempfile
 import time
 from signal import SIGKILL
 
-from killing import begin_forgetting, begin_training, finished_forgets, start_forgetting, start_training, stop
+from killing import (
+  begin_checkpointing,
+  begin_forgetting,
+  begin_training,
+  finished_forgets,
+  start_forgetting,
+  start_training,
+  stop,
+)
 from running import finish, snapshot
 
 
-def main(trials: int) -> int:
+def main(trainings: int, forgets: int) -> int:
   """Run all trials; return the exit code."""
-  randomness = random.Random(trials)
+  randomness = random.Random(trainings)
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     whole = folder / "whole"
@@ -28,8 +37,11 @@ def main(trials: int) -> int:
     seconds = trained["seconds"]
     print(f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {time.monotonic() - started:.1f} s in all")
     losses = killed = 0
-    for number in range(1, trials + 1):
-      problems, line, hit = training_trial(folder / "run", randomness.uniform(0, 0.9 * seconds), trained)
+    for number in range(1, trainings + 1):
+      moment = randomness.uniform(0, 0.9 * seconds)
+      problems, line, hit = training_trial(
+        folder / "run", moment, (0.0, randomness.uniform(1e-4, 0.02))[number % 2], trained
+      )
       losses, killed = losses + bool(problems), killed + hit
       print(f"train  {number:2d}: {line}: {'; '.join(problems) or 'nothing lost'}", flush=True)
     assert finish(start_forgetting(whole, 3)).code == 0
@@ -37,20 +49,21 @@ def main(trials: int) -> int:
     started = time.monotonic()
     forgotten = finish(start_forgetting(copy, 5)).json
     longest = time.monotonic() - started
-    for number in range(1, trials + 1):
+    for number in range(1, forgets + 1):
       run = shutil.copytree(whole, folder / "run")
       # Half of the moments anywhere, half while it writes.
       begin, span = ((start_forgetting, longest), (begin_forgetting, 0.3))[number % 2]
       problems, line, hit = forgetting_trial(run, begin, randomness.uniform(0, span), forgotten)
       losses, killed = losses + bool(problems), killed + hit
       print(f"forget {number:2d}: {line}: {'; '.join(problems) or 'nothing lost'}", flush=True)
-  print(f"{2 * trials} trials, {killed} killed before they were done, {losses} with a loss")
+  print(f"{trainings + forgets} trials, {killed} killed before they were done, {losses} with a loss")
   return 1 if losses else 0
 
 
-def training_trial(run: pathlib.Path, delay: float, expected: dict) -> tuple[list[str], str, bool]:
-  """Kill a training, run the same command again, and compare with the undisturbed one."""
-  outcome = stop(begin_training(run), SIGKILL, delay)
+def training_trial(run: pathlib.Path, moment: float, writing: float, expected: dict) -> tuple[list[str], str, bool]:
+  """Kill a training, `writing` seconds into a checkpoint if not 0, run the same command again, and compare."""
+  process = begin_checkpointing(run, moment) if writing else begin_training(run)
+  outcome = stop(process, SIGKILL, writing or moment)
   steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
   again = finish(start_training(run))
   problems = []
@@ -64,7 +77,8 @@ def training_trial(run: pathlib.Path, delay: float, expected: dict) -> tuple[lis
       problems.append(f"resumed from epoch {result['resumed_from_epoch']} though checkpoint {steps[-1]} was there")
   if "Traceback" in again.err:
     problems.append("a traceback")
-  line = f"killed after {delay:4.1f} s of training, checkpoints {steps or 'none'}, exit {outcome.code}"
+  where = f"{1000 * writing:2.0f} ms into a checkpoint, " if writing else ""
+  line = f"killed {where}{moment:4.1f} s in, checkpoints {steps or 'none'}, exit {outcome.code}"
   shutil.rmtree(run)
   return problems, line, outcome.code == -SIGKILL
 
@@ -97,4 +111,4 @@ def forgetting_trial(run: pathlib.Path, begin, delay: float, expected: dict) -> 
 
 
 if __name__ == "__main__":
-  sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 20))
+  sys.exit(main(*map(int, (sys.argv[1:] + ["50", "20"][len(sys.argv) - 1 :])[:2])))
