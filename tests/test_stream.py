@@ -5,8 +5,12 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import prepared_sets as archives
@@ -92,6 +96,36 @@ def test_the_crop_of_a_picture_depends_on_seed_epoch_and_row_alone():
   central = batches(stream(crop=False), last_step=10)
   images = [image for b in central for row, image in zip(b.rows, b.images, strict=True) if row == 7]
   assert all(np.array_equal(image, images[0]) for image in images)
+
+
+def test_workers_end_with_a_process_that_is_killed():
+  program = f"""
+import sys, time, multiprocessing
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+if __name__ == "__main__":
+  from test_stream import BATCH, stream
+  with stream().training_batches(0, BATCH, first_step=0, last_step=10**6, workers=1) as steps:
+    next(steps)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(600)
+"""
+  process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+  workers = [int(pid) for pid in process.stdout.readline().split()]
+  assert workers and all(alive(pid) for pid in workers)
+  process.kill()
+  process.wait()
+  for _ in range(100):
+    if not any(map(alive, workers)):
+      return
+    time.sleep(0.1)
+  pytest.fail(f"still alive: {workers}")
+
+
+def alive(pid: int) -> bool:
+  try:
+    return "Z" not in pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+  except OSError:
+    return False
 
 
 # --- pixels

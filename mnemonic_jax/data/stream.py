@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -102,7 +105,7 @@ class Stream:
     if workers:
       _parse_no_flags()
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
-      loader = loader.mp_prefetch(options, worker_init_fn=_ignore_interrupts)
+      loader = loader.mp_prefetch(options, worker_init_fn=_follow_parent)
     return _Closing(loader)
 
   def of_classes(self, classes: Sequence[int], at_most: int) -> Stream:
@@ -190,10 +193,16 @@ class _Closing:
     self._iterator.close()
 
 
-def _ignore_interrupts(index: int, count: int) -> None:
-  """Ctrl-C reaches every process of a terminal; the one that trains decides."""
+def _follow_parent(index: int, count: int) -> None:
+  """Live as long as the process that trains: end with it even if it is killed, and leave Ctrl-C, which reaches all, to it."""
   del index, count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _exit_after(process: Any) -> None:
+  process.join()
+  os._exit(1)
 
 
 def _parse_no_flags() -> None:
