@@ -157,6 +157,10 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
     assert copies[name]["sign"] in (1, -1) and copies[name]["seconds"]["total"] > 0
   assert len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")}) == 4
   reports.validate(*(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence")))
+  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--json").json
+  assert exported["params_sha256"] == copies["ema"]["params_sha256_after"]
+  message = call("export", plain, "--out", tmp_path / "no.safetensors", "--ema").refusal(2)
+  assert "--ema: " in message and "has no moving average" in message
   # by its own Fishers, at its own values: what the core makes of the average alone
   model = models.make("mlp", shape=(8, 8, 1), num_classes=10, hidden=32)
   settings = configs.load("digits").forget

@@ -142,7 +142,7 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  result = export_run.export(options.run, options.out, options.number)
+  result = export_run.export(options.run, options.out, options.number, ema=options.ema)
   classes = ", ".join(map(str, result["classes"]))
   return (
     result,

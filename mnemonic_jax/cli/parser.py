@@ -87,6 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
   export.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder, or a folder that forget --out made")
   export.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .safetensors file")
   export.add_argument("--number", type=int, help="which forget of a run (default: the latest)")
+  export.add_argument("--ema", action="store_true", help="the moving average of the params (--train.ema)")
 
   configs = _verb(verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False)
   configs.add_argument("name", metavar="NAME", nargs="?", help="show this config's lab note and fields")

@@ -19,7 +19,7 @@ from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.hashing import params_sha256
 
 
-def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None) -> dict[str, Any]:
+def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None, *, ema: bool = False) -> dict[str, Any]:
   """Write params, and the model state where there is one, to the new file `out`, named by their dotted paths.
 
   Args:
@@ -27,6 +27,7 @@ def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None) -
     out: a new .safetensors file: "hidden.kernel", "model_state.stem_norm.mean"; `pretrained.load` reads it back. Its
       metadata: "config", "classes" (JSON) and "params_sha256".
     number: which forget of a run; the latest if not given.
+    ema: the moving average of the params, where the training kept one.
 
   Raises:
     MnemonicError, ValueError: nothing to export, damaged files, or `out` is there already.
@@ -45,9 +46,13 @@ def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None) -
   checkpoint = pathlib.Path(report["checkpoint"]) if run is None else newest(run.checkpoints)
   if not is_checkpoint(checkpoint):
     raise MnemonicError(f"{folder}: comes from {checkpoint}, which is gone. Put it back: the model state lies there.")
-  params = restore_parts(folder / "params", stored_shapes(folder / "params"))
-  if params_sha256(params) != report["params_sha256_after"]:
-    raise MnemonicError(f"{folder / 'params'}: is not what report.json says; its SHA-256 differs. {remedy}")
+  if ema and "ema" not in report.get("copies", {}):
+    raise UsageError(f"--ema: {folder} has no moving average; train with --train.ema 0.999 to keep one.")
+  where = folder / ("ema_params" if ema else "params")
+  expected = (report["copies"]["ema"] if ema else report)["params_sha256_after"]
+  params = restore_parts(where, stored_shapes(where))
+  if params_sha256(params) != expected:
+    raise MnemonicError(f"{where}: is not what report.json says; its SHA-256 differs. {remedy}")
   state = {"model_state": stored_shapes(checkpoint).get("model_state")}
   arrays = _trees.by_path(params)
   if _trees.by_path(state):
@@ -55,7 +60,7 @@ def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None) -
   metadata = {
     "config": evidence["config"],
     "classes": json.dumps(report["classes"]),
-    "params_sha256": report["params_sha256_after"],
+    "params_sha256": expected,
   }
   with files.written(out) as temporary:
     try:
