@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from running import FORGET_KEYS, TINY, call, snapshot
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mnemonic_jax import config as configs
 from mnemonic_jax import forgetting, models
@@ -228,6 +229,38 @@ def test_a_cut_line_of_metrics_is_left_out(trained, tail):
   assert [record["epoch"] for record in RunFolder.open(trained).metrics()] == [1, 2, 3]
   assert call("train", "digits", "--out", trained, *TINY, "--json").json["resumed_from_epoch"] == 3
   assert len((trained / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def events(folder: pathlib.Path) -> list:
+  """What TensorBoard reads: records of length, its checksum, event, checksum."""
+  found = []
+  for file in sorted(folder.iterdir(), key=lambda file: file.stat().st_mtime_ns):
+    content = file.read_bytes()
+    while content:
+      size = int.from_bytes(content[:8], "little")
+      found.append(Event.FromString(content[12 : 12 + size]))
+      content = content[16 + size :]
+  return found
+
+
+def test_tensorboard_sees_what_metrics_say(tmp_path):
+  run = tmp_path / "run"
+  call("train", "digits", "--out", run, *TINY)
+  lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+  first, start, *steps = events(run / "tensorboard")
+  assert first.file_version == "brain.Event:2"
+  assert start.session_log.status == SessionLog.START and start.step == 1
+  for line, event in zip(lines, steps, strict=True):
+    assert event.step == line["step"]
+    scalars = {value.tag: value.simple_value for value in event.summary.value}
+    assert scalars == pytest.approx({name: value for name, value in line.items() if name != "step"}, rel=1e-6)
+  shutil.rmtree(run / "checkpoints" / "132")
+  call("train", "digits", "--out", run, *TINY)  # once more, from the checkpoint before
+  *_, again, last = events(run / "tensorboard")
+  assert (again.session_log.status, again.step, last.step) == (SessionLog.START, 89, 132)
+  before = snapshot(run / "tensorboard")
+  call("train", "digits", "--out", run, *TINY)  # nothing to do
+  assert snapshot(run / "tensorboard") == before
 
 
 def test_metrics_after_the_checkpoint_are_dropped_on_resume(trained):

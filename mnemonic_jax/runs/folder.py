@@ -112,26 +112,30 @@ class RunFolder:
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
 
+    board: Any = None
+
     def log(record: dict[str, Any]) -> None:
+      nonlocal board
       scalars = {name: value for name, value in files.plain(record).items() if name != "step" and value is not None}
       summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
       with self._writing("metrics"):
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
           file.write(files.dumps(record) + "\n")
+        if board is None:
+          (self.path / "tensorboard").mkdir(exist_ok=True)
+          board = EventsWriter(str(self.path / "tensorboard" / "events"))
+          # Tells TensorBoard to drop what a killed training wrote after its last checkpoint.
+          start = SessionLog(status=SessionLog.START)
+          board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         board.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
         board.flush()
 
-    with self._writing("metrics"):
-      (self.path / "tensorboard").mkdir(exist_ok=True)
-      board = EventsWriter(str(self.path / "tensorboard" / "events"))
-      # Tells TensorBoard to drop what a killed training wrote after its last checkpoint.
-      board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-      board.flush()
     try:
       yield log
     finally:
-      with contextlib.suppress(OSError):  # all that was logged is flushed
-        board.close()
+      if board is not None:
+        with contextlib.suppress(OSError):  # all that was logged is flushed
+          board.close()
 
   @contextmanager
   def _writing(self, what: str) -> Iterator[None]:
