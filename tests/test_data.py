@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -18,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mnemonic_jax import data
-from mnemonic_jax.data import pictures
+from mnemonic_jax.data import decoded, pictures
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 
@@ -95,6 +96,11 @@ def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def idx(name: str, header: int) -> np.ndarray:
   """The bytes after the header of an idx file, zipped or not."""
   (file,) = (SHARED / "mnist").glob(f"{name}*")
@@ -148,6 +154,37 @@ def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
   monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
   with pytest.raises(MnemonicError, match=message):
     data.load("mnist")
+
+
+def test_a_set_is_decoded_once(tmp_path, monkeypatch):
+  draw, calls = np.random.default_rng(0), []
+  source, cache = tmp_path / "source", tmp_path / "cache" / "mnemonic_jax" / "decoded"
+  source.mkdir()
+  (source / "record").write_bytes(b"one")
+
+  def decode() -> Split:
+    calls.append(1)
+    return Split(draw.integers(0, 256, (3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32))
+
+  def load() -> Split:
+    return decoded.kept(source, "set-train", decode)
+
+  first, again = load(), load()
+  assert len(calls) == 1 and all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(first, again, strict=True))
+  (copy,) = cache.iterdir()
+  for damage in (b"", copy.read_bytes()[:-30], copy.read_bytes().replace(first.images.tobytes(), bytes(12))):
+    copy.write_bytes(damage)
+    calls.clear()
+    load()
+    assert calls == [1]
+    copy.write_bytes(copy.read_bytes())
+  (source / "record").write_bytes(b"more")
+  calls.clear()
+  load()
+  assert calls == [1] and len(list(cache.iterdir())) == 1  # the copy of the files before is gone
+  shutil.rmtree(cache)
+  cache.write_text("no folder")
+  assert np.array_equal(load().labels, np.arange(3))
 
 
 def test_a_half_prepared_set_says_what_to_do(tfds_folder, tmp_path):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pathlib
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnemonic_jax.data import pictures
+from mnemonic_jax.data import decoded, pictures
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream, read_labels
 from mnemonic_jax.errors import MnemonicError
@@ -56,7 +57,11 @@ def load(name: str, data_dir: str = "", *, side: int = 224, crop: bool = False) 
   names = tuple(builder.info.features["label"].names)
   if name in STREAMED:
     return _streams(tfds, builder, names, side, crop)
-  return _read(tfds, builder, "train", len(names)), _read(tfds, builder, "test", len(names)), names
+  train, test = (
+    decoded.kept(pathlib.Path(builder.data_path), f"{name}-{split}", partial(_read, tfds, builder, split))
+    for split in ("train", "test")
+  )
+  return train, test, names
 
 
 def tfds_folder(tfds: Any) -> str:
@@ -103,7 +108,7 @@ def _streams(
   return splits[0], splits[1], names[:num_classes]
 
 
-def _read(tfds: Any, builder: Any, split: str, num_classes: int) -> Split:
+def _read(tfds: Any, builder: Any, split: str) -> Split:
   """Decode one split; the encoded bytes come from TFDS, the pixels from Pillow."""
   source = _source(tfds, builder, split)
   try:
