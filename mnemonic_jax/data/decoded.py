@@ -35,8 +35,8 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
       older.unlink()
     unfinished = folder / f".{name}-{os.getpid()}"
     try:
-      with open(unfinished, "xb") as file:
-        np.savez(file, images=split.images, labels=split.labels)
+      with open(unfinished, "xb") as target:
+        np.savez(target, images=split.images, labels=split.labels)
       unfinished.replace(copy)
     finally:
       unfinished.unlink(missing_ok=True)

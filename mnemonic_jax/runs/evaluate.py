@@ -12,7 +12,7 @@ from mnemonic_jax.checkpoints import restore_params
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.forget import check_classes
-from mnemonic_jax.runs.inference import predict
+from mnemonic_jax.runs.inference import predict_each
 from mnemonic_jax.runs.trained import restore
 
 
@@ -30,8 +30,8 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
   if finished:
     models["forgotten"] = restore_params(finished[-1] / "params", trained.params)
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
-  for name, params in models.items():
-    seen = predict(trained.logits_fn, params, dataset.test, dataset.preprocess)
+  every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
+  for name, seen in zip(models, every, strict=True):
     right = seen.labels[seen.predictions == seen.labels]
     right_counts, counts = (np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels))
     scores = evaluation.scores_from_counts(right_counts, counts, chosen)

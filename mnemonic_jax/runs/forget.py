@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.folder import RunFolder, versions
 from mnemonic_jax.runs.hashing import params_sha256
-from mnemonic_jax.runs.inference import predict
+from mnemonic_jax.runs.inference import predict_each
 from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 _SHOWN_LOSSES = 2000  # per distribution in the report
@@ -82,8 +82,14 @@ def _forget(
     execution=Execution(microbatch=config.execution.microbatch or None),
   )
   result = one_shot(before)
-  scored = _before_and_after(trained, before, result.params, dataset, classes)
-  hidden = _Scored(trained, head_edit(before, trained.model.head, classes), dataset, classes)
+  candidates = [before, result.params, head_edit(before, trained.model.head, classes)]
+  copies = {"params": result.params}
+  if (average := trained.ema_params) is not None:  # a copy that may be served too
+    ema = one_shot(average)
+    copies["ema_params"] = ema.params
+    candidates += [average, ema.params]
+  before_scores, after_scores, hidden, *of_average = _scored(trained, candidates, dataset, classes)
+  scored = {"before": before_scores, "after": after_scores}
   report = {
     "requested": list(requested),
     "classes": classes,
@@ -94,11 +100,8 @@ def _forget(
     "codes_sha256": setup.array_sha256(trained.codes),
     "versions": versions(),
   }
-  copies = {"params": result.params}
-  if (average := trained.ema_params) is not None:  # a copy that may be served too
-    ema = one_shot(average)
-    copies["ema_params"] = ema.params
-    ema_scored = _before_and_after(trained, average, ema.params, dataset, classes)
+  if average is not None:
+    ema_scored = dict(zip(("before", "after"), of_average, strict=True))
     report["copies"] = {"params": _outcome(before, result, scored), "ema": _outcome(average, ema, ema_scored)}
   evidence = {
     "class_names": list(dataset.class_names),
@@ -133,12 +136,6 @@ def _forget(
   return report, fill
 
 
-def _before_and_after(
-  trained: Trained, before: Any, after: Any, dataset: Dataset, classes: Sequence[int]
-) -> dict[str, _Scored]:
-  return {name: _Scored(trained, params, dataset, classes) for name, params in (("before", before), ("after", after))}
-
-
 def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> dict[str, Any]:
   """What a copy of the params was before the forget and is after it."""
   return {
@@ -156,17 +153,29 @@ def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> d
   }
 
 
-class _Scored:
+class _Scored(NamedTuple):
   """One set of params on the real data: scores and confusion on test, losses of the forgotten classes on both splits."""
 
-  def __init__(self, trained: Trained, params: Any, dataset: Dataset, classes: Sequence[int]) -> None:
-    num_classes = len(dataset.class_names)
-    test = predict(trained.logits_fn, params, dataset.test, dataset.preprocess)
-    self.confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
-    self.scores: Scores = evaluation.scores_from_counts(self.confusion.diagonal(), self.confusion.sum(axis=1), classes)
-    self.test_losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
-    part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
-    self.train_losses = predict(trained.logits_fn, params, part, dataset.preprocess).losses
+  confusion: np.ndarray
+  scores: Scores
+  test_losses: np.ndarray
+  train_losses: np.ndarray
+
+
+def _scored(trained: Trained, candidates: list[Any], dataset: Dataset, classes: Sequence[int]) -> list[_Scored]:
+  """Score each of several params, in one pass over the data."""
+  num_classes = len(dataset.class_names)
+  part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
+  on_test, on_train = (
+    predict_each(trained.logits_fn, candidates, split, dataset.preprocess) for split in (dataset.test, part)
+  )
+  found = []
+  for test, train in zip(on_test, on_train, strict=True):
+    confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
+    scores = evaluation.scores_from_counts(confusion.diagonal(), confusion.sum(axis=1), classes)
+    losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
+    found.append(_Scored(confusion, scores, losses, train.losses))
+  return found
 
 
 def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
