@@ -3,8 +3,9 @@
 Command:  python benchmarks/pretrained.py [--quick]      (two minutes on 2 CPU cores; --quick: a ViT-Ti/16, once)
 
 Files of random weights (synthetic) with timm's names (.safetensors) and AugReg's (.npz) are read by
-`mnemonic_jax.pretrained.load`, each time in a fresh process, into a model with and without scanned blocks. Seconds go from the call until the params are on the
-device. The files have just been written, so they are in the page cache: a cold one cannot be had without root.
+`mnemonic_jax.pretrained.load`, each time in a fresh process, into a model with and without scanned blocks. Seconds go
+from the call until the params are on the device. The files have just been written, so they are in the page cache: a cold
+one is not measured.
 
 Memory is anonymous private memory (RssAnon), sampled every 5 ms: pages of mapped files are not in it. "Peak" and "kept"
 are its growth during the load and after it. On CPU the params themselves are in it, because host and device memory are
@@ -34,7 +35,7 @@ from safetensors.numpy import save_file
 from mnemonic_jax import models, pretrained
 
 INTERVAL = 0.005  # seconds between samples
-REPEATS = 5
+REPEATS = 3
 MIB = 2**20
 
 BLOCK = r"^block(\d+)/"
