@@ -1,6 +1,6 @@
 """What input costs a training step, and what mixing codes costs it.
 
-Command:  python benchmarks/inputs.py [--pictures DIR] [--quick]      (about ten minutes on 2 CPU cores)
+Command:  python benchmarks/inputs.py [--pictures DIR] [--quick]      (tens of minutes on 2 CPU cores)
 
 First table, images per second:
   loader alone   stored sets: rows gathered and augmented on the device; streamed: `Stream.training_batches`, decoded and
