@@ -310,7 +310,7 @@ def measure_mixing(row: Row) -> str:
   seconds = [1000 * statistics.median(values) / row.mixing_steps for values in (with_codes, without)]
   return (
     f"| {row.name} | {size} | {seconds[0]:.4g} | {seconds[1]:.4g} | {middle:+.2f} % ({low:+.2f} to {high:+.2f}) | "
-    f"{1000 * alone:.3g} | {100_000 * alone / seconds[1]:.1f} % |"
+    f"{1000 * alone:.3g} | {100_000 * alone / seconds[1]:.2g} % |"
   )
 
 
