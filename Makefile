@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check smoke-newest soak benchmark benchmark-fisher experiments clean
+.PHONY: help demo test check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -41,6 +41,12 @@ benchmark: $(VENV)/.full ## time whole epochs per call against steps from Python
 
 benchmark-fisher: $(VENV)/.full ## time the Fisher against a batch gradient, vmap(grad) and a loop
 	$(BIN)/python benchmarks/fisher.py
+
+benchmark-inputs: $(VENV)/.full ## time the loaders, and mixing codes, beside training steps
+	$(BIN)/python benchmarks/inputs.py
+
+benchmark-pretrained: $(VENV)/.full ## time the import of a ViT-B/16, and the host memory it takes
+	$(BIN)/python benchmarks/pretrained.py
 
 experiments: $(VENV)/.full ## the digits studies (minutes); MNIST: see BUILD.md
 	$(BIN)/python experiments/digits_strength.py

@@ -178,11 +178,13 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       if new_head and top == head:
         return leaf
       if top == "blocks" and ".".join([top, *keys]) not in named:  # scanned: one leaf holds a param of every block
-        stacked = np.empty(leaf.shape, leaf.dtype)
+        stacked = jax.numpy.zeros(leaf.shape, leaf.dtype)
         for index in range(len(stacked)):
-          stacked[index] = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
-        return jax.numpy.asarray(stacked)
-      return jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
+          layer = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
+          stacked = jax.block_until_ready(_with_layer(stacked, index, layer))
+        return stacked
+      value = jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
+      return jax.block_until_ready(value)  # else the copies of several arrays wait in host memory
 
     filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
     left = [ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))]
@@ -227,6 +229,12 @@ def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarr
   return (vectors / lengths).astype(np.float32)
 
 
+@partial(jax.jit, donate_argnums=0)
+def _with_layer(stacked: jax.Array, index: int, layer: jax.Array) -> jax.Array:
+  """Fill one layer in, in place."""
+  return stacked.at[index].set(layer.astype(stacked.dtype))
+
+
 def _renamed(arrays: Mapping[str, Reader], source: _Source) -> dict[str, Reader]:
   """Our dotted path -> reader in our layout."""
   named: dict[str, Reader] = {}
@@ -259,9 +267,9 @@ def _renamed(arrays: Mapping[str, Reader], source: _Source) -> dict[str, Reader]
 
 
 def _outputs_last(read: Reader) -> np.ndarray:
-  """torch's (out, in, *window) -> (*window, in, out)."""
+  """torch's (out, in, *window) -> (*window, in, out), a view: the way to the device puts it in order."""
   weight = read()
-  return weight if weight.ndim < 2 else np.ascontiguousarray(np.moveaxis(weight, (0, 1), (-1, -2)))
+  return weight if weight.ndim < 2 else np.moveaxis(weight, (0, 1), (-1, -2))
 
 
 def _joined_parts(parts: Sequence[Reader]) -> np.ndarray:
