@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments clean
+.PHONY: help demo test test-long check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -23,6 +23,9 @@ demo: $(VENV)/.base ## install, train on the digits, forget class 0, report
 
 test: $(VENV)/.full ## install and run the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-long: $(VENV)/.full ## install and run the tests that the suite leaves out
+	$(BIN)/python -m pytest -n 2 -m long
 
 check: $(VENV)/.full ## lint, format check, type check, architecture test
 	$(BIN)/ruff check .

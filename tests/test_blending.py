@@ -186,6 +186,7 @@ def test_codes_are_drawn_as_without_blending_and_stay_pure(blend):
   assert metrics["loss"] == pytest.approx(np.log(10), rel=1e-5)
 
 
+@pytest.mark.long
 @BOTH
 def test_a_sharded_step_blends_and_mixes_the_same(blend):
   apply = lambda params, model_state, inputs, train: (inputs.reshape(len(inputs), -1) @ params, model_state)
@@ -214,7 +215,7 @@ def test_blending_draws_anew_at_each_step_and_not_from_the_branches_of_mixing():
 
 
 @pytest.mark.lenient_numerics
-@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+@pytest.mark.parametrize("name", ["mixup", pytest.param("cutmix", marks=pytest.mark.long)])
 def test_the_command_line_trains_with_it(tmp_path, name):
   short = ("--train.epochs", 3, *TINY[2:])
   plain, blended = (

@@ -45,6 +45,7 @@ def test_the_second_request_of_a_kind_compiles_nothing(tmp_path, trained):
   assert second["params_sha256_after"] == first["params_sha256_after"]
 
 
+@pytest.mark.long
 def test_programs_cut_short_by_a_kill_are_made_again_without_a_word(tmp_path, trained):
   run, root = trained, tmp_path / "cache"
   first = command("forget", run, "--classes", 0, "--json", **with_cache(root))

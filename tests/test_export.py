@@ -80,6 +80,7 @@ def test_other_models_are_refused_and_a_new_head_is_ours(forgotten_once, tmp_pat
 RESNET = ("--model.name", "resnet10_small", "--model.width", 4, "--train.batch_size", 512, "--train.epochs", 1)
 
 
+@pytest.mark.long
 def test_the_model_state_goes_along(tmp_path, monkeypatch):
   """From a run, and from the folder that a plain checkpoint's forget made."""
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})

@@ -102,7 +102,13 @@ def test_float32(name):
   check(fisher(*as_jax(arrays, jnp.float32), OVERLAPPING), name, OVERLAPPING)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.x64])
+WITH_X64 = [name for name, case in CASES.items() if case.x64]
+
+
+# Every third case in the suite, the others where there is time.
+@pytest.mark.parametrize(
+  "name", [name if i % 3 == 0 else pytest.param(name, marks=pytest.mark.long) for i, name in enumerate(WITH_X64)]
+)
 def test_float64(name):
   loss_fn, arrays, squares = prepared(name)
   with jax.enable_x64(True):

@@ -61,7 +61,9 @@ def sharded_like(params, mesh):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("devices", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+  "devices", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long), 8]
+)
 def test_params_and_batch_on_a_mesh(devices, sharded):
   params, images, labels, weights, single = problem()
   mesh = cpu_mesh(devices)
@@ -132,7 +134,7 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
   assert {n: x.sharding for n, x in made.params.items()} == {n: x.sharding for n, x in placed.items()}
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2**13])
+@pytest.mark.parametrize("chunk_bytes", [1, pytest.param(2**13, marks=pytest.mark.long)])
 def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
   """What GPUs and TPUs are given, run here: several examples at a time, the last chunk filled up."""
   params, images, labels, weights, single = problem()
