@@ -32,6 +32,7 @@ CORE = (
 EDGES = (
   "errors",
   "progress",
+  "user_cache",
   "models",
   "pretrained",
   "data",

@@ -12,6 +12,8 @@ from typing import Any
 
 import jax
 
+from mnemonic_jax import user_cache
+
 # Oldest programs go when the folder holds more than this.
 _MAX_BYTES = 2**30
 
@@ -25,8 +27,7 @@ def enable() -> None:
     jax.config, "jax_enable_compilation_cache", 1
   ):
     return
-  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mnemonic_jax"
-  folder = root / f"compiled-{_processor()}"
+  folder = user_cache.folder() / f"compiled-{_processor()}"
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax.data import augmentation, digits, prepared
-from mnemonic_jax.data.split import Split
+from mnemonic_jax.data.split import Split, require_labels
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 
@@ -90,8 +90,7 @@ def _check_classes(dataset: Dataset) -> None:
   labels, num_classes = dataset.train.labels, len(dataset.class_names)
   if labels is None:
     return
-  if outside := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
-    raise MnemonicError(f"data set {dataset.name!r}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
+  require_labels(repr(dataset.name), labels, num_classes)
   if len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
     raise MnemonicError(
       f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mnemonic_jax import user_cache
 from mnemonic_jax.data.split import Split
 
 
@@ -20,8 +21,7 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
   A copy counts while the names, sizes and times of the files are the same. One that cannot be read is made again; one that
   cannot be written costs time and nothing else.
   """
-  root = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mnemonic_jax"
-  folder = root / "decoded"
+  folder = user_cache.folder() / "decoded"
   stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir())
   fingerprint = hashlib.sha256(repr((str(source.resolve()), stats)).encode()).hexdigest()[:16]
   copy = folder / f"{name}-{fingerprint}.npz"

@@ -1,11 +1,19 @@
-"""One part of a data set that is decoded and in memory."""
+"""One part of a data set that is decoded and in memory, and the check that labels are of its classes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from mnemonic_jax.errors import MnemonicError
+
+
+def require_labels(name: str, labels: Iterable[int], num_classes: int) -> None:
+  """Refuse labels outside [0, num_classes) of the data set `name`."""
+  if outside := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
+    raise MnemonicError(f"data set {name}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
 
 
 class Split(NamedTuple):

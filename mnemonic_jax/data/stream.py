@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnemonic_jax.data import pictures
+from mnemonic_jax.data.split import require_labels
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
 
@@ -145,7 +146,7 @@ class Stream:
         f"data set {self.name}: example {place} cannot be read ({type(error).__name__}: {error}). The prepared files are "
         "damaged: delete that folder and prepare it again."
       ) from None
-    _check_labels(self.name, np.asarray([label]), self.num_classes)
+    require_labels(self.name, [label], self.num_classes)
     return image, label, row
 
 
@@ -157,13 +158,8 @@ def read_labels(name: str, source: Any, num_classes: int) -> np.ndarray:
       rows = list(range(start, min(start + 1000, len(source))))
       labels[rows] = [int(example["label"]) for example in source.__getitems__(rows)]
       progress.update(len(rows))
-  _check_labels(name, labels, num_classes)
+  require_labels(name, labels, num_classes)
   return labels
-
-
-def _check_labels(name: str, labels: np.ndarray, num_classes: int) -> None:
-  if outside := [int(label) for label in labels if not 0 <= label < num_classes]:
-    raise MnemonicError(f"data set {name}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
 
 
 @functools.lru_cache(maxsize=2)

@@ -118,7 +118,7 @@ class RunFolder:
       nonlocal board
       scalars = {name: value for name, value in files.plain(record).items() if name != "step" and value is not None}
       summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
-      with self._writing("metrics"):
+      with self._writing_metrics():
         with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
           file.write(files.dumps(record) + "\n")
         if board is None:
@@ -138,11 +138,11 @@ class RunFolder:
           board.close()
 
   @contextmanager
-  def _writing(self, what: str) -> Iterator[None]:
+  def _writing_metrics(self) -> Iterator[None]:
     try:
       yield
     except OSError as error:
-      raise MnemonicError(f"{self.path}: {what} cannot be written: {error.strerror or error}.") from error
+      raise MnemonicError(f"{self.path}: metrics cannot be written: {error.strerror or error}.") from error
 
   def metrics(self) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; a line cut by a kill is left out."""

@@ -1,0 +1,11 @@
+"""Where the user's cache folder is: whatever lies in it can be made again, and deleting it is always safe."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+
+def folder() -> pathlib.Path:
+  """Our part of $XDG_CACHE_HOME, else of ~/.cache; not made here."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "mnemonic_jax"
