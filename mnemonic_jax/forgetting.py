@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _code_fishers, _loss_checks, _trees, _validation, perturbation
+from mnemonic_jax import _code_fishers, _loss_checks, _passes, _trees, _validation, perturbation
 from mnemonic_jax._code_fishers import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.perturbation import Strength
@@ -118,7 +118,7 @@ def forget(
   """
   started = time.perf_counter()
   perturbation.require_strength(strength)
-  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
+  options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   chosen = _validation.require_classes("classes", classes, num_classes)
   earlier = _validation.require_classes("forgotten", forgotten, num_classes, proper=False)
@@ -201,7 +201,7 @@ def forget_step(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   perturbation.require_strength(strength)
-  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
+  options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   forget, remain = _check_masks(forget, remain, num_classes)
   codes = jnp.asarray(codes)
@@ -284,12 +284,19 @@ def _score(
 ) -> CodeScores:
   """How a candidate does on the codes of both sides."""
   inputs, labels = _code_fishers.flatten_codes(codes)
+  spread = _passes.spread_of(options.execution.shardings)
+  microbatch = min(options.execution.microbatch or len(inputs), len(inputs))
   with _loss_checks.matmul_precision(options.precision):
-    if (options.execution.microbatch or len(inputs)) >= len(inputs):
+    if spread is not None:
+      count = -(-len(inputs) // microbatch)
+      parts = _passes.dealt(inputs, count, spread)
+      some = lambda index: logits_fn(params, _passes.part(parts, index, spread))
+      logits = jax.lax.map(some, jnp.arange(count)) if count > 1 else some(0)[None]  # (count, size, C)
+      logits = jnp.swapaxes(logits, 0, 1).reshape(-1, logits.shape[-1])[: len(inputs)]
+    elif microbatch == len(inputs):
       logits = logits_fn(params, inputs)
     else:
-      one = lambda x: logits_fn(params, x[None])[0]
-      logits = jax.lax.map(one, inputs, batch_size=options.execution.microbatch)
+      logits = jax.lax.map(lambda x: logits_fn(params, x[None])[0], inputs, batch_size=microbatch)
   logits = logits.astype(_trees.at_least_float32(logits.dtype))
   right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
   code_losses = options.loss(logits, labels)

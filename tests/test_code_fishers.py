@@ -19,7 +19,7 @@ CLASSES = 4
 
 def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
   """(f_F, f_R) as `forget` computes them, float64; both in the same unknown units per leaf."""
-  options = _code_fishers.Options.make(params, loss, None, None, "highest", mj.Execution(microbatch))
+  options = _code_fishers.Options.make(params, codes, loss, None, None, "highest", mj.Execution(microbatch))
   side = np.isin(np.arange(len(codes)), forget)
   sides = jnp.asarray(side), jnp.asarray(~side)
   made = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, {"compile": 0.0})
