@@ -38,8 +38,8 @@ def make_mesh(data: int | None = None, fsdp: int | None = None, devices: Sequenc
   Raises:
     ValueError: sizes that do not multiply to the number of devices.
 
-  >>> make_mesh(devices=jax.devices()[:1]).shape
-  OrderedDict({'data': 1, 'fsdp': 1})
+  >>> dict(make_mesh(devices=jax.devices()[:1]).shape)
+  {'data': 1, 'fsdp': 1}
   """
   devices = list(jax.devices() if devices is None else devices)
   count = len(devices)
@@ -63,8 +63,8 @@ def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
     ValueError: a large leaf of which fsdp divides no axis.
 
   >>> params = {"kernel": jax.ShapeDtypeStruct((256, 1000), "float32")}
-  >>> tree_shardings(make_mesh(devices=jax.devices()[:1]), params)["kernel"].spec
-  PartitionSpec(None, 'fsdp')
+  >>> tuple(tree_shardings(make_mesh(devices=jax.devices()[:1]), params)["kernel"].spec)
+  (None, 'fsdp')
   """
 
   def place(path: Any, leaf: Any) -> NamedSharding:
@@ -76,6 +76,19 @@ def tree_shardings(mesh: Mesh, tree: PyTree) -> PyTree:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Examples, the leading axis, over all devices."""
   return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
+
+
+def codes_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+  """Codes (C, K, *shape) over all devices: each axis of the mesh splits the longest axis of the codes that it divides."""
+  left = list(shape)
+  names: list[tuple[str, ...]] = [()] * len(shape)
+  for name, size in mesh.shape.items():
+    axes = [axis for axis in range(len(shape)) if left[axis] % size == 0]
+    if axes and size > 1:
+      axis = max(axes, key=lambda axis: left[axis])
+      left[axis] //= size
+      names[axis] += (name,)
+  return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in names)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -115,7 +115,9 @@ def test_traced_calls_share_one_power_of_two():
 
 def test_the_seconds_of_compiling_are_apart():
   seconds = {"compile": 0.0}
-  options = _code_fishers.Options.make(confident([1.0] * CLASSES), None, None, None, None, None)
+  options = _code_fishers.Options.make(
+    confident([1.0] * CLASSES), jnp.eye(CLASSES)[:, None], None, None, None, None, None
+  )
   sides = jnp.arange(CLASSES) == 0, jnp.arange(CLASSES) != 0
   start = time.perf_counter()
   _code_fishers.class_fishers_in_range(
