@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import pathlib
 import shutil
@@ -158,7 +159,23 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
     assert copies[name]["sign"] in (1, -1) and copies[name]["seconds"]["total"] > 0
   assert len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")}) == 4
   reports.validate(*(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence")))
-  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--json").json
+  # what else shows scores shows those of both copies
+  evaluated, shown = call("evaluate", run, "--json").json, call("evaluate", run).out
+  told = call("forget", plain, "--classes", 4).out + call("evaluate", plain).out
+  page = html.unescape((folder / "report.html").read_text()).replace("\u00a0", " ")
+  for name, suffix in (("params", ""), ("ema", "_ema")):
+    for key in ("retain_accuracy", "forget_error", "per_class_accuracy"):
+      for model, when in (("trained", "before"), ("forgotten", "after")):
+        assert evaluated[model + suffix][key] == copies[name][f"{key}_{when}"]
+        assert key == "per_class_accuracy" or f"{evaluated[model + suffix][key]:.2%}" in shown
+        assert copies[name][f"params_sha256_{when}"] in page
+  assert evaluated["forgotten_ema"]["params"] == str(folder / "ema_params")
+  assert shown.count("its average") == 2 and "Moving average, after" in page
+  assert "average" not in told and "Moving average" not in (plain / "forgets" / "0001" / "report.html").read_text()
+  assert call("evaluate", plain, "--json").json.keys() == {"run", "classes", "trained", "forgotten"}
+  again = call("forget", run, "--classes", 4).out
+  assert "accuracy, kept classes (average)" in again and "error, forgotten classes (average)" in again
+  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--number", 1, "--json").json
   assert exported["params_sha256"] == copies["ema"]["params_sha256_after"]
   message = call("export", plain, "--out", tmp_path / "no.safetensors", "--ema").refusal(2)
   assert "--ema: " in message and "has no moving average" in message
