@@ -88,6 +88,7 @@ def test_every_section_refuses_fields_it_has_not():
     ("train.epochs", 1.0),
     ("train.seed", 2**32),
     ("train.seed", -1),
+    ("train.keep_checkpoints", 0),
     ("train.learning_rate", -0.1),
     ("train.learning_rate", "fast"),
     ("codes.rate", 1.0001),

@@ -192,6 +192,22 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
   )
 
 
+def test_the_newest_checkpoints_stay(tmp_path):
+  def kept(folder: str, epochs: int, *words: object) -> list[int]:
+    fixed = ("--train.checkpoint_every", 1, "--model.hidden", 32, "--train.epochs", epochs)
+    result = call("train", "digits", "--out", tmp_path / folder, *fixed, *words, "--json").json
+    found = sorted(int(path.name) // 44 for path in (tmp_path / folder / "checkpoints").iterdir())
+    assert result["epochs"] == found[-1] == epochs
+    return found
+
+  assert kept("as ever", 4) == [3, 4]
+  assert kept("one", 3, "--train.keep_checkpoints", 1) == [3]
+  assert kept("four", 5, "--train.keep_checkpoints", 4) == [2, 3, 4, 5]
+  # how many stay is no part of what is trained: a resumed training may keep fewer
+  shutil.rmtree(tmp_path / "four" / "checkpoints" / "220")
+  assert kept("four", 5, "--train.keep_checkpoints", 1) == [5]
+
+
 def test_an_averaging_training_resumes_bit_for_bit(tmp_path):
   words = ("--model.hidden", 32, "--train.checkpoint_every", 1, "--train.ema", 0.9)
   call("train", "digits", "--out", tmp_path / "whole", *words, "--train.epochs", 2)

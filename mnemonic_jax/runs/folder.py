@@ -24,7 +24,7 @@ from mnemonic_jax.runs import files
 
 _FORMAT = 1
 # Fields that say where or how, not what: they may differ between the commands of one run.
-_FREE_FIELDS = (("data", "data_dir"), ("execution",), ("forget",))
+_FREE_FIELDS = (("data", "data_dir"), ("train", "keep_checkpoints"), ("execution",), ("forget",))
 
 
 class RunFolder:
