@@ -233,7 +233,7 @@ def test_the_order_of_requests_does_not_matter(trained_once, forgotten, tmp_path
 
 
 def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
-  leftover = forgotten / "forgets" / ".unfinished-x" / "params"
+  leftover = forgotten / "forgets" / ".unfinished-0002-x" / "params"
   leftover.mkdir(parents=True)
   assert call("forget", forgotten, "--classes", 3).code == 0
   assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]
