@@ -146,7 +146,7 @@ def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
   _, other, _ = template_for(7)
-  with pytest.raises(MnemonicError, match=r"head\.bias has shape \(5,\) there; .* expects \(7,\).*new_head"):
+  with pytest.raises(MnemonicError, match=r"head\.kernel has shape \(192, 5\) there; .* expects \(192, 7\).*new_head"):
     pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state)
   read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state, new_head=True)
   np.testing.assert_array_equal(read["head"]["kernel"], other["head"]["kernel"])
@@ -247,7 +247,7 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   np.testing.assert_array_equal(params["head"]["kernel"], arrays["fc.weight"].T)
   save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
-  assert "head.bias has shape (3,) there" in refused.refusal()
+  assert "head.kernel has shape (4, 3) there" in refused.refusal()
   save_file(arrays, file)
   trained("averaged", "--train.ema", 0.999)  # and so does its average
   checkpoint = newest(tmp_path / "averaged" / "checkpoints")
