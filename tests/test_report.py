@@ -328,8 +328,19 @@ class TestMissingValues:
 
   def test_empty_losses(self) -> None:
     evidence = make_evidence(10, [0])
+    whole = Tree(render(make_report(10, [0]), evidence, None))
+    evidence["losses"] |= {"train_before": [], "train_after": []}  # as of a streamed set
+    tree = Tree(render(make_report(10, [0]), evidence, None))
+    assert (
+      len(whole.all("figure")) == 4 and "No losses of" not in whole.text and "which ones were trained on" in whole.text
+    )
+    assert len(tree.all("figure")) == 2 and "Test examples, after: 36 examples" in tree.text
+    assert "No losses of training examples of class 0 (zero) are shown: none were recorded." in tree.text
+    assert "streamed data set" in tree.text and "which ones were trained on" not in tree.text
     evidence["losses"] = {key: [] for key in evidence["losses"]}
-    assert Tree(render(make_report(10, [0]), evidence, None)).text.count(": no examples") == 4
+    nothing = Tree(render(make_report(10, [0]), evidence, None))
+    assert nothing.all("figure") == [] and "on one logarithmic axis" not in nothing.text
+    assert all(f"No losses of {split} examples of class 0" in nothing.text for split in ("training", "test"))
 
   def test_unmeasured_time_and_no_layers(self) -> None:
     seconds = dict.fromkeys(("compile", "fisher", "perturb", "total"))

@@ -103,7 +103,7 @@ def _forget_text(result: dict[str, Any]) -> str:
   for of_average, copy in ("", result), (" (average)", result.get("copies", {}).get("ema")):
     for name, key in ("accuracy, kept classes", "retain_accuracy"), ("error, forgotten classes", "forget_error"):
       if copy:
-        before, after = (f"{copy[f'{key}_{when}']:.2%}" for when in ("before", "after"))
+        before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
         rows.append((f"{name}{of_average}", before, after))
   table = "\n".join(f"  {name:<36}{before:>9}{after:>9}" for name, before, after in rows)
   return (
@@ -113,18 +113,21 @@ def _forget_text(result: dict[str, Any]) -> str:
   )
 
 
+def _percent(share: float) -> str:
+  return "none" if math.isnan(share) else f"{share:.2%}"
+
+
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = _dataset(folder.config, options)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
   lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
-  percent = lambda share: "none" if math.isnan(share) else f"{share:.2%}"
   shown = {"trained": "trained", "trained_ema": "its average", "forgotten": "forgotten", "forgotten_ema": "its average"}
   for name, title in shown.items():
     if (scores := result.get(name)) is not None:
-      kept, error = percent(scores["retain_accuracy"]), percent(scores["forget_error"])
+      kept, error = _percent(scores["retain_accuracy"]), _percent(scores["forget_error"])
       lines.append(f"  {title:<12} accuracy of kept {kept}, error of forgotten {error}")
-      shares = (f"{index}: {percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
+      shares = (f"{index}: {_percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
       lines.append(f"               per class {', '.join(shares)}")
   return result, "\n".join(lines)
 
