@@ -190,10 +190,23 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
   bomb = tmp_path / "bomb.safetensors"
   bomb.write_bytes((2**60).to_bytes(8, "little") + b"{}")
   assert "cannot be read" in refusal(bomb, "vit_ti16", trees)
-  outside = tmp_path / "outside.safetensors"
-  header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}'
-  outside.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
-  assert "cannot be read" in refusal(outside, "vit_ti16", trees)
+  for header in (
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}',  # beyond the file
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-16,0]}}',
+    b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,16]}}',  # fewer bytes than the shape needs
+    b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}',
+    b'{"a":{"dtype":"O","shape":[4],"data_offsets":[0,16]}}',
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    b'{"a":' + b"[" * 100_000,
+    b'{"a":{"dtype":"F32"',
+    b"\xff\xfe",
+    b"",
+  ):
+    evil = tmp_path / "evil.safetensors"
+    evil.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    assert "cannot be read" in refusal(evil, "vit_ti16", trees), header[:80]
+  cut.write_bytes(b"\1\2\3")  # not even a length
+  assert "cannot be read" in refusal(cut, "vit_ti16", trees)
   np.savez(tmp_path / "whole.npz", **as_augreg(params))
   cut = tmp_path / "cut.npz"
   cut.write_bytes((tmp_path / "whole.npz").read_bytes()[:1000])
