@@ -215,6 +215,26 @@ def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_
   assert call(*words, run).json["params_sha256"] == whole["params_sha256"]
 
 
+def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(prepared_sets, tmp_path, monkeypatch):
+  """ImageNet's records are read one by one: it is found in the third step, after the checkpoint of the second."""
+  settings = ("--data.name", "imagenet2012", *SETTINGS[2:], "--train.batch_size", 3, "--train.steps", 5)
+  words = ("train", "digits", *settings, "--train.checkpoint_steps", 2, "--data-dir", prepared_sets, "--json", "--out")
+  whole, run = call(*words, tmp_path / "whole").json, tmp_path / "run"
+  real, calls = pictures.random_resized_crop, itertools.count(1)
+
+  def crop(encoded, *more):
+    return real(encoded[:300] if next(calls) == 9 else encoded, *more)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(pictures, "random_resized_crop", crop)
+    patched.setattr("mnemonic_jax.data.stream._AHEAD", 1)  # one thread, so that the ninth is of the third step
+    message = call(*words, run).refusal()
+  assert "data set 'imagenet2012', split 'train'" in message and "cannot be read (OSError" in message
+  assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+  resumed = call(*words, run).json
+  assert resumed["params_sha256"] == whole["params_sha256"] and resumed["steps"] == 5
+
+
 @pytest.mark.parametrize("label", [-1, 3])
 def test_a_label_outside_the_classes_is_named(label):
   split = stream()
