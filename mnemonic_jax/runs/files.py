@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -45,13 +47,52 @@ def write_text(path: pathlib.Path, text: str) -> None:
 
 
 def make_folder(final: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-  """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole."""
+  """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole.
+
+  What earlier, killed attempts at the same folder left behind is swept away first.
+  """
   parent = final.parent
+  with contextlib.ExitStack() as lock:
+    try:
+      parent.mkdir(parents=True, exist_ok=True)
+      for leftover in parent.glob(f"{UNFINISHED}{glob.escape(final.name)}-*"):
+        with contextlib.suppress(OSError), _lock(leftover) as got:  # what is not ours, or no folder, stays
+          if got:
+            shutil.rmtree(leftover)
+      temporary = _new_folder(final, lock)
+    except OSError as error:
+      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
+    _fill(temporary, final, fill)
+
+
+def _new_folder(final: pathlib.Path, lock: contextlib.ExitStack) -> pathlib.Path:
+  """Make a temporary folder beside `final`, locked for as long as this process lives or `lock` is open."""
+  while True:
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
+    with contextlib.suppress(FileNotFoundError):  # swept by another process before it was locked
+      got = lock.enter_context(_lock(temporary))
+      if got is not False and temporary.exists():
+        return temporary
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[bool | None]:
+  """Lock a folder itself: False where a live process holds it, None where the file system has no such locks."""
+  descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   try:
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=parent))
-  except OSError as error:
-    raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      got: bool | None = True
+    except BlockingIOError:
+      got = False
+    except OSError:
+      got = None
+    yield got
+  finally:
+    os.close(descriptor)
+
+
+def _fill(temporary: pathlib.Path, final: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
   try:
     fill(temporary)
     os.chmod(temporary, 0o755)

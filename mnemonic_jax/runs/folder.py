@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import pathlib
 import platform
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from mnemonic_jax.runs import files
 
 _FORMAT = 1
 # Fields that say where or how, not what: they may differ between the commands of one run.
-_FREE_FIELDS = (("data", "data_dir"), ("execution",), ("forget",))
+_FREE_FIELDS = (("data", "data_dir"), ("train", "keep_checkpoints"), ("execution",), ("forget",))
 
 
 class RunFolder:
@@ -197,11 +196,6 @@ class RunFolder:
     Call with the run locked. What an earlier, killed forget left behind is swept away first.
     """
     parent = self.path / "forgets"
-    try:
-      for leftover in parent.glob(f"{files.UNFINISHED}*"):
-        shutil.rmtree(leftover)
-    except OSError as error:
-      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
     number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
     final = parent / f"{number:04d}"
     files.make_folder(final, fill)
