@@ -51,7 +51,10 @@ _RESNETS: dict[str, dict[str, Any]] = {
   "resnet50": {"depths": (3, 4, 6, 3), "bottleneck": True},
   "resnext50_32x4d": {"depths": (3, 4, 6, 3), "bottleneck": True, "groups": 32, "group_width": 4},
 }
-_VITS = {f"vit_{size}16": size for size in ("ti", "s", "b", "l")}
+# Name -> size and patch.
+_VITS = {
+  f"vit_{size}{patch}": (size, patch) for size, patch in (("ti", 16), ("s", 16), ("b", 16), ("l", 16), ("h", 14))
+}
 NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
 # The models that an option is for.
 OPTIONS = {"scan": tuple(_VITS), "remat": (*_VITS, "swin_t")}
@@ -123,7 +126,8 @@ def _module_maker(
     return lambda rngs: ResNet(num_classes=num_classes, **settings, rngs=rngs)
   settings |= {"image": tuple(image), "remat": remat}
   if name in _VITS:
-    return lambda rngs: ViT(_VITS[name], num_classes, pool=pool, scan=scan, **settings, rngs=rngs)
+    size, patch = _VITS[name]
+    return lambda rngs: ViT(size, num_classes, patch=patch, pool=pool, scan=scan, **settings, rngs=rngs)
   return lambda rngs: Swin(num_classes, **settings, rngs=rngs)
 
 

@@ -13,7 +13,7 @@ from mnemonic_jax.models.staged import Staged
 from mnemonic_jax.models.transformer import Attention, FeedForward, Linear
 
 # width, depth, heads
-SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16)}
+SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
 
 
 class _Block(nnx.Module):
@@ -32,7 +32,7 @@ class ViT(Staged):
   """Stages "patches" and "block1" to the last, each (N, T, F).
 
   Args:
-    size: "ti", "s", "b" or "l".
+    size: "ti", "s", "b", "l" or "h".
     image: height and width of a picture, multiples of `patch`.
     pool: "token" reads the class token, "mean" the mean over patches (and there is no class token).
     scan: blocks are one, with params stacked along a leading axis of layers: compiles once.
