@@ -1,9 +1,10 @@
 # Every target makes its own virtual environment; PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
+TPU_VENV ?= .venv-tpu
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-long check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments clean
+.PHONY: help demo test test-long check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments tpu-check clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -56,5 +57,14 @@ experiments: $(VENV)/.full ## the digits studies (minutes); MNIST: see BUILD.md
 	$(BIN)/python experiments/digits_all_classes.py
 	$(BIN)/python experiments/digits_mixing_rate.py
 
-clean: ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+# jax[tpu] brings the TPU compiler, 1.5 GB; no TPU is needed.
+$(TPU_VENV)/.tpu: pyproject.toml
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[tpu]'
+	touch $@
+
+tpu-check: $(TPU_VENV)/.tpu ## compile the train step and the forget of a ViT-S/16 for 16 chips of TPU v5e
+	$(TPU_VENV)/bin/python experiments/imagenet_vit/compile_check.py --topology v5e:4x4 --model vit_s16
+
+clean: ## remove the virtual environments and caches; runs/ stays
+	rm -rf $(VENV) $(TPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

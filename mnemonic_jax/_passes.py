@@ -190,7 +190,15 @@ def _one_pass(
   # An example that no group weighs is replaced by one that some group does: nothing of it can reach the result.
   active = jnp.any(weights != 0, axis=0)
   stand_in = jnp.argmax(active)
-  pick = lambda x: jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, x[stand_in])
+  along = lambda mask, x: mask.reshape(-1, *(1,) * (x.ndim - 1))
+
+  def pick(x: jax.Array) -> jax.Array:
+    if objective.spread is None:
+      taken = x[stand_in]
+    else:  # a sum, for a row at a traced place would bring all examples to every device
+      taken = jnp.sum(jnp.where(along(jnp.arange(len(x)) == stand_in, x), x, 0), axis=0, dtype=x.dtype)
+    return jnp.where(along(active, x), x, taken)
+
   batch = jax.tree.map(pick, batch)
 
   def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:

@@ -108,7 +108,10 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size", "published"), PUBLISHED)
+@pytest.mark.parametrize(
+  ("name", "size", "published"),
+  [pytest.param(*row, marks=pytest.mark.long if row[0] == "vit_h14" else ()) for row in PUBLISHED],
+)
 def test_published_sizes(name, size, published):
   model = models.make(name, shape=(size, size, 3), num_classes=1000)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))

@@ -1,0 +1,274 @@
+"""Compile the train step and the forget for a TPU pod, without one, and print what the compiler says of memory and network.
+
+Command:  make tpu-check
+          .venv-tpu/bin/python experiments/imagenet_vit/compile_check.py --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
+
+The programs are those of train.py and forget.py. Any field of the config can be overridden too (--codes.per_class 2). Exit
+code 1: a program does not fit, or some collective gives a device the whole model, or a whole stack of its layers, at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import cost_model
+import forget
+import hlo
+import jax
+import numpy as np
+import train
+from chips import CHIPS, Chip
+
+import mnemonic_jax as mj
+from mnemonic_jax import config as configs
+from mnemonic_jax import sharding
+from mnemonic_jax.cli.parser import dotted_overrides
+from mnemonic_jax.config import Config
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.errors import MnemonicError, UsageError
+
+CONFIG = "imagenet_vit_s16_90ep"
+_LARGEST = 6  # collectives, and operations, that the table lists one by one
+# The TPU compiler asks for a machine; these answers keep it from looking for one.
+_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+
+
+class Unread(NamedTuple):
+  """Pictures that nobody reads: all that planning asks of a split."""
+
+  shape: tuple[int, ...]
+  num_examples: int = cost_model.TRAIN_IMAGES
+
+
+class Report(NamedTuple):
+  """What the compiler said of one program; bytes and seconds are of one device."""
+
+  program: str
+  compile_seconds: float
+  memory: dict[str, int]  # arguments, outputs, aliased, temporaries, code, used
+  collectives: list[hlo.Collective]
+  estimated_seconds: float  # the compiler's, without collectives; 0 where it says nothing
+  costliest: dict[str, float]  # operations, and seconds of these
+  flops: float  # arithmetic
+  whole: list[str]  # what gathers a whole stack of layers, or model
+
+
+def devices_of(topology: str) -> tuple[list[Any], Chip | None]:
+  """The devices of a pod such as v5e:4x4, and what its chip can do; "cpu" is the devices at hand."""
+  if topology == "cpu":
+    return jax.devices("cpu"), None
+  generation = topology.partition(":")[0]
+  if generation not in CHIPS or generation.startswith("h"):
+    raise UsageError(
+      f"--topology: got {topology!r}; expected v4, v5e, v5p or v6e and a shape, such as v5e:4x4 or v5p:4x4x8."
+    )
+  os.environ |= _MACHINE
+  try:
+    import libtpu  # noqa: F401
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(topology, platform="tpu").devices), CHIPS[generation]
+  except ImportError:
+    raise MnemonicError("libtpu: not installed; expected jax[tpu]. Run `make tpu-check`, which installs it.") from None
+  except Exception as error:
+    raise UsageError(f"--topology: the TPU compiler knows no {topology!r}: {str(error).splitlines()[0]}") from None
+
+
+def check(config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None) -> list[Report]:
+  """Compile the three programs of a config for a mesh, one after the other."""
+  side = config.data.side
+  unread = Unread((side, side, 3))
+  names = tuple(map(str, range(num_classes)))
+  dataset = Dataset(config.data.name, unread, unread, names, 255, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+  training, forgetting = (script.make_program(config, dataset, mesh) for script in (train, forget))
+  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(mesh))
+  strength = mj.Strength(scalar(np.float32), scalar(np.float32))
+  calls = {
+    "train step": (training.step, (training.state, training.codes, *training.batch, scalar(np.int32))),
+    "forget: Fishers": (forgetting.fishers, forgetting.arguments),
+    "forget: update": (forgetting.update, (*forgetting.arguments, forgetting.fisher, forgetting.fisher, strength)),
+  }
+  flops = cost_model.program_flops(config.model.name, num_classes, side, config.train.batch_size, config.model.remat)
+  split = [
+    hlo.Leaf(
+      leaf.shape, leaf.sharding.shard_shape(leaf.shape), config.model.scan and path[0].key == "blocks" and leaf.ndim > 2
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(training.state.params)
+    if leaf.ndim > 1 and not leaf.sharding.is_fully_replicated
+  ]
+  reports = []
+  for name, (function, arguments) in calls.items():
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+      compiled = _compiled(name, function.lower(*arguments))
+    program = hlo.parse(compiled.as_text())
+    cycles = hlo.estimated_cycles(program) if chip else {}
+    costliest = sorted(cycles, key=lambda operation: -cycles[operation])[:_LARGEST]
+    reports.append(
+      Report(
+        name,
+        time.perf_counter() - start,
+        _memory(compiled.memory_analysis()),
+        hlo.collectives(program),
+        sum(cycles.values()) / chip.clock if chip else 0.0,
+        {operation: cycles[operation] / chip.clock for operation in costliest} if chip else {},
+        flops[name] / mesh.size,
+        hlo.whole(program, split),
+      )
+    )
+  return reports
+
+
+def _compiled(name: str, lowered: Any) -> Any:
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    said = " ".join(str(error).split())[:300]
+    raise MnemonicError(
+      f"{name}: does not fit, says the compiler: {said} Use a smaller --batch, a larger --fsdp or more devices."
+    ) from None
+
+
+def _memory(stats: Any) -> dict[str, int]:
+  found = {
+    "arguments": stats.argument_size_in_bytes,
+    "outputs": stats.output_size_in_bytes,
+    "aliased": stats.alias_size_in_bytes,
+    "temporaries": stats.temp_size_in_bytes,
+    "code": stats.generated_code_size_in_bytes,
+  }
+  return found | {"used": sum(found.values()) - 2 * found["aliased"]}
+
+
+def problems(reports: Sequence[Report], chip: Chip | None) -> list[str]:
+  """What makes the check fail, as messages."""
+  found = []
+  for report in reports:
+    used = report.memory["used"]
+    if chip and used > chip.memory:
+      found.append(f"{report.program}: {used / 2**30:.2f} GiB a device, and the chip has {chip.memory / 2**30:.0f}.")
+    found += [
+      f"{report.program}: every device gets a whole stack of layers, or the model: {one}." for one in report.whole
+    ]
+  return found
+
+
+def table(report: Report, devices: int, chip: Chip | None) -> str:
+  """One program's figures, as text."""
+  gib = {name: f"{size / 2**30:.3f}" for name, size in report.memory.items()}
+  of_chip = f" of {chip.memory / 2**30:.0f}" if chip else ""
+  parts = ", ".join(f"{name} {size}" for name, size in gib.items() if name != "used")
+  lines = [
+    f"{report.program} (compiled in {report.compile_seconds:.0f} s)",
+    f"  memory of a device, GiB: used {gib['used']}{of_chip}: {parts}",
+  ]
+  seconds = f", {1e3 * report.flops / chip.flops:.2f} ms at the bfloat16 peak" if chip else ""
+  lines.append(f"  arithmetic of a device: {report.flops:.3g} FLOP{seconds}")
+  if chip:
+    lines.append(
+      f"  the compiler's estimate, without collectives: {1e3 * report.estimated_seconds:.2f} ms; the most of it:"
+    )
+    lines += [f"    {1e3 * seconds:8.2f} ms  {operation}" for operation, seconds in report.costliest.items()]
+  lines.append("  collectives of a call (a device's result, a reduce-scatter's operand; sent: in a ring):")
+  for total in totals(report, devices):
+    per = "" if total["times_known"] else "  in loops of unknown length, one iteration"
+    sizes = f"{total['bytes'] / 2**20:10.2f} MiB  sent {total['sent_bytes'] / 2**20:10.2f} MiB"
+    lines.append(f"    {total['kind']:<18} {total['times']:>6} x  {sizes}{per}")
+  lines.append("  the largest:")
+  for one in largest(report):
+    size = f"{one.bytes / 2**20:10.2f} MiB  over {one.group or devices}"
+    lines.append(f"    {one.kind:<18} {one.times:>6} x  {size}: {hlo.names(one.shapes)}")
+  return "\n".join(lines)
+
+
+def totals(report: Report, devices: int) -> list[dict[str, Any]]:
+  """Collectives by kind, the most bytes first; those in loops of unknown length apart, one iteration of them."""
+  kinds: dict[Any, list[hlo.Collective]] = defaultdict(list)
+  for one in report.collectives:
+    kinds[one.kind, one.known].append(one)
+  found = [
+    {
+      "kind": kind,
+      "times_known": known,
+      "times": sum(c.times for c in ones),
+      "bytes": sum(c.bytes * c.times for c in ones),
+      "sent_bytes": sum(c.sent(devices) * c.times for c in ones),
+    }
+    for (kind, known), ones in kinds.items()
+  ]
+  return sorted(found, key=lambda total: -total["bytes"])
+
+
+def largest(report: Report) -> list[hlo.Collective]:
+  """The collectives that give a device the most, over all their times."""
+  return sorted(report.collectives, key=lambda one: -one.bytes * one.times)[:_LARGEST]
+
+
+def as_json(report: Report, devices: int) -> dict[str, Any]:
+  """A report as plain values."""
+  ones = [
+    {
+      "kind": one.kind,
+      "shapes": [f"{shape.dtype}{list(shape.sizes)}" for shape in one.shapes],
+      "group": one.group or devices,
+      "bytes": one.bytes,
+      "times": one.times,
+      "times_known": one.known,
+    }
+    for one in largest(report)
+  ]
+  return report._asdict() | {"collectives": totals(report, devices), "largest": ones}
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Read the command line, compile, print; the exit code."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument("--topology", required=True, help="v5e:4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, v4:2x2x4...")
+  parser.add_argument("--config", default=CONFIG, help="a named config or a TOML file (default: %(default)s)")
+  parser.add_argument("--model", choices=sorted(cost_model.VITS), help="instead of the config's")
+  parser.add_argument("--batch", type=int, help="images a step, over all devices")
+  parser.add_argument("--fsdp", type=int, help="devices that share the params (default: those of a host)")
+  parser.add_argument("--classes", type=int, default=1000, help="classes, one code each")
+  parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+  overrides, rest = dotted_overrides(arguments)
+  options = parser.parse_args(rest)
+  short = {"model.name": options.model, "train.batch_size": options.batch, "execution.fsdp": options.fsdp}
+  overrides = {**{name: value for name, value in short.items() if value is not None}, **overrides}
+  jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here, it is not asked
+  try:
+    config = configs.load(options.config, overrides)
+    if config.model.name not in cost_model.VITS:
+      raise UsageError(f"model.name: got {config.model.name!r}; expected one of {', '.join(cost_model.VITS)}.")
+    devices, chip = devices_of(options.topology)
+    try:
+      mesh = sharding.make_mesh(config.execution.data or None, config.execution.fsdp or None, devices)
+      reports = check(config, options.classes, mesh, chip)
+    except ValueError as error:
+      raise UsageError(str(error)) from None
+  except MnemonicError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+  wrong = problems(reports, chip)
+  plan = {"topology": options.topology, "mesh": dict(mesh.shape), "model": config.model.name}
+  plan |= {"batch_size": config.train.batch_size, "classes": options.classes, "config": config.name}
+  if options.json:
+    print(json.dumps(plan | {"programs": [as_json(r, mesh.size) for r in reports], "problems": wrong}, indent=2))
+  else:
+    print(", ".join(f"{name} {value}" for name, value in plan.items()))
+    print("\n".join(table(report, mesh.size, chip) for report in reports))
+  for message in wrong:
+    print(f"error: {message}", file=sys.stderr)
+  return int(bool(wrong))
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))
