@@ -89,10 +89,10 @@ def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.
 
   def local(data: jax.Array, g: jax.Array, weights: jax.Array) -> jax.Array:
     disjoint = groups.order is not None
-    total = jax.lax.psum(contract(data, g, Groups.make(weights, disjoint, groups.platform)), copied)
+    total = contract(data, g, Groups.make(weights, disjoint, groups.platform))
     if axis is None:
-      return jax.lax.psum(total, spread.sums)
-    return jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True)
+      return jax.lax.psum(total, names)
+    return jax.lax.psum(jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True), copied)
 
   examples, whole = PartitionSpec(names), PartitionSpec(None, names)
   result = PartitionSpec(*[None] * axis, spread.sums) if axis is not None else PartitionSpec()

@@ -133,9 +133,12 @@ def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(
   with jax.set_mesh(mesh):
     program = forget_script.make_program(CONFIG, synthetic(), mesh)
     text = program.fishers.lower(*program.arguments).compile().as_text()
-  size = lambda shape: int(np.prod([int(n) for n in shape.split(",") if n]))
   found = {
-    kind: [size(shape) for shape in re.findall(rf"= \w+\[([\d,]*)\]\S* {kind}\(", text)]
+    kind: [
+      int(np.prod([int(n) for n in shape.split(",") if n]))
+      for result in re.findall(rf" = (.*?) {kind}\(", text)  # one array, or a tuple of them
+      for shape in re.findall(r"\[([\d,]*)\]", result)
+    ]
     for kind in ("reduce-scatter", "all-reduce", "all-gather")
   }
   width, large = 192, 2**13
@@ -146,10 +149,7 @@ def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(
 
 
 def test_a_forget_fits_into_five_shares_of_the_params():
-  """And three gathered layers, and the activations of one microbatch, which are those of a batch gradient.
-
-  And the sums of one layer, of both sides: XLA's CPU backend has no reduce-scatter and holds a whole layer's at once.
-  """
+  """And three gathered layers, and the activations of one microbatch, which are those of a batch gradient."""
   mesh = sharding.make_mesh(1, 8)
   dataset = synthetic()
   with jax.set_mesh(mesh):
@@ -173,7 +173,7 @@ def test_a_forget_fits_into_five_shares_of_the_params():
     used = (
       found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
     )
-    assert used <= 5 * one_share + 3 * layer + activations + 2 * layer
+    assert used <= 5 * one_share + 3 * layer + activations
 
 
 @pytest.mark.parametrize(
