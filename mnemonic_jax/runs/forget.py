@@ -130,8 +130,8 @@ def _forget(
     for name, params in copies.items():
       save_params(folder / name, params)
     files.write_json(folder / "evidence.json", evidence)
-    files.write_json(folder / "report.json", report)
     files.write_text(folder / "report.html", page)
+    files.write_json(folder / "report.json", report)  # last: with it the forget is finished
 
   return report, fill
 

@@ -1,0 +1,26 @@
+"""Paths of run folders: local ones, and those of object stores (gs://), where nothing is renamed or locked."""
+
+from __future__ import annotations
+
+import os
+
+from etils import epath
+
+
+def is_remote(path: os.PathLike[str] | str) -> bool:
+  """Tell whether a path lies in an object store.
+
+  >>> is_remote(epath.Path("gs://bucket/run")), is_remote("runs/a")
+  (True, False)
+  """
+  return "://" in os.fspath(path)
+
+
+def absolute(path: os.PathLike[str] | str) -> epath.Path:
+  """The path from the root, as Orbax wants it; `epath` itself would put the working directory before gs://.
+
+  >>> str(absolute("gs://bucket/run"))
+  'gs://bucket/run'
+  """
+  path = epath.Path(path)
+  return path if is_remote(path) else path.absolute()
