@@ -10,11 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from mnemonic_jax.choosing import ForgetInfo, choose_sign
   from mnemonic_jax.codes import make_codes
   from mnemonic_jax.evaluation import Scores, evaluate
   from mnemonic_jax.explaining import FisherPlan, LeafPlan, explain_fisher
   from mnemonic_jax.fisher import Execution, diagonal_fisher
-  from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, choose_sign, forget, forget_step
+  from mnemonic_jax.forgetting import ForgetResult, forget, forget_step
   from mnemonic_jax.losses import softmax_cross_entropy
   from mnemonic_jax.mixing import mix
   from mnemonic_jax.perturbation import Strength, amplitude, layer_scale, perturb
@@ -38,9 +39,9 @@ _MODULE_OF = {
   "amplitude": "perturbation",
   "layer_scale": "perturbation",
   "perturb": "perturbation",
-  "ForgetInfo": "forgetting",
+  "ForgetInfo": "choosing",
+  "choose_sign": "choosing",
   "ForgetResult": "forgetting",
-  "choose_sign": "forgetting",
   "forget": "forgetting",
   "forget_step": "forgetting",
   "Scores": "evaluation",
@@ -64,8 +65,8 @@ __all__ = [
   "layer_scale",
   "perturb",
   "ForgetInfo",
-  "ForgetResult",
   "choose_sign",
+  "ForgetResult",
   "forget",
   "forget_step",
   "Scores",

@@ -36,13 +36,15 @@ class Options:
   execution: Execution
 
   @staticmethod
-  def make(params: PyTree, loss: Any, mask: PyTree, layer_axis: PyTree, precision: Any, execution: Any) -> Options:
+  def make(
+    params: PyTree, codes: Any, loss: Any, mask: PyTree, layer_axis: PyTree, precision: Any, execution: Any
+  ) -> Options:
     return Options(
       loss=losses.softmax_cross_entropy if loss is None else loss,
       mask=_trees.mask_leaves(mask, params),
       layer_axes=_trees.axis_leaves(layer_axis, params),
       precision=precision,
-      execution=fisher.require_execution(execution),
+      execution=fisher.on_mesh(fisher.require_execution(execution), params, codes),
     )
 
 
@@ -110,6 +112,7 @@ def _fisher_problem(
     options.precision,
     options.loss,
     disjoint,
+    placements=_passes.placements_of(options.execution.shardings, options.mask),
     platform=_passes.platform_of(params),
   )
   return objective, flatten_codes(codes), weights

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mnemonic_jax import _trees
 
@@ -25,6 +26,17 @@ _CHUNK_BYTES = 2**26
 _SMALL = 2**17
 # Examples a step of a matrix product whose groups each visit their own examples.
 _STEP = 128
+
+
+class Spread(NamedTuple):
+  """Examples lie on all axes of a mesh; sums of squares are split over those axes that split the params."""
+
+  mesh: jax.sharding.Mesh
+  sums: tuple[str, ...]
+
+  def examples(self, x: jax.Array) -> jax.Array:
+    """Each device its part of (N, ...)."""
+    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
 
 
 @jax.tree_util.register_dataclass
@@ -41,36 +53,67 @@ class Groups:
   stops: jax.Array | None = None  # (G,)
   # "cpu", "gpu" or "tpu" where it is known.
   platform: str | None = dataclasses.field(default=None, metadata={"static": True})
+  spread: Spread | None = dataclasses.field(default=None, metadata={"static": True})
 
   @staticmethod
-  def make(weights: jax.Array, disjoint: bool, platform: str | None = None) -> Groups:
+  def make(weights: jax.Array, disjoint: bool, platform: str | None = None, spread: Spread | None = None) -> Groups:
     """Groups with these weights (G, N); examples without any weight come last."""
     if not disjoint:
-      return Groups(weights, platform=platform)
+      return Groups(weights, platform=platform, spread=spread)
     active = weights != 0
     group = jnp.where(jnp.any(active, axis=0), jnp.argmax(active, axis=0), len(weights))
     stops = jnp.cumsum(jnp.sum(active, axis=1))
     order = jnp.argsort(group)
     starts = jnp.concatenate([jnp.zeros_like(stops[:1]), stops[:-1]])
-    return Groups(weights, order, group[order], starts, stops, platform)
+    return Groups(weights, order, group[order], starts, stops, platform, spread)
 
 
 # (data (N, ...), cotangent (N, ...), groups) -> sums of squares (G, *param.shape).
 Contraction = Callable[[jax.Array, jax.Array, Groups], jax.Array]
 
 
+def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
+  """`contract`, whose result has `shape` (G, *param.shape), wherever the examples lie.
+
+  On a mesh each device contracts its own examples, and the sum over devices goes straight to their parts of the result:
+  only one param at a time is whole anywhere.
+  """
+  spread = groups.spread
+  if spread is None:
+    return contract(data, g, groups)
+  names = spread.mesh.axis_names
+  copied = tuple(name for name in names if name not in spread.sums)
+  parts = math.prod(spread.mesh.shape[name] for name in spread.sums)
+  axes = [axis for axis in range(1, len(shape)) if shape[axis] % parts == 0]
+  axis = max(axes, key=lambda axis: shape[axis], default=None) if parts > 1 else None
+
+  def local(data: jax.Array, g: jax.Array, weights: jax.Array) -> jax.Array:
+    disjoint = groups.order is not None
+    total = jax.lax.psum(contract(data, g, Groups.make(weights, disjoint, groups.platform)), copied)
+    if axis is None:
+      return jax.lax.psum(total, spread.sums)
+    return jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True)
+
+  examples, whole = PartitionSpec(names), PartitionSpec(None, names)
+  result = PartitionSpec(*[None] * axis, spread.sums) if axis is not None else PartitionSpec()
+  mapped = jax.shard_map(local, mesh=spread.mesh, in_specs=(examples, examples, whole), out_specs=result)
+  return mapped(data, g, groups.weights)
+
+
 @jax.custom_vjp
 def copies(value: jax.Array, squares: jax.Array, groups: Groups) -> jax.Array:
   """Give every example a copy of its own of a param, (N, *shape): the copy's cotangent is that example's gradient."""
-  return jnp.broadcast_to(value, (groups.weights.shape[1], *value.shape))
+  copied = jnp.broadcast_to(value, (groups.weights.shape[1], *value.shape))
+  return groups.spread.examples(copied) if groups.spread else copied
 
 
 def _copies_forward(value: jax.Array, squares: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
-  return jnp.broadcast_to(value, (groups.weights.shape[1], *value.shape)), groups.weights.astype(squares.dtype)
+  return copies(value, squares, groups), dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype))
 
 
-def _copies_backward(weights: jax.Array, g: jax.Array) -> tuple[Any, ...]:
-  return None, _weighted_sum(weights, jnp.square(g.astype(weights.dtype))), None
+def _copies_backward(groups: Groups, g: jax.Array) -> tuple[Any, ...]:
+  contract = lambda _, g, groups: _weighted_sum(groups.weights, jnp.square(g.astype(groups.weights.dtype)))
+  return None, summed(contract, (len(groups.weights), *g.shape[1:]), g, g, groups), None
 
 
 copies.defvjp(_copies_forward, _copies_backward)
@@ -297,3 +340,9 @@ def _weighted_sum(weights: jax.Array, squares: jax.Array) -> jax.Array:
 def dummy(leaf: jax.Array, weights: jax.Array) -> jax.Array:
   """The zeros (G, *leaf.shape) that go with a param, of the dtype that its squares are summed in."""
   return _trees.zeros((len(weights), *leaf.shape), _trees.at_least_float32(leaf.dtype), (leaf, weights))
+
+
+def placed(arrays: Sequence[jax.Array], placements: Sequence[Any]) -> list[jax.Array]:
+  """Each array where its NamedSharding says; None leaves it alone."""
+  place = lambda x, p: x if p is None else jax.lax.with_sharding_constraint(x, p)
+  return [place(x, p) for x, p in zip(arrays, placements, strict=True)]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mnemonic_jax import _loss_checks, _taps, _trees, _uses, _validation
+from mnemonic_jax import _contractions, _loss_checks, _taps, _trees, _uses, _validation
 
 PyTree = Any
 
@@ -35,8 +35,13 @@ class Objective:
   precision: str | None
   loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
   disjoint: bool = False  # whether each example has a weight in one group at most
-  placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding or None per leaf that takes part
+  placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding per leaf that takes part, or none at all
   platform: str | None = None  # where it runs, if that is known while tracing; see `platform_of`
+
+  @property
+  def spread(self) -> _contractions.Spread | None:
+    """How examples and sums lie on a mesh."""
+    return spread_of(self.placements)
 
 
 class SquaredGradients(NamedTuple):
@@ -86,22 +91,32 @@ def _program(
   shift: jax.Array | int,
 ) -> SquaredGradients:
   """All microbatches in one program, placed as the objective says."""
+  placements, spread = objective.placements, objective.spread
 
   def passes(batch: Any, params: PyTree, weights: jax.Array, shift: jax.Array) -> SquaredGradients:
-    one_pass = lambda start: _one_pass(objective, params, *take(batch, weights, start, microbatch), shift)
-    starts = jnp.arange(0, weights.shape[-1], microbatch)
-    if len(starts) == 1:
+    count = -(-weights.shape[-1] // microbatch)
+    if spread is None:
+      part_of = lambda index: take(batch, weights, index * microbatch, microbatch)
+    else:
+      parts, part_weights = dealt(batch, count, spread), dealt_weights(weights, count, spread)
+      part_of = lambda index: (part(parts, index, spread), part_weights[:, :, index])
+    one_pass = lambda index: _one_pass(objective, params, *part_of(index), shift)
+    if count == 1:
       return one_pass(0)
-    empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, starts[0]))
+    empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
     empty = empty._replace(exponent=empty.exponent + _LOWEST_EXPONENT)
-    return jax.lax.scan(lambda total, start: (_add(total, one_pass(start)), None), empty, starts)[0]
+    if spread is not None:
+      empty = empty._replace(sums=_contractions.placed(empty.sums, placements or ()))
+    return jax.lax.scan(lambda total, index: (_add(total, one_pass(index)), None), empty, jnp.arange(count))[0]
 
-  placements = objective.placements or (None,) * sum(objective.chosen)
-  replicated = jax.sharding.PartitionSpec()
-  specs: Any = SquaredGradients([replicated if p is None else p.spec for p in placements], replicated)  # type: ignore[misc, arg-type]
+  if placements is None:
+    specs: Any = jax.sharding.PartitionSpec()
+  else:
+    specs = SquaredGradients([p.spec for p in placements], jax.sharding.PartitionSpec())  # type: ignore[arg-type]
   sums, exponent = _trees.with_automatic_axes(passes, batch, params, weights, jnp.asarray(shift), out_specs=specs)
-  place = lambda x, p: x if p is None or p.mesh.explicit_axes else jax.lax.with_sharding_constraint(x, p)
-  return SquaredGradients([place(x, p) for x, p in zip(sums, placements, strict=True)], exponent)
+  if placements is not None and not placements[0].mesh.explicit_axes:
+    sums = _contractions.placed(sums, placements)
+  return SquaredGradients(sums, exponent)
 
 
 jitted_program = jax.jit(_program, static_argnums=(0, 1))
@@ -134,6 +149,35 @@ def take(batch: PyTree, weights: jax.Array, start: Any, size: int) -> tuple[PyTr
   return jax.tree.map(lambda x: x[rows], batch), jnp.where(real, weights[:, rows], 0)
 
 
+def dealt(batch: PyTree, count: int, spread: _contractions.Spread) -> PyTree:
+  """Arrays (N, ...) as (size, count, ...): `count` parts of equal size, to which every device deals its own examples.
+
+  Filled up by repeating the last example.
+  """
+
+  def deal(x: jax.Array) -> jax.Array:
+    missing = _part_size(len(x), count, spread) * count - len(x)
+    filled = spread.examples(jnp.concatenate([x, jnp.repeat(x[-1:], missing, axis=0)]))
+    return spread.examples(filled.reshape(-1, count, *x.shape[1:]))
+
+  return jax.tree.map(deal, batch)
+
+
+def dealt_weights(weights: jax.Array, count: int, spread: _contractions.Spread) -> jax.Array:
+  """Weights (G, N) as (G, size, count), zero for what `dealt` filled up."""
+  missing = _part_size(weights.shape[1], count, spread) * count - weights.shape[1]
+  return jnp.pad(weights, ((0, 0), (0, missing))).reshape(len(weights), -1, count)
+
+
+def part(parts: PyTree, index: Any, spread: _contractions.Spread) -> PyTree:
+  """One part of what `dealt` made."""
+  return jax.tree.map(lambda x: spread.examples(x[:, index]), parts)
+
+
+def _part_size(num_examples: int, count: int, spread: _contractions.Spread) -> int:
+  return -(-num_examples // (count * spread.mesh.size)) * spread.mesh.size
+
+
 def _one_pass(
   objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree], weights: jax.Array, shift: jax.Array
 ) -> SquaredGradients:
@@ -145,8 +189,9 @@ def _one_pass(
   weights = _trees.varying(weights, axes)
   # An example that no group weighs is replaced by one that some group does: nothing of it can reach the result.
   active = jnp.any(weights != 0, axis=0)
-  rows = jnp.where(active, jnp.arange(weights.shape[1]), jnp.argmax(active))
-  batch = jax.tree.map(lambda x: x[rows], batch)
+  stand_in = jnp.argmax(active)
+  pick = lambda x: jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, x[stand_in])
+  batch = jax.tree.map(pick, batch)
 
   def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:
     replacements = iter(live_leaves)
@@ -171,7 +216,15 @@ def _one_pass(
   with _loss_checks.matmul_precision(objective.precision):
     return SquaredGradients(
       *_taps.squared_gradients(
-        function, cotangents, live, batch, weights, disjoint=objective.disjoint, platform=objective.platform
+        function,
+        cotangents,
+        live,
+        batch,
+        weights,
+        disjoint=objective.disjoint,
+        platform=objective.platform,
+        placements=objective.placements or (),
+        spread=objective.spread,
       )
     )
 
@@ -189,6 +242,7 @@ def examples_at_once(
     return num_examples
   stats = jax.devices()[0].memory_stats() or {}
   allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
+  allowed *= 1 if objective.spread is None else objective.spread.mesh.size
   most = max(1, min(num_examples, allowed // max(activations + copies, 1)))
   passes = -(-num_examples // most)
   return -(-num_examples // passes)  # passes of equal size, for the last one is filled up
@@ -226,17 +280,21 @@ def _trace_one(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree
   return jax.make_jaxpr(objective.function)(params, *example)
 
 
-def placements_like(params: PyTree, chosen: tuple[bool, ...]) -> tuple[Any, ...] | None:
-  """Where the sums of each leaf go: like the leaf, with the axis of groups in front; None for params on one device."""
+def spread_of(shardings: tuple[Any, ...] | None) -> _contractions.Spread | None:
+  """How examples and sums lie on the mesh of these; None without a mesh, on an explicit one, and on one device."""
+  if not shardings or shardings[0].mesh.explicit_axes or shardings[0].mesh.size == 1:
+    return None
+  mesh, entries = shardings[0].mesh, [entry for sharding in shardings for entry in sharding.spec if entry]
+  split = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+  return _contractions.Spread(mesh, tuple(name for name in mesh.axis_names if name in split))
 
-  def grouped(leaf: Any) -> Any:
-    sharding = getattr(leaf, "sharding", None)
-    if not isinstance(sharding, jax.sharding.NamedSharding):
-      return None
-    return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *sharding.spec))
 
-  found = tuple(grouped(leaf) for leaf, c in zip(jax.tree.leaves(params), chosen, strict=True) if c)
-  return None if all(s is None for s in found) else found
+def placements_of(shardings: tuple[Any, ...] | None, chosen: tuple[bool, ...]) -> tuple[Any, ...] | None:
+  """Where the sums of each leaf that takes part go: like the leaf, with the axis of groups in front."""
+  if shardings is None:
+    return None
+  grouped = lambda p: jax.sharding.NamedSharding(p.mesh, jax.sharding.PartitionSpec(None, *p.spec))
+  return tuple(grouped(p) for p, c in zip(shardings, chosen, strict=True) if c)
 
 
 def platform_of(tree: PyTree) -> str | None:

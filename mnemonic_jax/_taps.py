@@ -55,6 +55,8 @@ def squared_gradients(
   *,
   disjoint: bool = False,
   platform: str | None = None,
+  placements: Sequence[Any] = (),
+  spread: _contractions.Spread | None = None,
 ) -> tuple[list[jax.Array], Any]:
   """Per leaf, sum_n w_n (d function_n / d leaf . cotangent_n)^2, (G, *leaf.shape), and what `cotangents` says.
 
@@ -66,17 +68,22 @@ def squared_gradients(
     weights: (G, N).
     disjoint: whether each example has a weight in one group at most; contractions are then done once per example.
     platform: where it will run, if that is known.
+    placements: a NamedSharding or None for each sum, where `spread` is not None.
+    spread: how examples and sums lie on a mesh.
   """
   one = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), examples)
   closed = jax.make_jaxpr(function)(list(leaves), one)
-  groups = Groups.make(weights, disjoint, platform)
+  groups = Groups.make(weights, disjoint, platform, spread)
+  dummies = [_contractions.dummy(leaf, weights) for leaf in leaves]
+  if spread is not None:
+    dummies = _contractions.placed(dummies, placements)
 
   def outputs(dummies: list[jax.Array]) -> jax.Array:
     args = [*map(Param, leaves, dummies), *map(Data, jax.tree.leaves(examples))]
     (out,) = _evaluate(closed.jaxpr, closed.consts, groups, args)
     return _batched(out, groups)
 
-  values, pull_back = jax.vjp(outputs, [_contractions.dummy(leaf, groups.weights) for leaf in leaves])
+  values, pull_back = jax.vjp(outputs, dummies)
   pulled, aux = cotangents(values)
   return pull_back(pulled)[0], aux
 
@@ -162,7 +169,8 @@ def _contracted(equation: Any, run: Callable[..., Any], args: list[Any], groups:
     if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
       data = jnp.clip(data, 0, shape[0] - 1)
   contract = lambda data, g, groups: _CONTRACTIONS[rule](data, g, groups, shape, *settings)
-  return Data(_contractions.tap(contract, output.value, data, param.squares, groups))
+  summed = partial(_contractions.summed, contract, param.squares.shape)
+  return Data(_contractions.tap(summed, output.value, data, param.squares, groups))
 
 
 def _evaluate_all(jaxpr: Any, consts: Sequence[Any], groups: Groups, *args: Any) -> list[jax.Array]:

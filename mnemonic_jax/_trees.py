@@ -82,6 +82,12 @@ def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
   return varying(jnp.zeros(shape, dtype), varying_axes(like))
 
 
+def all_finite(tree: PyTree) -> jax.Array:
+  """() bool: whether no floating leaf has a NaN or inf."""
+  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
+  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
+
+
 def mask_leaves(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
   """One bool per leaf of `params`: True where the leaf takes part. Refuses leaves that cannot be differentiated."""
   leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -65,8 +65,9 @@ class Checkpoints:
     step = int(state.step)
     if self.latest_step() == step:
       return
+    stored = state._replace(key=_key_data(state.key))
     with self._write_errors(step):
-      self._manager.save(step, args=ocp.args.StandardSave(_as_tree(state, codes)))
+      self._manager.save(step, args=ocp.args.StandardSave(_as_tree(stored, codes)))
     self._newest = step
 
   def wait(self) -> None:
@@ -95,7 +96,8 @@ class Checkpoints:
   def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
     """Read the newest checkpoint into the structure, shapes and shardings of `state` and `codes` (abstract or not)."""
     step = self.require_step()
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
+    tree = _as_tree(state._replace(key=_key_data(state.key)), codes)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
     try:
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax raises many kinds for files that are damaged or of another model
@@ -175,15 +177,23 @@ def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
 
 
 def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
-  """The state as plain nested containers; a typed key is stored as its data."""
+  """The state, whose key is its data here, as plain nested containers."""
   return {
     "params": state.params,
     "model_state": state.model_state,
     "optimizer_state": state.optimizer_state,
     "step": state.step,
-    "key": jax.random.key_data(state.key),
+    "key": state.key,
     "codes": codes,
   }
+
+
+def _key_data(key: Any) -> Any:
+  """The numbers of a typed key, which are what is stored; abstract for an abstract one."""
+  if not isinstance(key, jax.ShapeDtypeStruct):
+    return jax.random.key_data(key)
+  data = jax.eval_shape(jax.random.key_data, key)
+  return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
 
 
 def _first_line(error: BaseException) -> str:

@@ -65,7 +65,11 @@ class CodesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """SGD with momentum; `schedule` is "constant" or "cosine" (to zero over the whole training).
+  """`optimizer` is "sgd" with momentum or "adamw"; `schedule` is "constant" or "cosine" (to zero over the whole training).
+
+  `warmup_steps` raise the learning rate from zero, `clip_norm` bounds the norm of a gradient (0: no bound), and
+  `label_smoothing` takes that much from the right class. `accumulate` computes a step's gradient in that many parts, for less
+  memory; running statistics of a model with BatchNorm are then those of the parts.
 
   `steps`, where it is not 0, says how long to train instead of `epochs`. `checkpoint_every` counts epochs; where steps are
   taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it. `mixup` and
@@ -78,7 +82,12 @@ class TrainConfig:
   epochs: int = 30
   steps: int = 0
   batch_size: int = 128
+  optimizer: str = "sgd"
   learning_rate: float = 0.01
+  warmup_steps: int = 0
+  clip_norm: float = 0.0
+  label_smoothing: float = 0.0
+  accumulate: int = 1
   momentum: float = 0.9
   weight_decay: float = 5e-4
   schedule: str = "constant"
@@ -103,11 +112,14 @@ class ForgetConfig:
 class ExecutionConfig:
   """How it is computed; changes nothing beyond rounding. `microbatch` 0 chooses by memory.
 
-  `workers` are the processes that decode streamed pictures; 0: threads of the one that trains.
+  `workers` are the processes that decode streamed pictures; 0: threads of the one that trains. `data` and `fsdp` are the
+  axes of the mesh in experiments/imagenet_vit, 0 chooses.
   """
 
   microbatch: int = 0
   workers: int = 0
+  data: int = 0
+  fsdp: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,11 +144,16 @@ _CHOICES = {
   "model.pool": ("token", "mean"),
   "model.dtype": ("float32", "bfloat16"),
   "codes.distribution": ("normal", "uniform"),
+  "train.optimizer": ("sgd", "adamw"),
   "train.schedule": ("constant", "cosine"),
   "forget.precision": ("default", "high", "highest"),
 }
 # Inclusive bounds of the numbers; every other number is at least 0.
-_BOUNDS: dict[str, tuple[float, float]] = {"codes.rate": (0, 1), "train.seed": (0, 2**32 - 1)}
+_BOUNDS: dict[str, tuple[float, float]] = {
+  "codes.rate": (0, 1),
+  "train.seed": (0, 2**32 - 1),
+  "train.label_smoothing": (0, 1),
+}
 _AT_LEAST_ONE = {
   "data.side",
   "model.hidden",
@@ -144,6 +161,7 @@ _AT_LEAST_ONE = {
   "codes.per_class",
   "train.epochs",
   "train.batch_size",
+  "train.accumulate",
   "train.checkpoint_every",
 }
 
@@ -259,6 +277,10 @@ def _check_together(config: Config) -> None:
     )
   if train.ema >= 1:
     raise UsageError(f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999.")
+  if train.batch_size % train.accumulate:
+    raise UsageError(
+      f"train.accumulate: got {train.accumulate} for train.batch_size {train.batch_size}; expected a divisor of it."
+    )
   if train.mixup and train.cutmix:
     raise UsageError(
       f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at most. Set the other to 0."

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mnemonic_jax import _loss_checks, _passes, _trees, _validation
 from mnemonic_jax._loss_checks import LossFn
@@ -22,13 +23,25 @@ class Execution:
   Attributes:
     microbatch: examples per backward pass; None takes as many as fit in 2 GiB, or a quarter of the accelerator's memory.
       Inside a caller's `jit` on CPU, where a loop around a convolution is slow, None takes all.
+    shardings: a tree like params of NamedSharding, for traced calls on a mesh; concrete params tell their own. Examples
+      are then spread over all axes of the mesh, and sums over devices go straight to the shards of the params: nothing
+      as large as all params is ever on one device. Kept as a tuple, in leaf order.
   """
 
   microbatch: int | None = None
+  shardings: PyTree = None
 
   def __post_init__(self) -> None:
     if self.microbatch is not None:
       _validation.require_size("execution.microbatch", self.microbatch)
+    if self.shardings is not None:
+      leaves = tuple(jax.tree.leaves(self.shardings))
+      meshes = {getattr(leaf, "mesh", None) for leaf in leaves}
+      if len(meshes) != 1 or not all(isinstance(leaf, NamedSharding) for leaf in leaves):
+        raise TypeError(
+          f"execution.shardings: got {self.shardings!r}; expected a tree like params of NamedSharding on one mesh."
+        )
+      object.__setattr__(self, "shardings", leaves)  # hashable
 
 
 def diagonal_fisher(
@@ -95,13 +108,13 @@ def diagonal_fisher(
   num_examples = _loss_checks.num_examples_of(inputs, labels)
   group_weights, squeeze = _group_weights(weights, num_examples)
   _loss_checks.check_loss(loss_fn, params, inputs, labels, precision)
-  concrete = _validation.is_concrete((params, inputs, labels, group_weights))
+  execution = on_mesh(execution, params, (inputs, labels, group_weights))
   objective = _passes.Objective(
     loss_fn,
     chosen,
     precision,
     disjoint=_disjoint(group_weights),
-    placements=_passes.placements_like(params, chosen) if concrete else None,
+    placements=_passes.placements_of(execution.shardings, chosen),
     platform=_passes.platform_of(params),
   )
   sums = _passes.squared_gradients(objective, params, (inputs, labels), group_weights, execution.microbatch).sums
@@ -124,6 +137,24 @@ def require_execution(execution: Execution | None) -> Execution:
   if not isinstance(execution, Execution):
     raise TypeError(f"execution: got {execution!r}; expected mnemonic_jax.Execution(microbatch=...).")
   return execution
+
+
+def on_mesh(execution: Execution, params: PyTree, others: PyTree) -> Execution:
+  """`execution` with the shardings of the params, where these lie on a mesh and all values are concrete."""
+  leaves = jax.tree.leaves(params)
+  if execution.shardings is not None and len(execution.shardings) != len(leaves):
+    raise ValueError(
+      f"execution.shardings: got {len(execution.shardings)} for {len(leaves)} leaves of params; expected one for each."
+    )
+  if execution.shardings is not None or not _validation.is_concrete((params, others)):
+    return execution
+  found = [getattr(leaf, "sharding", None) for leaf in leaves]
+  meshes = {sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)}
+  if len(meshes) != 1:
+    return execution
+  copied = NamedSharding(meshes.pop(), PartitionSpec())
+  shardings = [sharding if isinstance(sharding, NamedSharding) else copied for sharding in found]
+  return dataclasses.replace(execution, shardings=shardings)
 
 
 def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:

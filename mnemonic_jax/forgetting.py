@@ -6,35 +6,19 @@ import dataclasses
 import time
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _code_fishers, _loss_checks, _trees, _validation, perturbation
+from mnemonic_jax import _code_fishers, _loss_checks, _trees, _validation, choosing, perturbation
 from mnemonic_jax._code_fishers import LogitsFn, PerExampleLoss
+from mnemonic_jax.choosing import ForgetInfo
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.perturbation import Strength
 
 PyTree = Any
-
-
-class CodeScores(NamedTuple):
-  """How one candidate does on the codes; scalar arrays."""
-
-  retain_accuracy: jax.Array  # accuracy on the codes of the kept classes, in [0, 1]
-  forget_error: jax.Array  # error on the codes of the forgotten classes, in [0, 1]
-  loss_gap: jax.Array  # mean loss of the forget codes minus that of the remain codes
-
-
-class ForgetInfo(NamedTuple):
-  """What `forget_step` found, as scalar arrays."""
-
-  sign: jax.Array  # int32, +1 or -1
-  strength: Strength
-  code_retain_accuracy: jax.Array  # in [0, 1], on the codes, after forgetting
-  code_forget_error: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +102,7 @@ def forget(
   """
   started = time.perf_counter()
   perturbation.require_strength(strength)
-  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
+  options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   chosen = _validation.require_classes("classes", classes, num_classes)
   earlier = _validation.require_classes("forgotten", forgotten, num_classes, proper=False)
@@ -201,110 +185,116 @@ def forget_step(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   perturbation.require_strength(strength)
-  options = _code_fishers.Options.make(params, loss, mask, layer_axis, precision, execution)
-  num_classes = _check_arguments(logits_fn, params, codes, loss)
-  forget, remain = _check_masks(forget, remain, num_classes)
-  codes = jnp.asarray(codes)
+  settings = {"loss": loss, "mask": mask, "precision": precision, "execution": execution}
+  fishers = code_fishers(logits_fn, params, codes, forget, remain, **settings)
+  return update_step(logits_fn, params, codes, forget, remain, fishers, strength, layer_axis=layer_axis, **settings)
+
+
+def code_fishers(
+  logits_fn: LogitsFn,
+  params: PyTree,
+  codes: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
+  *,
+  loss: PerExampleLoss | None = None,
+  mask: PyTree = None,
+  precision: str | None = "highest",
+  execution: Execution | None = None,
+) -> tuple[PyTree, PyTree]:
+  """The first half of `forget_step`: the Fishers of the codes to forget and of those to keep, from one pass.
+
+  Guarantees:
+    Both are in units of one power of two, chosen so that squares stay in range; `amplitude`'s ratio does not see it.
+
+  Args and errors: those of `forget_step`.
+
+  Returns:
+    (f_F, f_R), each a tree like params, float32 at least; None where mask is False.
+
+  >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
+  >>> forget = jnp.array([True, False, False])
+  >>> f_forget, f_remain = code_fishers(lambda w, x: x @ w, codes[:, 0].T, codes, forget, ~forget)
+  >>> f_forget.shape
+  (8, 3)
+  """
+  options, codes, forget, remain = _checked(
+    logits_fn, params, codes, forget, remain, loss, mask, None, precision, execution
+  )
   inputs, labels = _code_fishers.flatten_codes(codes)
   _loss_checks.check_loss(
     _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
   )
-  concrete = _validation.is_concrete((params, codes, forget, remain, strength))
-  update_step = _update_jit if concrete else _update
-  fishers = _code_fishers.class_fishers(logits_fn, options, params, codes, forget, remain)
-  return update_step(logits_fn, options, params, codes, forget, remain, fishers, strength)
+  return _code_fishers.class_fishers(logits_fn, options, params, codes, forget, remain)
 
 
-def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | float = 0.0) -> jax.Array:
-  """Choose the direction of the perturbation from how both candidates do on the codes.
-
-      sign = +1 if A_R + E_F is larger for w+, -1 if it is larger for w-
-
-  Edge cases:
-    a tie (difference within `resolution`): the larger loss_gap wins; equal or NaN gaps: +1.
-    a candidate with NaN accuracy has non-finite params or logits and loses; both NaN: +1.
-
-  Args:
-    plus, minus: `CodeScores` of the two candidates.
-    resolution: accuracies closer than this are equal; half the step 1 / (forget codes * remain codes) hides rounding.
-
-  Returns:
-    int32 scalar, +1 or -1.
-
-  >>> score = lambda accuracy, error, gap: CodeScores(jnp.array(accuracy), jnp.array(error), jnp.array(gap))
-  >>> int(choose_sign(score(1.0, 0.0, 5.0), score(0.9, 1.0, 0.0))), int(choose_sign(score(1.0, 1.0, 0.5), score(1.0, 1.0, 2.0)))
-  (-1, -1)
-
-  Source: Yamashita, Yamada, Shibata (2024), section 3.2; the tie break is ours.
-  """
-  lost = lambda scores: jnp.isnan(scores.retain_accuracy + scores.forget_error)
-  advantage = (plus.retain_accuracy + plus.forget_error) - (minus.retain_accuracy + minus.forget_error)
-  tie = jnp.abs(advantage) <= resolution
-  by_scores = jnp.where(tie, minus.loss_gap > plus.loss_gap, advantage < 0)
-  take_minus = jnp.where(lost(plus) | lost(minus), lost(plus) & ~lost(minus), by_scores)
-  return jnp.where(take_minus, -1, 1).astype(jnp.int32)
-
-
-def _update(
+def update_step(
   logits_fn: LogitsFn,
-  options: _code_fishers.Options,
   params: PyTree,
   codes: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
   fishers: tuple[PyTree, PyTree],
   strength: Strength,
+  *,
+  loss: PerExampleLoss | None = None,
+  mask: PyTree = None,
+  layer_axis: PyTree = None,
+  precision: str | None = "highest",
+  execution: Execution | None = None,
 ) -> tuple[PyTree, ForgetInfo]:
-  """Amplitude, scale, both candidates, and the better one."""
-  live_axes = [axis for axis, takes_part in zip(options.layer_axes, options.mask, strict=True) if takes_part]
-  layer_axis = _trees.flatten(fishers[0])[1].unflatten(live_axes)
-  eta = perturbation.amplitude(*fishers, layer_axis=layer_axis)
-  scale = perturbation.layer_scale(eta, strength, layer_axis=layer_axis)
-  plus, minus = (
-    _score(logits_fn, options, perturbation.perturb(params, eta, scale, direction), codes, forget, remain)
-    for direction in (1, -1)
+  """The second half of `forget_step`: from the Fishers to the better of both directions, judged on the codes.
+
+  With a `Strength` of two arrays (S,), tried in pairs, it also searches the strength, and nothing leaves the devices in
+  between: the largest A_R + E_F on the codes is kept, and of equals the smallest ||alpha eta||.
+
+  Edge cases:
+    codes are few and easily told apart, so that most strengths are equal on them: a search keeps the weakest that forgets
+      the codes, which may leave test examples of the class remembered. Where data may still be read, judge there.
+
+  Args:
+    fishers: as `code_fishers` returns them; any factor that both have in common is left out.
+    The other arguments, and errors, are those of `forget_step`.
+
+  Returns:
+    (params, `ForgetInfo`), whose strength is the one kept.
+
+  >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
+  >>> logits_fn, kernel, forget = lambda w, x: x @ w, codes[:, 0].T, jnp.array([True, False, False])
+  >>> fishers = code_fishers(logits_fn, kernel, codes, forget, ~forget)
+  >>> grid = Strength(jnp.array([1e-3, 0.1, 10.0]), jnp.array([10.0, 10.0, 10.0]))
+  >>> _, info = update_step(logits_fn, kernel, codes, forget, ~forget, fishers, grid)
+  >>> float(info.code_forget_error), bool(info.strength.lambda1 < 10)
+  (1.0, True)
+  """
+  perturbation.require_strengths(strength)
+  options, codes, forget, remain = _checked(
+    logits_fn, params, codes, forget, remain, loss, mask, layer_axis, precision, execution
   )
-  pairs = jnp.sum(forget, dtype=float) * jnp.sum(remain, dtype=float) * codes.shape[1] ** 2
-  sign = choose_sign(plus, minus, resolution=0.5 / jnp.maximum(pairs, 1))
-  kept = jax.tree.map(lambda a, b: jnp.where(sign > 0, a, b), plus, minus)
-  info = ForgetInfo(sign, strength, kept.retain_accuracy, kept.forget_error)
-  return perturbation.perturb(params, eta, scale, sign), info
+  concrete = _validation.is_concrete((params, codes, forget, remain, fishers, strength))
+  update = _update_jit if concrete else choosing.update
+  return update(logits_fn, options, params, codes, forget, remain, fishers, strength)
 
 
-_update_jit = jax.jit(_update, static_argnums=(0, 1))
-
-
-def _score(
+def _checked(
   logits_fn: LogitsFn,
-  options: _code_fishers.Options,
   params: PyTree,
   codes: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
-) -> CodeScores:
-  """How a candidate does on the codes of both sides."""
-  inputs, labels = _code_fishers.flatten_codes(codes)
-  with _loss_checks.matmul_precision(options.precision):
-    if (options.execution.microbatch or len(inputs)) >= len(inputs):
-      logits = logits_fn(params, inputs)
-    else:
-      one = lambda x: logits_fn(params, x[None])[0]
-      logits = jax.lax.map(one, inputs, batch_size=options.execution.microbatch)
-  logits = logits.astype(_trees.at_least_float32(logits.dtype))
-  right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
-  code_losses = options.loss(logits, labels)
-  finite = jnp.all(jnp.isfinite(logits)) & _all_finite(params)
+  loss: PerExampleLoss | None,
+  mask: PyTree,
+  layer_axis: PyTree,
+  precision: str | None,
+  execution: Execution | None,
+) -> tuple[_code_fishers.Options, jax.Array, jax.Array, jax.Array]:
+  """The static options, the codes and both masks, once all is well that can be told without values."""
+  options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
+  num_classes = _check_arguments(logits_fn, params, codes, loss)
+  return options, jnp.asarray(codes), *_check_masks(forget, remain, num_classes)
 
-  def mean(side: jax.Array, values: jax.Array) -> jax.Array:
-    chosen = jnp.repeat(side, codes.shape[1])
-    total = jnp.sum(jnp.where(chosen, values, 0)) / jnp.sum(chosen, dtype=values.dtype)
-    return jnp.where(finite, total, jnp.nan)
 
-  return CodeScores(
-    retain_accuracy=mean(remain, right),
-    forget_error=mean(forget, 1 - right),
-    loss_gap=mean(forget, code_losses) - mean(remain, code_losses),
-  )
+_update_jit = jax.jit(choosing.update, static_argnums=(0, 1))
 
 
 @lru_cache(maxsize=64)
@@ -367,12 +357,7 @@ def _check_finite(logits_fn: LogitsFn, params: PyTree, codes: jax.Array) -> None
     raise ValueError("logits_fn: NaN or inf in the logits on the codes; expected finite logits from finite params.")
 
 
-@jax.jit
-def _all_finite(tree: PyTree) -> jax.Array:
-  leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]
-  return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves]))
-
-
+_all_finite = jax.jit(_trees.all_finite)
 _logits_jit = jax.jit(lambda logits_fn, params, inputs: logits_fn(params, inputs), static_argnums=0)
 
 

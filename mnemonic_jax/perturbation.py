@@ -71,17 +71,33 @@ class Strength:
 
 def require_strength(strength: Any) -> Strength:
   """Return `strength` when it is a Strength of scalars."""
+  _require_kind(strength)
+  for name in Strength.__slots__:
+    if jnp.ndim(getattr(strength, name)):
+      shape = jnp.shape(getattr(strength, name))
+      raise ValueError(f"strength.{name}: got an array of shape {shape}; expected one number. Use vmap for a batch.")
+  return strength
+
+
+def require_strengths(strength: Any) -> Strength:
+  """Return `strength` when it is a Strength of scalars, or of two arrays (S,)."""
+  _require_kind(strength)
+  shapes = jnp.shape(strength.lambda1), jnp.shape(strength.lambda2)
+  if shapes[0] != shapes[1] or len(shapes[0]) > 1 or 0 in shapes[0]:
+    raise ValueError(
+      f"strength: got lambda1 of shape {shapes[0]} and lambda2 of {shapes[1]}; expected two numbers, or two arrays (S,)."
+    )
+  return strength
+
+
+def _require_kind(strength: Any) -> None:
+  """Refuse what is no Strength."""
   if isinstance(strength, str):
     raise ValueError(
       f"strength: got the unknown name {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...)."
     )
   if not isinstance(strength, Strength):
     raise TypeError(f"strength: got {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...).")
-  for name in Strength.__slots__:
-    if jnp.ndim(getattr(strength, name)):
-      shape = jnp.shape(getattr(strength, name))
-      raise ValueError(f"strength.{name}: got an array of shape {shape}; expected one number. Use vmap for a batch.")
-  return strength
 
 
 def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree = None) -> PyTree:

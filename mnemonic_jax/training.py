@@ -103,6 +103,7 @@ def make_train_step(
   rate: float,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.softmax_cross_entropy,
   blend: BlendFn | None = None,
+  accumulate: int = 1,
 ) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
   """Make the function that does one step of training with codes mixed in.
 
@@ -122,6 +123,8 @@ def make_train_step(
     rate: probability that an example is replaced by a code of its class, the paper's t_mix.
     loss: (logits, labels) -> (N,) losses; with `blend` it is given float32 targets (N, C) instead of labels.
     blend: (key, images, targets) -> (images, targets), such as partial(blending.mixup, alpha=0.2); None: no blending.
+    accumulate: parts of a batch, of equal size, whose gradients are computed one after the other and averaged: less memory,
+      the same step up to rounding. A model with BatchNorm sees the statistics of a part.
 
   Returns:
     step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch; of a blended
@@ -139,6 +142,7 @@ def make_train_step(
   """
   _validation.require_codes(codes)
   _validation.require_rate(rate)
+  accumulate = _validation.require_size("accumulate", accumulate)
 
   def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
     key = jax.random.fold_in(state.key, state.step)
@@ -152,18 +156,47 @@ def make_train_step(
       targets = jnp.where(replaced[:, None], own, targets)
       labels = jnp.argmax(targets, axis=-1)
 
-    def mean_loss(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
-      logits, model_state = apply(params, state.model_state, images, True)
-      return jnp.mean(loss(logits, targets)), (logits, model_state)
+    def mean_loss(
+      params: PyTree, model_state: PyTree, images: jax.Array, targets: jax.Array, labels: jax.Array
+    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+      logits, model_state = apply(params, model_state, images, True)
+      value = jnp.mean(loss(logits, targets))
+      return value, ({"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}, model_state)
 
-    (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    gradient_of = jax.grad(mean_loss, has_aux=True)
+    batch = images, targets, labels
+    if accumulate == 1:
+      gradient, (metrics, model_state) = gradient_of(state.params, state.model_state, *batch)
+    else:
+      gradient, metrics, model_state = _in_parts(gradient_of, state, batch, accumulate)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     params: PyTree = optax.apply_updates(state.params, updates)
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
-    metrics = {"loss": value, "accuracy": accuracy}
     return TrainState(params, model_state, optimizer_state, state.step + 1, state.key), metrics
 
   return step
+
+
+def _in_parts(
+  gradient_of: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
+  state: TrainState,
+  batch: tuple[jax.Array, jax.Array, jax.Array],
+  count: int,
+) -> tuple[PyTree, Metrics, PyTree]:
+  """Mean gradient and metrics over `count` parts of a batch, and the model state after them."""
+  # Part i takes each count-th example from i on: on a mesh, every device keeps its own.
+  parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), batch)
+
+  def add(carry: Any, index: jax.Array) -> tuple[Any, Metrics]:
+    total, model_state = carry
+    gradient, (metrics, model_state) = gradient_of(
+      state.params, model_state, *jax.tree.map(lambda x: x[:, index], parts)
+    )
+    return (jax.tree.map(jnp.add, total, gradient), model_state), metrics
+
+  start = jax.tree.map(jnp.zeros_like, state.params), state.model_state
+  (total, model_state), metrics = jax.lax.scan(add, start, jnp.arange(count))
+  mean = jax.tree.map(lambda x: x / jnp.asarray(count, x.dtype), total)
+  return mean, jax.tree.map(jnp.mean, metrics), model_state
 
 
 # (state, images, labels, rows (B,), epoch) -> (state, metrics)

@@ -19,7 +19,7 @@ CLASSES = 4
 
 def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
   """(f_F, f_R) as `forget` computes them, float64; both in the same unknown units per leaf."""
-  options = _code_fishers.Options.make(params, loss, None, None, "highest", mj.Execution(microbatch))
+  options = _code_fishers.Options.make(params, codes, loss, None, None, "highest", mj.Execution(microbatch))
   side = np.isin(np.arange(len(codes)), forget)
   sides = jnp.asarray(side), jnp.asarray(~side)
   made = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, {"compile": 0.0})
@@ -115,7 +115,9 @@ def test_traced_calls_share_one_power_of_two():
 
 def test_the_seconds_of_compiling_are_apart():
   seconds = {"compile": 0.0}
-  options = _code_fishers.Options.make(confident([1.0] * CLASSES), None, None, None, None, None)
+  options = _code_fishers.Options.make(
+    confident([1.0] * CLASSES), jnp.eye(CLASSES)[:, None], None, None, None, None, None
+  )
   sides = jnp.arange(CLASSES) == 0, jnp.arange(CLASSES) != 0
   start = time.perf_counter()
   _code_fishers.class_fishers_in_range(

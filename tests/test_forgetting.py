@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toys import MODELS, assert_trees_close, cpu_mesh, host, make_codes, make_params, mlp, place, regression
 
 import mnemonic_jax as mj
-from mnemonic_jax.forgetting import CodeScores
+from mnemonic_jax.choosing import CodeScores
 
 LARGEST = float(np.finfo(np.float32).max)
 STRENGTH = mj.Strength(0.1, 2.0)

@@ -21,7 +21,7 @@ forget; fields of [data] and [model] can be overridden too.
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
   """Parse a command line; `overrides` holds the dotted fields. argparse itself exits with 2 on bad usage."""
-  overrides, rest = _overrides(arguments)
+  overrides, rest = dotted_overrides(arguments)
   options, unknown = make_parser().parse_known_args(rest)
   if unknown:
     raise UsageError(f"unknown argument {unknown[0]}. See mnemonic {options.command} --help.")
@@ -115,7 +115,7 @@ def _verb(
   return verb
 
 
-def _overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+def dotted_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
   """`--a.b 1 --c.d=x` as {"a.b": 1, "c.d": "x"}, and the other words; one value, or several integers as a list."""
   found: dict[str, Any] = {}
   others = []

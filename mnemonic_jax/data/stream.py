@@ -112,16 +112,17 @@ class Stream:
   def of_classes(self, classes: Sequence[int], at_most: int) -> Stream:
     """The first examples of these classes; none where the labels are not known."""
     if self.labels is None:
-      return self._part(np.zeros(0, np.int64))
-    return self._part(np.flatnonzero(np.isin(self.labels, classes))[:at_most])
+      return self.part(np.zeros(0, np.int64))
+    return self.part(np.flatnonzero(np.isin(self.labels, classes))[:at_most])
 
   def without(self, classes: Sequence[int]) -> Stream:
     """All examples but those of these classes."""
     labels = read_labels(self.name, self.source, self.num_classes) if self.labels is None else self.labels
-    part = dataclasses.replace(self, labels=labels)
-    return part._part(np.flatnonzero(~np.isin(labels, classes)))
+    labelled = dataclasses.replace(self, labels=labels)
+    return labelled.part(np.flatnonzero(~np.isin(labels, classes)))
 
-  def _part(self, rows: np.ndarray) -> Stream:
+  def part(self, rows: np.ndarray) -> Stream:
+    """The examples in these rows alone."""
     labels = None if self.labels is None else self.labels[rows]
     return dataclasses.replace(self, places=self.places[rows], labels=labels)
 

@@ -15,6 +15,8 @@ from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import save_params
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
+from mnemonic_jax.data.split import Split
+from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
@@ -23,8 +25,8 @@ from mnemonic_jax.perturbation import Strength
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.folder import RunFolder, versions
-from mnemonic_jax.runs.hashing import params_sha256
-from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.hashing import params_sha256, to_host
+from mnemonic_jax.runs.inference import Predictions, predict_each
 from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 _SHOWN_LOSSES = 2000  # per distribution in the report
@@ -39,7 +41,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
   """
   with run.locked():
     classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
-    report, fill = _forget(restore(run, dataset), run.config, dataset, requested, classes)
+    report, fill = described(restore(run, dataset), run.config, dataset, requested, classes)
     folder = run.add_forget(fill)
   return _placed(report, folder)
 
@@ -57,7 +59,7 @@ def forget_plain(
     raise MnemonicError(f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out.")
   if checkpoint.resolve() in out.resolve().parents:
     raise MnemonicError(f"{out}: lies in the checkpoint, which is not to be touched. Choose another folder for --out.")
-  report, fill = _forget(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
+  report, fill = described(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
   files.make_folder(out, fill)
   return _placed(report, out)
 
@@ -66,21 +68,37 @@ def _placed(report: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
   return {**report, "folder": str(folder), "report": str(folder / "report.html")}
 
 
-def _forget(
-  trained: Trained, config: Config, dataset: Dataset, requested: Sequence[int], classes: list[int]
+OneShot = Callable[[Any], ForgetResult]  # the params before -> the forgotten ones
+Predict = Callable[[list[Any], Split | Stream], list[Predictions]]  # several params on one split
+
+
+def described(
+  trained: Trained,
+  config: Config,
+  dataset: Dataset,
+  requested: Sequence[int],
+  classes: list[int],
+  one_shot: OneShot | None = None,
+  predict: Predict | None = None,
 ) -> tuple[dict[str, Any], Callable[[pathlib.Path], None]]:
-  """Forget `classes` and score it: the report, and what writes all files into a folder."""
+  """Forget `classes` and score it: the report, and what writes all files into a folder.
+
+  `one_shot` and `predict` are those of one process on one device if not given.
+  """
   settings, before = config.forget, trained.params
-  one_shot = partial(
-    forgetting.forget,
-    trained.logits_fn,
-    codes=trained.codes,
-    classes=classes,
-    strength=Strength(settings.lambda1, settings.lambda2),
-    layer_axis=trained.model.layer_axis,
-    precision=settings.precision,
-    execution=Execution(microbatch=config.execution.microbatch or None),
-  )
+  if one_shot is None:
+    one_shot = partial(
+      forgetting.forget,
+      trained.logits_fn,
+      codes=trained.codes,
+      classes=classes,
+      strength=Strength(settings.lambda1, settings.lambda2),
+      layer_axis=trained.model.layer_axis,
+      precision=settings.precision,
+      execution=Execution(microbatch=config.execution.microbatch or None),
+    )
+  if predict is None:
+    predict = lambda candidates, split: predict_each(trained.logits_fn, candidates, split, dataset.preprocess)
   result = one_shot(before)
   candidates = [before, result.params, head_edit(before, trained.model.head, classes)]
   copies = {"params": result.params}
@@ -88,14 +106,14 @@ def _forget(
     ema = one_shot(average)
     copies["ema_params"] = ema.params
     candidates += [average, ema.params]
-  before_scores, after_scores, hidden, *of_average = _scored(trained, candidates, dataset, classes)
+  before_scores, after_scores, hidden, *of_average = _scored(predict, candidates, dataset, classes)
   scored = {"before": before_scores, "after": after_scores}
   report = {
     "requested": list(requested),
     "classes": classes,
     **_outcome(before, result, scored),
-    "lambda1": settings.lambda1,
-    "lambda2": settings.lambda2,
+    "lambda1": float(result.strength.lambda1),
+    "lambda2": float(result.strength.lambda2),
     "checkpoint": str(trained.checkpoint),
     "codes_sha256": setup.array_sha256(trained.codes),
     "versions": versions(),
@@ -126,7 +144,7 @@ def _forget(
   }
 
   def fill(folder: pathlib.Path) -> None:
-    page = reports.render(files.plain(report), files.plain(evidence), np.asarray(trained.codes))
+    page = reports.render(files.plain(report), files.plain(evidence), to_host(trained.codes))
     for name, params in copies.items():
       save_params(folder / name, params)
     files.write_json(folder / "evidence.json", evidence)
@@ -148,8 +166,8 @@ def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> d
     "code_retain_accuracy": result.code_retain_accuracy,
     "code_forget_error": result.code_forget_error,
     "seconds": dict(result.seconds),
-    "params_sha256_before": params_sha256(jax.device_get(before)),
-    "params_sha256_after": params_sha256(jax.device_get(result.params)),
+    "params_sha256_before": params_sha256(before),
+    "params_sha256_after": params_sha256(result.params),
   }
 
 
@@ -162,13 +180,11 @@ class _Scored(NamedTuple):
   train_losses: np.ndarray
 
 
-def _scored(trained: Trained, candidates: list[Any], dataset: Dataset, classes: Sequence[int]) -> list[_Scored]:
+def _scored(predict: Predict, candidates: list[Any], dataset: Dataset, classes: Sequence[int]) -> list[_Scored]:
   """Score each of several params, in one pass over the data."""
   num_classes = len(dataset.class_names)
   part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
-  on_test, on_train = (
-    predict_each(trained.logits_fn, candidates, split, dataset.preprocess) for split in (dataset.test, part)
-  )
+  on_test, on_train = (predict(candidates, split) for split in (dataset.test, part))
   found = []
   for test, train in zip(on_test, on_train, strict=True):
     confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
@@ -183,7 +199,7 @@ def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
   layers = []
   pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
   for (path, old), new in pairs:
-    old, new = np.asarray(old, np.float64), np.asarray(new, np.float64)
+    old, new = to_host(old).astype(np.float64), to_host(new).astype(np.float64)
     change = np.abs(new - old)
     rms = np.sqrt(np.mean(old**2))
     layers.append(

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import blending, models, pretrained
+from mnemonic_jax import blending, models, pretrained, training
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
+from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
 
@@ -34,14 +35,32 @@ class Setup(NamedTuple):
 
 def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setup:
   """Build the model, the optimizer, the first state and the codes of a config."""
+  model, optimizer, steps_per_epoch, total = plan(config, dataset)
+  state, codes = first_state(config, dataset, model, optimizer, prng_impl)
+  return Setup(model, optimizer, state, codes, steps_per_epoch, total)
+
+
+def plan(config: Config, dataset: Dataset) -> tuple[Model, optax.GradientTransformation, int, int]:
+  """What needs no arrays: the model, the optimizer, steps per epoch and in all."""
   train = config.train
   steps_per_epoch = dataset.train.num_examples // train.batch_size
   if not steps_per_epoch:
     raise MnemonicError(
       f"train.batch_size: got {train.batch_size} for {dataset.train.num_examples} training examples; expected at most that."
     )
-  model = make_model(config, dataset)
-  params_key, codes_key, train_key = jax.random.split(jax.random.key(train.seed, impl=prng_impl), 3)
+  total = train.steps or train.epochs * steps_per_epoch
+  return make_model(config, dataset), make_optimizer(train, total), steps_per_epoch, total
+
+
+def first_state(
+  config: Config,
+  dataset: Dataset,
+  model: Model,
+  optimizer: optax.GradientTransformation,
+  prng_impl: str | None = None,
+) -> tuple[TrainState, jax.Array]:
+  """State and codes before the first step; traceable, so that each device may make its own shards alone."""
+  params_key, codes_key, train_key = jax.random.split(jax.random.key(config.train.seed, impl=prng_impl), 3)
   params, model_state = model.init(params_key)
   codes = codes_stage.make_codes(
     codes_key,
@@ -50,10 +69,7 @@ def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setu
     per_class=config.codes.per_class,
     distribution=config.codes.distribution,
   )
-  total = train.steps or train.epochs * steps_per_epoch
-  optimizer = make_optimizer(train, total)
-  state = init_train_state(params, model_state, optimizer, train_key)
-  return Setup(model, optimizer, state, codes, steps_per_epoch, total)
+  return init_train_state(params, model_state, optimizer, train_key), codes
 
 
 def make_model(config: Config, dataset: Dataset) -> Model:
@@ -70,22 +86,52 @@ def make_model(config: Config, dataset: Dataset) -> Model:
 
 
 def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
-  """SGD with momentum; weight decay is added to the gradient, as in the paper's framework."""
+  """SGD with weight decay added to the gradient, as in the paper's framework, or AdamW."""
   rate: Any = train.learning_rate
   if train.schedule == "cosine":
-    rate = optax.cosine_decay_schedule(train.learning_rate, steps)
-  sgd = optax.sgd(rate, momentum=train.momentum or None)
-  optimizer = optax.chain(optax.add_decayed_weights(train.weight_decay), sgd)
+    rate = optax.cosine_decay_schedule(train.learning_rate, max(steps - train.warmup_steps, 1))
+  if train.warmup_steps:
+    warm_up = optax.linear_schedule(0.0, train.learning_rate, train.warmup_steps)
+    after = rate if callable(rate) else optax.constant_schedule(rate)
+    rate = optax.join_schedules([warm_up, after], [train.warmup_steps])
+  if train.optimizer == "adamw":
+    optimizer = optax.adamw(rate, b1=train.momentum, weight_decay=train.weight_decay, mask=_kernels)
+  else:
+    sgd = optax.sgd(rate, momentum=train.momentum or None)
+    optimizer = optax.chain(optax.add_decayed_weights(train.weight_decay), sgd)
+  if train.clip_norm:
+    optimizer = optax.chain(optax.clip_by_global_norm(train.clip_norm), optimizer)
   return with_ema(optimizer, train.ema) if train.ema else optimizer
 
 
+def make_step(config: Config, model: Model, optimizer: optax.GradientTransformation, codes: jax.Array) -> Any:
+  """The train step of a config; see `training.make_train_step`."""
+  blend, rate, accumulate = make_blend(config.train), config.codes.rate, config.train.accumulate
+  return training.make_train_step(model.apply, optimizer, codes, rate=rate, blend=blend, accumulate=accumulate)
+
+
 def make_blend(train: TrainConfig) -> BlendFn | None:
-  """Mixup, CutMix or neither."""
+  """Mixup, CutMix or neither, then label smoothing; None where a config asks for none of them."""
+  blend: BlendFn | None = None
   if train.mixup:
-    return partial(blending.mixup, alpha=train.mixup)
-  return partial(blending.cutmix, alpha=train.cutmix) if train.cutmix else None
+    blend = partial(blending.mixup, alpha=train.mixup)
+  elif train.cutmix:
+    blend = partial(blending.cutmix, alpha=train.cutmix)
+  if not train.label_smoothing:
+    return blend
+
+  def smoothed(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    images, targets = blend(key, images, targets) if blend else (images, targets)
+    return images, optax.smooth_labels(targets, train.label_smoothing)
+
+  return smoothed
+
+
+def _kernels(params: Any) -> Any:
+  """Which params AdamW's decay shrinks: no bias, no scale, no position."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
 
 
 def array_sha256(array: Any) -> str:
   """SHA-256 of an array's bytes in C order."""
-  return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
+  return hashlib.sha256(np.ascontiguousarray(to_host(array)).tobytes()).hexdigest()

@@ -46,8 +46,7 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     first, steps, total = int(state.step), start.steps_per_epoch, start.total_steps
     run.rewind_metrics(first)
     log = stack.enter_context(run.metric_log(first))
-    blend = setup.make_blend(settings)
-    step = training.make_train_step(start.model.apply, start.optimizer, codes, rate=config.codes.rate, blend=blend)
+    step = setup.make_step(config, start.model, start.optimizer, codes)
     augment, split, size = augmentation.NAMES[config.data.augment], dataset.train, settings.batch_size
     at_once = None
     # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.

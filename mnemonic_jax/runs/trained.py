@@ -17,7 +17,7 @@ from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.training import ema_params
+from mnemonic_jax.training import TrainState, ema_params
 
 
 class Trained(NamedTuple):
@@ -32,22 +32,31 @@ class Trained(NamedTuple):
   logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
 
-def restore(run: RunFolder, dataset: Dataset) -> Trained:
-  """Restore the checkpoint of a run whose training is finished, or say how far it is."""
+def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any], Any] | None = None) -> Trained:
+  """Restore the checkpoint of a run whose training is finished, or say how far it is.
+
+  `place` gives abstract state and codes their shardings; if not given, all goes to the first device.
+  """
   resume = f"Finish it first: mnemonic train {run.config.name} --out {run.path}"
   if not run.checkpoints.is_dir():
     raise MnemonicError(f"{run.path}: has no checkpoint yet. {resume}")
-  start = setup.make(run.config, dataset, run.prng_impl)
+  model, optimizer, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
+  first = jax.eval_shape(lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl))
   with Checkpoints(run.checkpoints, create=False) as checkpoints:
     if checkpoints.latest_step() is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
-    state, codes = checkpoints.restore(start.state, start.codes)
-  if (step := int(state.step)) < start.total_steps:
-    epoch, last = (f"{number / start.steps_per_epoch:.4g}" for number in (step, start.total_steps))
+    state, codes = checkpoints.restore(*(place or _on_first_device)(*first))
+  if (step := int(state.step)) < total_steps:
+    epoch, last = (f"{number / steps_per_epoch:.4g}" for number in (step, total_steps))
     raise MnemonicError(f"{run.path}: training stands at epoch {epoch} of {last}. {resume}")
   checkpoint = run.checkpoints / str(int(state.step))
-  logits_fn = start.model.logits_fn(state.model_state)
-  return Trained(start.model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
+  logits_fn = model.logits_fn(state.model_state)
+  return Trained(model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
+
+
+def _on_first_device(state: TrainState, codes: Any) -> Any:
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (state, codes))
 
 
 def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Trained:
