@@ -80,6 +80,8 @@ def initialize(
         "alone, --num-processes 1."
       ) from error
     jax.devices()  # here all processes wait for each other's list
+  if several() and jax.default_backend() == "cpu":
+    _keep_stdout_for_python()
 
 
 def several() -> bool:
@@ -157,7 +159,7 @@ class Watchdog:
   def __init__(self, timeout: float) -> None:
     if not timeout > 0:
       raise UsageError(f"--peer-timeout: got {timeout}; expected seconds above 0.")
-    self._timeout, self._step = timeout, 0
+    self._timeout, self._step, self._ending = timeout, 0, False
     self._deadline: float | None = None  # none: not armed, or paused
     self._over = threading.Event()
 
@@ -169,6 +171,8 @@ class Watchdog:
   def __exit__(
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
+    if self._ending:
+      time.sleep(2 * _LAST)  # all is said, and the process on its way out
     self._over.set()
     if several() and isinstance(error, (RuntimeError, ValueError)) and _BROKEN.search(str(error)):
       raise PeerLost(f"the step after {self._step} was cut off ({str(error).splitlines()[0][:200]})") from error
@@ -191,6 +195,7 @@ class Watchdog:
     while not self._over.wait(min(self._timeout / 10, 1.0)):
       deadline = self._deadline
       if deadline is not None and time.monotonic() > deadline:
+        self._ending = True
         what = f"no step finished for {self._timeout:g} s after step {self._step} (--peer-timeout)"
         _say(str(PeerLost(what)))
         _end(1, last=is_writer())
@@ -211,6 +216,14 @@ def _deadline(seconds: float, message: str, *, last: bool) -> Iterator[None]:
     yield
   finally:
     timer.cancel()
+
+
+def _keep_stdout_for_python() -> None:
+  """Send what C++ prints to stderr: gloo greets its peers on stdout, which is for results."""
+  if sys.stdout is sys.__stdout__:
+    sys.stdout.flush()
+    sys.stdout = sys.__stdout__ = open(os.dup(1), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+    os.dup2(2, 1)
 
 
 def _say(message: str) -> None:
