@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -105,7 +106,7 @@ class Checkpoints:
         f"{self._folder / str(step)}: cannot be restored as this config's model: {_first_line(error)} "
         "The files are damaged, or belong to another config. Move the folder away to fall back to the checkpoint before."
       ) from error
-    key = jax.random.wrap_key_data(tree["key"], impl=jax.random.key_impl(state.key))
+    key = jax.random.wrap_key_data(tree["key"], impl=jax.random.key_impl(jnp.empty((), state.key.dtype)))
     restored = TrainState(tree["params"], tree["model_state"], tree["optimizer_state"], tree["step"], key)
     return restored, tree["codes"]
 

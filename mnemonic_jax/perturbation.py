@@ -35,7 +35,7 @@ class Strength:
 
   def __init__(self, lambda1: Any, lambda2: Any) -> None:
     for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-      if not isinstance(value, jax.core.Tracer):
+      if _validation.is_concrete(value):
         _validation.require_finite_number(f"strength.{name}", value)
       object.__setattr__(self, name, value)
 

@@ -78,19 +78,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec((DATA, FSDP)))
 
 
-def codes_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
-  """Codes (C, K, *shape) over all devices: each axis of the mesh splits the longest axis of the codes that it divides."""
-  left = list(shape)
-  names: list[tuple[str, ...]] = [()] * len(shape)
-  for name, size in mesh.shape.items():
-    axes = [axis for axis in range(len(shape)) if left[axis] % size == 0]
-    if axes and size > 1:
-      axis = max(axes, key=lambda axis: left[axis])
-      left[axis] //= size
-      names[axis] += (name,)
-  return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in names)))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
   """A copy on every device."""
   return NamedSharding(mesh, PartitionSpec())

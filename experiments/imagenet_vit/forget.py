@@ -13,11 +13,11 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import common
 import jax
 import jax.numpy as jnp
+import job as jobs
 import numpy as np
-from common import Job
+from job import Job
 
 import mnemonic_jax as mj
 from mnemonic_jax import forgetting, sharding
@@ -27,6 +27,7 @@ from mnemonic_jax.models import Model
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.runs.trained import Trained
 
 # Codes that a device sees at once, where execution.microbatch does not say how many all see.
@@ -40,9 +41,9 @@ class Program(NamedTuple):
 
   model: Model
   fishers: Any  # (params, model_state, codes, forget, remain) -> (f_F, f_R)
-  update: Any  # (params, model_state, codes, forget, remain, fishers, strength) -> (params, info); fishers are donated
-  arguments: tuple[Any, ...]  # params, model_state, codes, forget, remain
-  shardings: Any  # of the params
+  update: Any  # (params, model_state, codes, forget, remain, f_F, f_R, strength) -> (params, info); f_F is donated
+  arguments: tuple[Any, ...]  # params, model_state, codes (filled up to a multiple of the devices), forget, remain
+  fisher: Any  # abstract, each of the two
 
 
 def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Program:
@@ -52,19 +53,19 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> P
   placed, state_placed = sharding.tree_shardings(mesh, params), sharding.tree_shardings(mesh, model_state)
   copied = sharding.replicated(mesh)
   num_classes = len(dataset.class_names)
-  codes_shape = (num_classes, config.codes.per_class, *dataset.shape)
-  spread = sharding.codes_sharding(mesh, codes_shape)
+  spread = sharding.batch_sharding(mesh)
+  padded_classes = -(-num_classes // mesh.size) * mesh.size
   microbatch = config.execution.microbatch or CODES_PER_DEVICE * mesh.size
   options = {"precision": config.forget.precision, "execution": mj.Execution(microbatch, placed)}
 
   def fishers(params: Any, model_state: Any, codes: Any, forget: Any, remain: Any) -> Any:
+    codes = codes[:num_classes]
     return forgetting.code_fishers(model.logits_fn(model_state), params, codes, forget, remain, **options)
 
-  def update(params: Any, model_state: Any, codes: Any, forget: Any, remain: Any, fishers: Any, strength: Any) -> Any:
-    logits_fn, axis = model.logits_fn(model_state), model.layer_axis
-    return forgetting.update_step(
-      logits_fn, params, codes, forget, remain, fishers, strength, layer_axis=axis, **options
-    )
+  def update(params: Any, model_state: Any, codes: Any, forget: Any, remain: Any, *fishers_and_strength: Any) -> Any:
+    *fishers, strength = fishers_and_strength
+    arguments = (params, codes[:num_classes], forget, remain, tuple(fishers), strength)
+    return forgetting.update_step(model.logits_fn(model_state), *arguments, layer_axis=model.layer_axis, **options)
 
   inputs = (placed, state_placed, spread, copied, copied)
   mask = jax.ShapeDtypeStruct((num_classes,), bool, sharding=copied)
@@ -73,18 +74,18 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> P
     jax.jit(fishers, in_shardings=inputs, out_shardings=(placed, placed)),
     jax.jit(
       update,
-      in_shardings=(*inputs, (placed, placed), copied),
+      in_shardings=(*inputs, placed, placed, copied),
       out_shardings=(placed, copied),
       donate_argnums=5,
     ),
     (
-      common.abstract(params, placed),
-      common.abstract(model_state, state_placed),
-      jax.ShapeDtypeStruct(codes_shape, jnp.float32, sharding=spread),
+      jobs.abstract(params, placed),
+      jobs.abstract(model_state, state_placed),
+      jax.ShapeDtypeStruct((padded_classes, config.codes.per_class, *dataset.shape), jnp.float32, sharding=spread),
       mask,
       mask,
     ),
-    placed,
+    jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=p), params, placed),
   )
 
 
@@ -97,7 +98,7 @@ def forget(job: Job) -> dict[str, Any]:
     program = make_program(config, dataset, mesh)
     trained = _restored(job, program)
     one_shot = lambda params: _one_shot(job, program, trained, params, classes)
-    predict = lambda candidates, split: common.predict(job, program.model, candidates, trained.model_state, split)
+    predict = lambda candidates, split: jobs.predict(job, program.model, candidates, trained.model_state, split)
     report, fill = forget_run.described(trained, config, dataset, job.classes, classes, one_shot, predict)
     folder = run.add_forget(fill)
   return {**report, "mesh": dict(mesh.shape), "processes": jax.process_count(), "folder": str(folder)}
@@ -106,10 +107,16 @@ def forget(job: Job) -> dict[str, Any]:
 def _restored(job: Job, program: Program) -> Trained:
   """The finished training of a run, each device its own shards."""
 
-  def place(state: Any, codes: Any) -> Any:
-    return common.abstract(state, sharding.tree_shardings(job.mesh, state)), program.arguments[2]
+  place = lambda tree: jobs.abstract(tree, sharding.tree_shardings(job.mesh, tree))
+  trained = trained_run.restore(job.run, job.dataset, lambda state, codes: (place(state), place(codes)))
+  return trained._replace(codes=to_host(trained.codes))
 
-  return trained_run.restore(job.run, job.dataset, place)
+
+def place_codes(codes: np.ndarray, program: Program) -> jax.Array:
+  """Codes on the host (C, K, *shape), filled up with zeros, over all devices of all processes."""
+  wanted = program.arguments[2]
+  padded = np.concatenate([codes, np.zeros((wanted.shape[0] - len(codes), *codes.shape[1:]), codes.dtype)])
+  return jax.make_array_from_callback(wanted.shape, wanted.sharding, lambda index: padded[index])
 
 
 def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes: list[int]) -> mj.ForgetResult:
@@ -118,16 +125,16 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   chosen = np.isin(np.arange(len(job.dataset.class_names)), classes)
   copied = sharding.replicated(job.mesh)
   sides = (jax.device_put(chosen, copied), jax.device_put(~chosen, copied))
-  arguments = (params, trained.model_state, trained.codes, *sides)
+  arguments = (params, trained.model_state, place_codes(trained.codes, program), *sides)
   settings = job.config.forget
   lambdas = zip(*GRID, strict=True) if job.search else (settings.lambda1, settings.lambda2)
   strength = mj.Strength(*(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas))
   fishers_of = program.fishers.lower(*arguments).compile()
-  update = program.update.lower(*arguments, *_abstract_fishers(program), strength).compile()
+  update = program.update.lower(*arguments, program.fisher, program.fisher, strength).compile()
   compiled = time.perf_counter()
   fishers = jax.block_until_ready(fishers_of(*arguments))
   measured = time.perf_counter()
-  moved, info = jax.block_until_ready(update(*arguments, fishers, strength))
+  moved, info = jax.block_until_ready(update(*arguments, *fishers, strength))
   end = time.perf_counter()
   info = jax.device_get(info)
   seconds = {
@@ -146,11 +153,5 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   )
 
 
-def _abstract_fishers(program: Program) -> tuple[Any]:
-  """Shapes of the Fishers: those of the params, in float32."""
-  one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), program.arguments[0])
-  return ((one, one),)
-
-
 if __name__ == "__main__":
-  common.main(forget, __doc__, sys.argv[1:])
+  jobs.main(forget, __doc__, sys.argv[1:])

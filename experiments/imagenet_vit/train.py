@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
-import common
 import jax
+import job as jobs
 import numpy as np
-from common import Job
+from job import Job
 
 from mnemonic_jax import sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
@@ -69,7 +69,7 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
       out_shardings=(placements, copied),
       donate_argnums=0,
     ),
-    common.abstract(state, placements),
+    jobs.abstract(state, placements),
     jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=copied),
     tuple(jax.ShapeDtypeStruct(shape, dtype, sharding=batch) for shape, dtype in shapes),
     steps_per_epoch,
@@ -103,7 +103,7 @@ def train(job: Job) -> dict[str, Any]:
       )
     )
     stop = stack.enter_context(signals.deferred())
-    meter = common.Meter(job, 3 * common.forward_flops(config, dataset))
+    meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
     metrics: Any = None
     for step, (images, labels, rows) in zip(range(first, total), meter.waiting(_placed(batches, mesh)), strict=True):
@@ -130,7 +130,7 @@ def train(job: Job) -> dict[str, Any]:
           f"stopped after step {done} of {total}; the checkpoint is written. Resume with the same command."
         )
     checkpoints.wait()
-    (test,) = common.predict(job, program.model, [state.params], state.model_state, dataset.test)
+    (test,) = jobs.predict(job, program.model, [state.params], state.model_state, dataset.test)
   return {
     "run": str(run.path),
     "config": config.name,
@@ -153,4 +153,4 @@ def _placed(batches: Iterator[Any], mesh: jax.sharding.Mesh) -> Iterator[tuple[j
 
 
 if __name__ == "__main__":
-  common.main(train, __doc__, sys.argv[1:])
+  jobs.main(train, __doc__, sys.argv[1:])

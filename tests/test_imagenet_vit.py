@@ -1,0 +1,183 @@
+"""experiments/imagenet_vit on 8 CPU devices: any mesh trains, measures and forgets the same, in less memory per device."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from toys import assert_trees_close, host
+
+import mnemonic_jax as mj
+from mnemonic_jax import config as configs
+from mnemonic_jax import sharding
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.data.split import Split
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"))
+import forget as forget_script
+import train as train_script
+
+CLASSES, BATCH, SIDE = 10, 16, 32
+MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+TABLES = {
+  "data": {"name": "imagenet2012", "augment": "resized_crop_flip", "side": SIDE},
+  "model": {"name": "vit_ti16", "pool": "mean", "scan": True, "remat": True},
+  "codes": {"rate": 0.3},
+  "train": {"steps": 20, "batch_size": BATCH, "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 1e-4}
+  | {"warmup_steps": 2, "clip_norm": 1.0, "label_smoothing": 0.1, "mixup": 0.2, "accumulate": 2, "ema": 0.9},
+}
+CONFIG = configs.build("tiny", TABLES)
+
+
+class Found(NamedTuple):
+  losses: list
+  trained: dict
+  fishers: tuple
+  forgotten: dict
+  info: mj.ForgetInfo
+
+
+def synthetic():
+  """Pixels that mean nothing; where they lie is what is tested."""
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3 * BATCH, SIDE, SIDE, 3)).astype(np.uint8)
+  split = Split(images, rng.integers(0, CLASSES, len(images)).astype(np.int32))
+  names = tuple(map(str, range(CLASSES)))
+  return Dataset("imagenet2012", split, split, names, 255, (0.5,) * 3, (0.25,) * 3)
+
+
+def train_and_forget(mesh, steps=20):
+  """Train, measure the codes, search a strength and forget."""
+  dataset = synthetic()
+  with jax.set_mesh(mesh):
+    program = train_script.make_program(CONFIG, dataset, mesh)
+    state, codes = program.init()
+    losses = []
+    for step in range(steps):
+      rows = (np.arange(BATCH) + step * BATCH) % dataset.train.num_examples
+      batch = (dataset.train.images[rows], dataset.train.labels[rows], rows.astype(np.int32))
+      placed = jax.device_put(batch, sharding.batch_sharding(mesh))
+      state, metrics = program.step(state, codes, *placed, np.int32(step // 3))
+      losses.append(float(metrics["loss"]))
+    forgetting = forget_script.make_program(CONFIG, dataset, mesh)
+    chosen = np.arange(CLASSES) == 3
+    codes = forget_script.place_codes(np.asarray(codes), forgetting)
+    arguments = (state.params, state.model_state, codes, chosen, ~chosen)
+    fishers = forgetting.fishers(*arguments)
+    kept = host(fishers)
+    grid = mj.Strength(np.float32([1e-5, 1e-4, 1e-3, 1e-2]), np.float32([1.0, 1.0, 1.0, 1.0]))
+    params, info = forgetting.update(*arguments, *fishers, grid)
+  return Found(losses, state.params, kept, params, jax.device_get(info))
+
+
+@pytest.fixture(scope="module")
+def alone():
+  return train_and_forget(sharding.make_mesh(1, 1, jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+  "shape", [pytest.param(s, marks=() if s == (2, 4) else pytest.mark.long) for s in MESHES], ids=str
+)
+def test_any_mesh_trains_and_forgets_the_same(shape, alone):
+  mesh = sharding.make_mesh(*shape)
+  found = train_and_forget(mesh)
+  np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
+  assert_trees_close(host(found.trained), host(alone.trained), 0, 5e-5)
+  for ours, theirs in zip(found.fishers, alone.fishers, strict=True):
+    relative = lambda tree: jax.tree.map(lambda leaf: leaf / leaf.max(), tree)  # the unit is any power of two
+    assert_trees_close(relative(ours), relative(theirs), 0, 1e-4)
+  assert int(found.info.sign) == int(alone.info.sign)
+  assert float(found.info.strength.lambda1) == float(alone.info.strength.lambda1) < 1e-2
+  # lambda2 = 1 moves the weights by up to 1; where two Fishers are rounding alone, so is their ratio.
+  assert_trees_close(host(found.forgotten), host(alone.forgotten), 0, 1e-2)
+  for leaf, placed in zip(
+    *map(jax.tree.leaves, (found.forgotten, sharding.tree_shardings(mesh, found.trained))), strict=True
+  ):
+    assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+  assert not np.allclose(found.forgotten["head"]["kernel"], found.trained["head"]["kernel"], atol=1e-3)
+
+
+def share(mesh):
+  """Bytes of params, optimizer state and Fishers on each device."""
+  dataset = synthetic()
+  train, forget = (script.make_program(CONFIG, dataset, mesh) for script in (train_script, forget_script))
+  size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * 4
+  return [
+    sum(map(size, jax.tree.leaves(tree))) for tree in (train.state.params, train.state.optimizer_state, forget.fisher)
+  ]
+
+
+def test_each_device_has_less_the_longer_the_axis_fsdp():
+  shares = np.array([share(sharding.make_mesh(*shape)) for shape in MESHES])  # fsdp 1, 2, 4, 8
+  assert np.all(shares[1:] < 0.52 * shares[:-1])
+
+
+def memory(function, *arguments):
+  return function.lower(*arguments).compile().memory_analysis()
+
+
+def test_a_forget_fits_into_five_shares_of_the_params():
+  """And three gathered layers, and the activations of one microbatch, which are those of a batch gradient."""
+  mesh = sharding.make_mesh(1, 8)
+  dataset = synthetic()
+  with jax.set_mesh(mesh):
+    program = forget_script.make_program(CONFIG, dataset, mesh)
+    grid = mj.Strength(*(jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh)) for _ in range(2)))
+    halves = [
+      memory(program.fishers, *program.arguments),
+      memory(program.update, *program.arguments, program.fisher, program.fisher, grid),
+    ]
+  params, model_state = (
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for t in program.arguments[:2]
+  )
+  logits_fn = program.model.logits_fn(model_state)
+  inputs = jax.ShapeDtypeStruct((-(-CLASSES // mesh.size), *dataset.shape), np.float32)
+  gradient = jax.jit(jax.grad(lambda p, x: mj.softmax_cross_entropy(logits_fn(p, x), np.zeros(len(x), int)).sum()))
+  activations = memory(gradient, params, inputs).temp_size_in_bytes
+  one_share = sum(4 * x.size for x in jax.tree.leaves(params)) / mesh.size
+  layer = sum(4 * x.size for x in jax.tree.leaves(params["blocks"])) / 12
+  for found in halves:
+    used = (
+      found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
+    print(used / one_share, (3 * layer + activations) / one_share)
+    assert used <= 5 * one_share + 3 * layer + activations
+
+
+@pytest.mark.parametrize(
+  ("sizes", "said"),
+  [
+    ({"data": 3}, "got data 3 x fsdp 2 for 8 devices; expected a product of 8"),
+    ({"data": 2, "fsdp": 2}, "got data 2 x fsdp 2 for 8 devices"),
+    ({"fsdp": 16}, "for 8 devices"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_the_devices(sizes, said):
+  with pytest.raises(ValueError, match=said):
+    sharding.make_mesh(**sizes)
+
+
+def test_a_mesh_that_does_not_fit_the_batch():
+  config = configs.build("tiny", TABLES, {"train.batch_size": 12})
+  with pytest.raises(ValueError, match=r"train\.batch_size: got 12 for 8 devices; expected a multiple of 8"):
+    train_script.make_program(config, synthetic(), sharding.make_mesh(1, 8))
+
+
+def test_more_fsdp_than_a_leaf_allows():
+  params = {"kernel": jax.ShapeDtypeStruct((100, 102), np.float32)}
+  with pytest.raises(ValueError, match=r"fsdp 8 divides no axis of \['kernel'\] \(100, 102\); 4 does"):
+    sharding.tree_shardings(sharding.make_mesh(1, 8), params)
+
+
+def test_layers_of_a_stack_stay_whole():
+  params = {
+    "blocks": {"kernel": jax.ShapeDtypeStruct((8, 16, 80), np.float32)},
+    "bias": jax.ShapeDtypeStruct((8,), np.float32),
+  }
+  placed = sharding.tree_shardings(sharding.make_mesh(1, 8), params)
+  assert placed["blocks"]["kernel"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
+  assert placed["bias"].spec == jax.sharding.PartitionSpec()
