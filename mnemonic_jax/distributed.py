@@ -220,10 +220,9 @@ def _deadline(seconds: float, message: str, *, last: bool) -> Iterator[None]:
 
 def _keep_stdout_for_python() -> None:
   """Send what C++ prints to stderr: gloo greets its peers on stdout, which is for results."""
-  if sys.stdout is sys.__stdout__:
-    sys.stdout.flush()
-    sys.stdout = sys.__stdout__ = open(os.dup(1), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
-    os.dup2(2, 1)
+  sys.stdout.flush()
+  sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+  os.dup2(2, 1)
 
 
 def _say(message: str) -> None:

@@ -22,5 +22,5 @@ def absolute(path: os.PathLike[str] | str) -> epath.Path:
   >>> str(absolute("gs://bucket/run"))
   'gs://bucket/run'
   """
-  path = epath.Path(path)
-  return path if is_remote(path) else path.absolute()
+  found = epath.Path(path)
+  return found if is_remote(found) else found.absolute()

@@ -65,7 +65,9 @@ def train(options: argparse.Namespace) -> None:
   @jax.jit
   def one_step(state: training.TrainState, batch: jax.Array) -> tuple[training.TrainState, jax.Array]:
     params = {"w": state.params["w"] + batch.sum()}
-    return state._replace(params=params, step=state.step + 1), jax.lax.with_sharding_constraint(params["w"].sum(), whole)
+    return state._replace(params=params, step=state.step + 1), jax.lax.with_sharding_constraint(
+      params["w"].sum(), whole
+    )
 
   state, codes = first()
   batch = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), GROWTH, np.float32))

@@ -166,7 +166,9 @@ class RunFolder:
         board.flush()
         if remote:
           for file in (folder / "metrics.jsonl", *(folder / "tensorboard").iterdir()):
-            (self.path / file.relative_to(folder)).write_bytes(file.read_bytes())
+            target = self.path / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
 
     with ExitStack() as stack:
       folder = self.path
