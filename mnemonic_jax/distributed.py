@@ -175,7 +175,7 @@ class Watchdog:
       time.sleep(2 * _LAST)  # all is said, and the process on its way out
     self._over.set()
     if several() and isinstance(error, (RuntimeError, ValueError)) and _BROKEN.search(str(error)):
-      raise PeerLost(f"the step after {self._step} was cut off ({str(error).splitlines()[0][:200]})") from error
+      raise PeerLost(f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})") from error
 
   def beat(self, step: int) -> None:
     """Say that `step` is finished: its results were read on the host."""

@@ -6,7 +6,7 @@ import concurrent.futures
 import json
 import pathlib
 import socket
-from signal import SIGKILL, SIGSTOP, SIGTERM
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 from jobs import finish_job, free_address, start_job
@@ -80,16 +80,27 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tm
     processes[lost].communicate()
 
 
-def test_sigterm_to_one_process_stops_all_at_the_same_step_after_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("signum", [SIGTERM, pytest.param(SIGINT, marks=pytest.mark.long)])
+def test_a_signal_to_one_process_stops_all_at_the_same_step_after_a_checkpoint(signum, tmp_path):
   run = tmp_path / "run"
   processes = start_long(run, 2)
-  processes[1].send_signal(SIGTERM)
+  processes[1].send_signal(signum)
   first, second = finish_job(processes)
   assert (first.code, second.code) == (143, 143)
   assert ours(first) == ours(second)
   step = int(ours(first).split("stopped after step ")[1].split(";")[0])
   assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
   assert len((run / "metrics.jsonl").read_text().splitlines()) == step
+
+
+@pytest.mark.long
+def test_what_slurm_says_is_enough(tmp_path):
+  port = free_address().split(":")[1]
+  shared = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+  processes = []
+  for index in ("0", "1"):
+    processes += start_job((PEERS, tmp_path / "run"), 1, **shared, SLURM_PROCID=index, SLURM_LOCALID=index)
+  assert [outcome.json["devices"] for outcome in finish_job(processes)] == [2, 2]
 
 
 def test_what_process_0_cannot_do_fails_on_all(tmp_path):

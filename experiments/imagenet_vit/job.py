@@ -122,7 +122,7 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
       job = dataclasses.replace(job, classes=tuple(options.classes), search=options.search)
     else:
       job = dataclasses.replace(job, log_every=options.log_every, peer_timeout=options.peer_timeout)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), distributed.Watchdog(options.peer_timeout):
       result = work(job)
   except (MnemonicError, ValueError) as error:
     print(f"mnemonic: {error}", file=sys.stderr, flush=True)
