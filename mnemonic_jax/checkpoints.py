@@ -28,12 +28,15 @@ logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each save; ours 
 
 
 class Checkpoints:
-  """The checkpoints of one run, by step: the latest two, each written beside and renamed when whole."""
+  """The checkpoints of one run, by step: the latest `keep`, each written beside and renamed when whole.
 
-  def __init__(self, folder: epath.PathLike, *, create: bool = True) -> None:
+  An older one is deleted when the newest is whole, so with one to keep there are two for a moment.
+  """
+
+  def __init__(self, folder: epath.PathLike, *, keep: int = 2, create: bool = True) -> None:
     self._folder, self._newest = epath.Path(folder), 0
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=2, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
+      max_to_keep=keep, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
     )
     try:
       self._manager = ocp.CheckpointManager(paths.absolute(folder), options=options)

@@ -72,9 +72,9 @@ class TrainConfig:
   memory; running statistics of a model with BatchNorm are then those of the parts.
 
   `steps`, where it is not 0, says how long to train instead of `epochs`. `checkpoint_every` counts epochs; where steps are
-  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it. `mixup` and
-  `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much of the next one it is blended with;
-  0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure. `ema` is the decay of a moving
+  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it. The newest
+  `keep_checkpoints` stay. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much
+  of the next one it is blended with; 0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure. `ema` is the decay of a moving
   average of the params, below 1; 0 keeps none. A forget then covers both copies.
   """
 
@@ -93,6 +93,7 @@ class TrainConfig:
   schedule: str = "constant"
   checkpoint_every: int = 10
   checkpoint_steps: int = 0
+  keep_checkpoints: int = 2
   mixup: float = 0.0
   cutmix: float = 0.0
   ema: float = 0.0
@@ -163,6 +164,7 @@ _AT_LEAST_ONE = {
   "train.batch_size",
   "train.accumulate",
   "train.checkpoint_every",
+  "train.keep_checkpoints",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 
 from etils import epath
@@ -24,3 +25,14 @@ def absolute(path: os.PathLike[str] | str) -> epath.Path:
   """
   found = epath.Path(path)
   return found if is_remote(found) else found.absolute()
+
+
+def children(folder: epath.Path, pattern: str) -> list[epath.Path]:
+  """What lies in a folder under names of a pattern; nothing if there is no such folder.
+
+  Not `epath`'s own glob, which would take the folder's path for a pattern too.
+
+  >>> children(epath.Path("no such folder"), "*")
+  []
+  """
+  return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)] if folder.is_dir() else []

@@ -186,7 +186,11 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       value = jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
       return jax.block_until_ready(value)  # else the copies of several arrays wait in host memory
 
-    filled = tuple(jax.tree_util.tree_map_with_path(fill, tree) for tree in (params, model_state))
+    # The largest first: what is in memory beside an array while it is filled comes on top of the least.
+    leaves, structure = jax.tree_util.tree_flatten_with_path((params, model_state))
+    order = sorted(range(len(leaves)), key=lambda place: -leaves[place][1].size)
+    done = {place: fill(leaves[place][0][1:], leaves[place][1]) for place in order}
+    filled = jax.tree.unflatten(structure, [done[place] for place in range(len(leaves))])
     left = [ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))]
     if left:
       raise MnemonicError(

@@ -145,6 +145,8 @@ def make_train_step(
   accumulate = _validation.require_size("accumulate", accumulate)
 
   def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+    if len(images) % accumulate:
+      raise ValueError(f"accumulate: got {accumulate} for a batch of {len(images)}; expected a divisor of it.")
     key = jax.random.fold_in(state.key, state.step)
     targets = labels
     if blend is None:

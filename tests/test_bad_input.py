@@ -16,6 +16,9 @@ KEY = jax.random.key(0)
 PARAMS, CODES = make_params("regression"), make_codes()
 IMAGES, LABELS = make_batch()
 STRENGTH = mj.Strength(1e-3, 10.0)
+COPIED = jax.sharding.NamedSharding(
+  jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
+)
 HALF = jnp.array([True, True, False, False])
 
 
@@ -226,6 +229,8 @@ CASES = [
   ("precision unknown", fisher_with(precision="best"), ValueError, r"precision: got 'best'; expected for example 'highest'"),
   ("precision unknown in forget", forget_with(precision=7), ValueError, r"precision: got 7; expected"),
   ("microbatch zero", lambda: mj.Execution(0), ValueError, r"execution.microbatch: got 0; expected an integer of at least 1"),
+  ("shardings that are none", lambda: mj.Execution(shardings={"a": 1}), TypeError, r"execution.shardings: got \{'a': 1\}; expected a tree like params of NamedSharding"),
+  ("shardings of other params", fisher_with(execution=mj.Execution(shardings=[COPIED] * 5)), ValueError, r"execution.shardings: got 5 for 2 leaves of params; expected one for each"),
   ("microbatch float", lambda: mj.Execution(2.0), TypeError, r"execution.microbatch: got 2.0"),
   ("execution a number", forget_with(execution=4), TypeError, r"execution: got 4; expected mnemonic_jax.Execution"),
   # masks, layer axes and trees that do not match

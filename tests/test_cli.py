@@ -16,6 +16,7 @@ import pytest
 from running import COMMAND, FORGET_KEYS, TINY, call, command, environment, finish, start
 
 from mnemonic_jax import config as configs
+from mnemonic_jax.cli import commands
 
 pytest_plugins = ["run_fixtures"]
 
@@ -83,6 +84,13 @@ def test_each_verb_prints_one_json_object(forgotten):
   assert call("report", forgotten, "--json").json == {"report": str(forgotten / "forgets" / "0001" / "report.html")}
   assert set(call("configs", "--json").json) == set(configs.names())
   assert call("configs", "digits", "--json").json["train"]["seed"] == 0
+
+
+def test_a_class_without_test_examples_has_no_error(forgotten):
+  report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
+  unknown = dict.fromkeys(("forget_error_before", "forget_error_after"), float("nan"))
+  text = commands._forget_text({**report, "report": "page", **unknown})
+  assert re.search(r"error, forgotten classes +none +none\n", text) and "nan" not in text
 
 
 def test_each_verb_prints_text_for_people(forgotten):

@@ -300,10 +300,11 @@ def test_two_processes_on_one_run(tmp_path):
 # ---- disks
 
 
-def test_the_disk_is_full_while_checkpointing(disk, tmp_path):
+@pytest.mark.parametrize("keep", [1, 2])
+def test_the_disk_is_full_while_checkpointing(keep, disk, tmp_path):
   run = disk.path / "run"
   filler = disk.leave(110)  # one checkpoint, not two
-  outcome = command(*train(run))
+  outcome = command(*train(run, "--train.keep_checkpoints", keep))
   message = outcome.refusal()
   assert "cannot write the checkpoint" in message and "No space left on device" in message
   saved = [path.name for path in (run / "checkpoints").iterdir() if path.name.isdigit()]

@@ -44,6 +44,14 @@ def test_a_new_head_needs_a_file_to_leave_the_old_one_in():
     configs.load("digits", {"model.new_head": "yes"})
 
 
+def test_a_text_head_does_not_take_a_files_head():
+  both = {"model.pretrained": "file", "model.text_embeddings": "text.npy"}
+  with pytest.raises(UsageError, match=r"model\.text_embeddings: got 'text\.npy' with model\.pretrained"):
+    configs.load("digits", both)
+  assert configs.load("digits", both | {"model.new_head": True}).model.text_embeddings == "text.npy"
+  assert configs.load("digits", {"model.text_embeddings": "text.npy"}).model.pretrained == ""
+
+
 def test_mixup_and_cutmix_exclude_each_other():
   assert configs.load("digits", {"train.mixup": 0.2}).train.mixup == 0.2
   with pytest.raises(UsageError, match=r"train\.mixup: got 0\.2 with train\.cutmix 1\.0; expected one of them"):
@@ -88,6 +96,7 @@ def test_every_section_refuses_fields_it_has_not():
     ("train.epochs", 1.0),
     ("train.seed", 2**32),
     ("train.seed", -1),
+    ("train.keep_checkpoints", 0),
     ("train.learning_rate", -0.1),
     ("train.learning_rate", "fast"),
     ("codes.rate", 1.0001),

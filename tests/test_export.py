@@ -65,9 +65,9 @@ def test_training_goes_on_from_an_export(forgotten_once, tmp_path):
 def test_other_models_are_refused_and_a_new_head_is_ours(forgotten_once, tmp_path):
   file = tmp_path / "model.safetensors"
   assert call("export", forgotten_once, "--out", file).code == 0
-  with pytest.raises(MnemonicError, match=r"hidden\.bias has shape \(32,\) there; .* expects \(16,\)"):
+  with pytest.raises(MnemonicError, match=r"hidden\.kernel has shape \(64, 32\) there; .* expects \(64, 16\)"):
     pretrained.load(file, "mlp", *template(hidden=16))
-  with pytest.raises(MnemonicError, match=r"output\.bias has shape \(10,\) there; .* expects \(7,\).*new_head"):
+  with pytest.raises(MnemonicError, match=r"output\.kernel has shape \(32, 10\) there; .* expects \(32, 7\).*new_head"):
     pretrained.load(file, "mlp", *template(classes=7))
   with pytest.raises(MnemonicError, match="holds no vit_ti16"):
     pretrained.load(file, "vit_ti16", *template())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from toys import MODELS, assert_trees_close, cpu_mesh, host, make_codes, make_params, mlp, place, regression
 
 import mnemonic_jax as mj
+from mnemonic_jax import forgetting
 from mnemonic_jax.choosing import CodeScores
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -606,3 +607,63 @@ def test_models_of_every_make_forget_alike(make):
     pytest.approx(result.code_retain_accuracy),
     pytest.approx(result.code_forget_error),
   )
+
+
+# --- searching a strength
+
+
+GRID = mj.Strength(np.float32([1e-6, 1e-3, 0.1, 3.0, 0.1, 1e-3]), np.float32([5.0, 2.0, 2.0, 8.0, 0.5, 2.0]))
+
+
+def knowing(codes):
+  """Params of a softmax regression that knows its codes by heart."""
+  return {"kernel": codes[:, 0].T, "bias": jnp.zeros(len(codes))}
+
+
+def one_by_one(params, codes, forget, remain):
+  """Per strength: A_R + E_F on the codes, how far the weights moved, and the params."""
+  found = []
+  for pair in zip(GRID.lambda1, GRID.lambda2, strict=True):
+    moved, info = mj.forget_step(regression, params, codes, forget, remain, mj.Strength(*map(float, pair)))
+    distance = sum(float(jnp.sum((moved[name] - params[name]) ** 2)) for name in params)
+    found.append((float(info.code_retain_accuracy + info.code_forget_error), distance, host(moved)))
+  return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_search_keeps_the_weakest_of_the_best(seed):
+  codes = make_codes(seed)
+  params = knowing(codes)
+  forget, remain = masks([seed % 4], 4)
+  candidates = one_by_one(params, codes, forget, remain)
+  fishers = forgetting.code_fishers(regression, params, codes, forget, remain)
+  moved, info = jax.jit(lambda grid: forgetting.update_step(regression, params, codes, forget, remain, fishers, grid))(
+    GRID
+  )
+  best = max(score for score, _, _ in candidates)
+  weakest = min((c for c in candidates if c[0] > best - 1e-3), key=lambda c: c[1])
+  assert_trees_close(moved, weakest[2], rtol=1e-4, atol=1e-6)
+  assert float(info.code_retain_accuracy + info.code_forget_error) == pytest.approx(best)
+  tried = list(zip(GRID.lambda1, GRID.lambda2, strict=True))
+  assert (info.strength.lambda1, info.strength.lambda2) in tried
+
+
+def test_the_seeds_of_the_search_tell_its_rules_apart():
+  """Somewhere a tie has to be broken, and somewhere the best is not the weakest of all."""
+  ties = weak = 0
+  for seed in range(4):
+    candidates = one_by_one(knowing(make_codes(seed)), make_codes(seed), *masks([seed % 4], 4))
+    best = max(candidates, key=lambda c: c[0])[0]
+    ties += sum(c[0] > best - 1e-3 for c in candidates) > 1
+    weak += min(candidates, key=lambda c: c[1])[0] < best - 1e-3
+  assert ties and weak
+
+
+@pytest.mark.parametrize("shapes", [((2,), (3,)), ((2, 2), (2, 2)), ((0,), (0,)), ((2,), ())])
+def test_strengths_that_are_no_pairs_are_refused(shapes):
+  params, codes = knowing(make_codes()), make_codes()
+  forget, remain = masks([0], 4)
+  fishers = forgetting.code_fishers(regression, params, codes, forget, remain)
+  grid = mj.Strength(*(np.ones(shape, np.float32) for shape in shapes))
+  with pytest.raises(ValueError, match="expected two numbers, or two arrays"):
+    forgetting.update_step(regression, params, codes, forget, remain, fishers, grid)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
+import shutil
+import subprocess
 import sys
 from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
+from running import command, environment
 from toys import assert_trees_close, host
 
 import mnemonic_jax as mj
@@ -17,9 +21,12 @@ from mnemonic_jax import sharding
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"))
-import forget as forget_script
-import train as train_script
+pytest_plugins = ["stream_fixtures"]
+
+SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"
+sys.path.insert(0, str(SCRIPTS))
+import forget as forget_script  # noqa: E402
+import train as train_script  # noqa: E402
 
 CLASSES, BATCH, SIDE = 10, 16, 32
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -181,3 +188,44 @@ def test_layers_of_a_stack_stay_whole():
   placed = sharding.tree_shardings(sharding.make_mesh(1, 8), params)
   assert placed["blocks"]["kernel"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
   assert placed["bias"].spec == jax.sharding.PartitionSpec()
+
+
+def script(name, *arguments, devices):
+  """Run a script of experiments/imagenet_vit on so many CPU devices; return its JSON."""
+  done = subprocess.run(
+    [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, arguments)],
+    env=environment() | {"JAX_NUM_CPU_DEVICES": str(devices)},
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
+  """Through real Orbax checkpoints and TFDS's own ImageNet, of a few pictures that are not ImageNet's."""
+  config = tmp_path / "tiny.toml"
+  table = lambda name, fields: (
+    f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items())
+  )
+  tables = TABLES | {"train": TABLES["train"] | {"steps": 4, "batch_size": 8, "accumulate": 1, "checkpoint_steps": 2}}
+  config.write_text("".join(table(name, fields) for name, fields in tables.items()))
+  arguments = (config, "--data-dir", prepared_sets, "--out")
+  whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, devices=8)
+  assert whole["mesh"] == {"data": 1, "fsdp": 8} and whole["steps"] == 4
+  shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+  shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
+  resumed = script("train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2)
+  assert resumed["resumed_from_step"] == 2 and resumed["mesh"] == {"data": 2, "fsdp": 1}
+  read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+  for ours, theirs in zip(read("resumed"), read("whole"), strict=True):
+    assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert {"images_per_second_per_device", "step_seconds", "input_seconds", "checkpoint_seconds"} <= set(ours)
+  on_mesh = script("forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, devices=4)
+  on_one = command("forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, "--json").json
+  assert on_mesh["params_sha256_before"] == on_one["params_sha256_before"]
+  same = ("classes", "codes_sha256", "lambda1", "lambda2", "sign", "retain_accuracy_after", "forget_error_after")
+  assert {name: on_mesh[name] for name in same} == {name: on_one[name] for name in same}
+  assert (tmp_path / "whole" / "forgets" / "0001" / "report.html").is_file()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+import signal
+import subprocess
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from running import FORGET_KEYS, call, command, snapshot
+from killing import stop
+from running import FORGET_KEYS, call, command, finish, snapshot, start, wait_for
 from toys import cpu_mesh, place
 
 import mnemonic_jax as mj
@@ -203,6 +206,38 @@ def test_what_is_no_checkpoint_or_a_damaged_one(tree, tmp_path):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
   assert "plain: cannot be restored: " in call(*forget(checkpoint, tmp_path / "out")).refusal()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "plain"]
+
+
+def begin_writing(checkpoint: pathlib.Path, out: pathlib.Path) -> tuple[subprocess.Popen[str], pathlib.Path]:
+  """Start a forget, and return when its temporary folder is there."""
+  before = set(out.parent.glob(".unfinished-*"))
+  process = start(*forget(checkpoint, out))
+  found = lambda: set(out.parent.glob(".unfinished-*")) - before
+  assert wait_for(found, process), "it was too fast"
+  return process, found().pop()
+
+
+def test_what_a_killed_one_left_is_swept_and_what_a_live_one_writes_is_not(tree, tmp_path):
+  checkpoint, out = save(tmp_path / "plain", tree), tmp_path / "[out]"
+  (tmp_path / ".unfinished-another-x").mkdir()
+  (tmp_path / ".unfinished-[out]-x").symlink_to(tmp_path / ".unfinished-another-x")
+  killed, left = begin_writing(checkpoint, out)
+  assert stop(killed, signal.SIGKILL).code == -signal.SIGKILL and left.is_dir() and not out.exists()
+  live, its = begin_writing(checkpoint, out)
+  try:
+    live.send_signal(signal.SIGSTOP)
+    assert not left.exists()
+    assert its.is_dir(), "it went on too fast"
+    assert call(*forget(checkpoint, out)).code == 0
+    assert its.is_dir()
+  finally:
+    live.send_signal(signal.SIGCONT)
+  whole = snapshot(out)
+  assert "[out]: cannot be written: Directory not empty" in finish(live).refusal()
+  assert snapshot(out) == whole
+  assert sorted(path.name for path in tmp_path.iterdir()) == [
+    *(".unfinished-[out]-x", ".unfinished-another-x", "[out]", "plain")
+  ]
 
 
 def test_out_must_be_new_and_outside(tree, tmp_path):

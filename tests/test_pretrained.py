@@ -146,7 +146,7 @@ def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
   _, other, _ = template_for(7)
-  with pytest.raises(MnemonicError, match=r"head\.bias has shape \(5,\) there; .* expects \(7,\).*new_head"):
+  with pytest.raises(MnemonicError, match=r"head\.kernel has shape \(192, 5\) there; .* expects \(192, 7\).*new_head"):
     pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state)
   read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state, new_head=True)
   np.testing.assert_array_equal(read["head"]["kernel"], other["head"]["kernel"])
@@ -190,10 +190,23 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
   bomb = tmp_path / "bomb.safetensors"
   bomb.write_bytes((2**60).to_bytes(8, "little") + b"{}")
   assert "cannot be read" in refusal(bomb, "vit_ti16", trees)
-  outside = tmp_path / "outside.safetensors"
-  header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}'
-  outside.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
-  assert "cannot be read" in refusal(outside, "vit_ti16", trees)
+  for header in (
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,999999]}}',  # beyond the file
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[-16,0]}}',
+    b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,16]}}',  # fewer bytes than the shape needs
+    b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}',
+    b'{"a":{"dtype":"O","shape":[4],"data_offsets":[0,16]}}',
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    b'{"a":' + b"[" * 100_000,
+    b'{"a":{"dtype":"F32"',
+    b"\xff\xfe",
+    b"",
+  ):
+    evil = tmp_path / "evil.safetensors"
+    evil.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    assert "cannot be read" in refusal(evil, "vit_ti16", trees), header[:80]
+  cut.write_bytes(b"\1\2\3")  # not even a length
+  assert "cannot be read" in refusal(cut, "vit_ti16", trees)
   np.savez(tmp_path / "whole.npz", **as_augreg(params))
   cut = tmp_path / "cut.npz"
   cut.write_bytes((tmp_path / "whole.npz").read_bytes()[:1000])
@@ -247,7 +260,7 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   np.testing.assert_array_equal(params["head"]["kernel"], arrays["fc.weight"].T)
   save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
   refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
-  assert "head.bias has shape (3,) there" in refused.refusal()
+  assert "head.kernel has shape (4, 3) there" in refused.refusal()
   save_file(arrays, file)
   trained("averaged", "--train.ema", 0.999)  # and so does its average
   checkpoint = newest(tmp_path / "averaged" / "checkpoints")

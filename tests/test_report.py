@@ -157,6 +157,46 @@ class TestVerdict:
     assert "Nothing was changed." not in page().text
 
 
+def averaged(**changes: Any) -> dict[str, Any]:
+  """A forget JSON of a run that keeps a moving average; `changes` are of the average."""
+  report = make_report(10, [0])
+  average = {"retain_accuracy_before": 0.981, "retain_accuracy_after": 0.98, "forget_error_before": 0.004}
+  hashes = {"params_sha256_before": "e3a0" * 16, "params_sha256_after": "e3a1" * 16}
+  return report | {"copies": {"params": dict(report), "ema": report | average | hashes | changes}}
+
+
+class TestMovingAverage:
+  def test_its_scores_and_hashes_are_shown(self) -> None:
+    text = Tree(render(averaged(), make_evidence(10, [0]), None)).text
+    assert "Moving average, before a copy of the params that may be served too 98.1 % 0.4 %" in text
+    assert "Moving average, after the same forget of it 98.0 % 100 % Head edit" in text
+    assert "Moving average before, SHA-256 e3a0" in text and "Moving average after, SHA-256 e3a1" in text
+    assert "came out otherwise" not in text and "Moving average" not in page().text
+
+  def test_no_control_is_said_of_it_too(self) -> None:
+    assert "no control was run" in Tree(render(averaged(), make_evidence(10, [0]) | {"controls": []}, None)).text
+
+  def test_one_that_was_not_forgotten_is_called_out(self) -> None:
+    text = Tree(render(averaged(forget_error_after=0.5), make_evidence(10, [0]), None)).text
+    assert "✓ Forgotten" in text
+    assert "The moving average of the params, which may be served too, came out otherwise: Not forgotten." in text
+
+  def test_equal_hashes_of_it_are_called_out(self) -> None:
+    text = Tree(render(averaged(params_sha256_after="e3a0" * 16), make_evidence(10, [0]), None)).text
+    assert "The weights of the moving average after are the weights of the moving average before" in text
+
+  @pytest.mark.parametrize(
+    "copies",
+    [
+      *([], {}, {"ema": None}, {"ema": {"retain_accuracy_before": 1.0}}),
+      *(averaged(**wrong)["copies"] for wrong in ({"forget_error_after": 2}, {"params_sha256_after": 3})),
+    ],
+  )
+  def test_edited_values(self, copies: Any) -> None:
+    with pytest.raises(ValueError, match="copies"):
+      render(make_report(10, [0]) | {"copies": copies}, make_evidence(10, [0]), None)
+
+
 class TestPage:
   @pytest.mark.parametrize(
     ("num_classes", "classes"), [(2, (1,)), (10, (0,)), (10, (3, 5)), (30, (29,)), (100, (3, 7))]
@@ -288,8 +328,19 @@ class TestMissingValues:
 
   def test_empty_losses(self) -> None:
     evidence = make_evidence(10, [0])
+    whole = Tree(render(make_report(10, [0]), evidence, None))
+    evidence["losses"] |= {"train_before": [], "train_after": []}  # as of a streamed set
+    tree = Tree(render(make_report(10, [0]), evidence, None))
+    assert (
+      len(whole.all("figure")) == 4 and "No losses of" not in whole.text and "which ones were trained on" in whole.text
+    )
+    assert len(tree.all("figure")) == 2 and "Test examples, after: 36 examples" in tree.text
+    assert "No losses of training examples of class 0 (zero) are shown: none were recorded." in tree.text
+    assert "streamed data set" in tree.text and "which ones were trained on" not in tree.text
     evidence["losses"] = {key: [] for key in evidence["losses"]}
-    assert Tree(render(make_report(10, [0]), evidence, None)).text.count(": no examples") == 4
+    nothing = Tree(render(make_report(10, [0]), evidence, None))
+    assert nothing.all("figure") == [] and "on one logarithmic axis" not in nothing.text
+    assert all(f"No losses of {split} examples of class 0" in nothing.text for split in ("training", "test"))
 
   def test_unmeasured_time_and_no_layers(self) -> None:
     seconds = dict.fromkeys(("compile", "fisher", "perturb", "total"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import pathlib
 import shutil
@@ -158,7 +159,23 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
     assert copies[name]["sign"] in (1, -1) and copies[name]["seconds"]["total"] > 0
   assert len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")}) == 4
   reports.validate(*(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence")))
-  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--json").json
+  # what else shows scores shows those of both copies
+  evaluated, shown = call("evaluate", run, "--json").json, call("evaluate", run).out
+  told = call("forget", plain, "--classes", 4).out + call("evaluate", plain).out
+  page = html.unescape((folder / "report.html").read_text()).replace("\u00a0", " ")
+  for name, suffix in (("params", ""), ("ema", "_ema")):
+    for key in ("retain_accuracy", "forget_error", "per_class_accuracy"):
+      for model, when in (("trained", "before"), ("forgotten", "after")):
+        assert evaluated[model + suffix][key] == copies[name][f"{key}_{when}"]
+        assert key == "per_class_accuracy" or f"{evaluated[model + suffix][key]:.2%}" in shown
+        assert copies[name][f"params_sha256_{when}"] in page
+  assert evaluated["forgotten_ema"]["params"] == str(folder / "ema_params")
+  assert shown.count("its average") == 2 and "Moving average, after" in page
+  assert "average" not in told and "Moving average" not in (plain / "forgets" / "0001" / "report.html").read_text()
+  assert call("evaluate", plain, "--json").json.keys() == {"run", "classes", "trained", "forgotten"}
+  again = call("forget", run, "--classes", 4).out
+  assert "accuracy, kept classes (average)" in again and "error, forgotten classes (average)" in again
+  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--number", 1, "--json").json
   assert exported["params_sha256"] == copies["ema"]["params_sha256_after"]
   message = call("export", plain, "--out", tmp_path / "no.safetensors", "--ema").refusal(2)
   assert "--ema: " in message and "has no moving average" in message
@@ -173,6 +190,22 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), restored(folder / "ema_params"), wanted.params
   )
+
+
+def test_the_newest_checkpoints_stay(tmp_path):
+  def kept(folder: str, epochs: int, *words: object) -> list[int]:
+    fixed = ("--train.checkpoint_every", 1, "--model.hidden", 32, "--train.epochs", epochs)
+    result = call("train", "digits", "--out", tmp_path / folder, *fixed, *words, "--json").json
+    found = sorted(int(path.name) // 44 for path in (tmp_path / folder / "checkpoints").iterdir())
+    assert result["epochs"] == found[-1] == epochs
+    return found
+
+  assert kept("as ever", 4) == [3, 4]
+  assert kept("one", 3, "--train.keep_checkpoints", 1) == [3]
+  assert kept("four", 5, "--train.keep_checkpoints", 4) == [2, 3, 4, 5]
+  # how many stay is no part of what is trained: a resumed training may keep fewer
+  shutil.rmtree(tmp_path / "four" / "checkpoints" / "220")
+  assert kept("four", 5, "--train.keep_checkpoints", 1) == [5]
 
 
 def test_an_averaging_training_resumes_bit_for_bit(tmp_path):
@@ -200,7 +233,7 @@ def test_the_order_of_requests_does_not_matter(trained_once, forgotten, tmp_path
 
 
 def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
-  leftover = forgotten / "forgets" / ".unfinished-x" / "params"
+  leftover = forgotten / "forgets" / ".unfinished-0002-x" / "params"
   leftover.mkdir(parents=True)
   assert call("forget", forgotten, "--classes", 3).code == 0
   assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]

@@ -16,7 +16,7 @@ import numpy as np
 import prepared_sets as archives
 import pytest
 from PIL import Image
-from running import call
+from running import call, snapshot
 
 from mnemonic_jax import data
 from mnemonic_jax.data import pictures
@@ -196,6 +196,43 @@ def test_a_damaged_picture_is_named(damage, workers):
   if not workers:
     with pytest.raises(MnemonicError, match=r"example 11 cannot be read"):
       list(split.batches(7))
+
+
+def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_path):
+  sets = pathlib.Path(shutil.copytree(prepared_sets / "cars196", tmp_path / "sets" / "cars196")).parent
+  words = ("train", "digits", *SETTINGS, "--data-dir", sets, "--train.checkpoint_every", 1, "--json", "--out")
+  whole = call(*words, tmp_path / "whole").json
+  run = pathlib.Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
+  shutil.rmtree(run / "checkpoints" / str(whole["steps"]))
+  before = snapshot(run / "checkpoints")
+  (file,) = sets.glob("cars196/*/*train*array_record*")
+  content = file.read_bytes()
+  file.write_bytes(content[: len(content) // 2] + bytes(4096) + content[len(content) // 2 + 4096 :])
+  message = call(*words, run).refusal()
+  assert "data set 'cars196', split 'train'" in message and "prepare it again" in message
+  assert snapshot(run / "checkpoints") == before
+  file.write_bytes(content)
+  assert call(*words, run).json["params_sha256"] == whole["params_sha256"]
+
+
+def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(prepared_sets, tmp_path, monkeypatch):
+  """ImageNet's records are read one by one: it is found in the third step, after the checkpoint of the second."""
+  settings = ("--data.name", "imagenet2012", *SETTINGS[2:], "--train.batch_size", 3, "--train.steps", 5)
+  words = ("train", "digits", *settings, "--train.checkpoint_steps", 2, "--data-dir", prepared_sets, "--json", "--out")
+  whole, run = call(*words, tmp_path / "whole").json, tmp_path / "run"
+  real, calls = pictures.random_resized_crop, itertools.count(1)
+
+  def crop(encoded, *more):
+    return real(encoded[:300] if next(calls) == 9 else encoded, *more)
+
+  with monkeypatch.context() as patched:
+    patched.setattr(pictures, "random_resized_crop", crop)
+    patched.setattr("mnemonic_jax.data.stream._AHEAD", 1)  # one thread, so that the ninth is of the third step
+    message = call(*words, run).refusal()
+  assert "data set 'imagenet2012', split 'train'" in message and "cannot be read (OSError" in message
+  assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
+  resumed = call(*words, run).json
+  assert resumed["params_sha256"] == whole["params_sha256"] and resumed["steps"] == 5
 
 
 @pytest.mark.parametrize("label", [-1, 3])

@@ -149,6 +149,8 @@ def refusal(file: pathlib.Path) -> str:
   ("value", "words"),
   [
     (vectors()[0], "has shape (6,); expected (3, E)"),
+    (vectors()[:, 0], "has shape (3,); expected (3, E)"),
+    (vectors()[..., None], "has shape (3, 6, 1); expected (3, E)"),
     (vectors(4), "has shape (4, 6); expected (3, E), a vector for each of the 3 classes"),
     (vectors()[:, :0], "has shape (3, 0)"),
     (changed(1, np.nan), "the vector of class 1 holds NaN or inf"),

@@ -103,6 +103,28 @@ def run_epoch(examples, batch_size, epochs=1, seed=0):
   return seen, state, metrics
 
 
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_a_gradient_in_parts_is_the_same_gradient(parts):
+  def counting(params, model_state, inputs, train):
+    return regression(params, inputs), {"examples": model_state["examples"] + len(inputs)}
+
+  optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch(examples=8)
+  make = lambda accumulate: mj.make_train_step(counting, optimizer, codes, rate=0.5, accumulate=accumulate)
+  state = make_state(optimizer, model_state={"examples": jnp.int32(0)})
+  whole, metrics = jax.jit(make(1))(state, images, labels)
+  ours, our_metrics = jax.jit(make(parts))(state, images, labels)
+  assert_trees_close(ours.params, host(whole.params), rtol=1e-5, atol=1e-7)
+  assert_trees_close(our_metrics, host(metrics), rtol=1e-5)
+  assert ours.model_state["examples"] == 8  # each part went through it
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+  optimizer, (images, labels) = optax.sgd(0.3), make_batch(examples=8)
+  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.5, accumulate=3)
+  with pytest.raises(ValueError, match="accumulate: got 3 for a batch of 8; expected a divisor"):
+    step(make_state(optimizer), images, labels)
+
+
 def test_an_epoch_visits_every_example_once_and_what_is_left_over_sits_out():
   (seen,), state, _ = run_epoch(12, 4)
   assert sorted(seen.ravel()) == list(range(12)) and state.step == 3

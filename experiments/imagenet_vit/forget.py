@@ -127,7 +127,8 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   sides = (jax.device_put(chosen, copied), jax.device_put(~chosen, copied))
   arguments = (params, trained.model_state, place_codes(trained.codes, program), *sides)
   settings = job.config.forget
-  lambdas = zip(*GRID, strict=True) if job.search else (settings.lambda1, settings.lambda2)
+  tried = GRID if job.search else [(settings.lambda1, settings.lambda2)]
+  lambdas = zip(*tried, strict=True) if job.search else tried[0]
   strength = mj.Strength(*(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas))
   fishers_of = program.fishers.lower(*arguments).compile()
   update = program.update.lower(*arguments, program.fisher, program.fisher, strength).compile()
@@ -137,6 +138,8 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   moved, info = jax.block_until_ready(update(*arguments, *fishers, strength))
   end = time.perf_counter()
   info = jax.device_get(info)
+  found = info.strength.lambda1, info.strength.lambda2
+  kept = next(pair for pair in tried if np.array_equal(np.float32(pair), found))  # not rounded to float32
   seconds = {
     "compile": compiled - start,
     "fisher": measured - compiled,
@@ -146,7 +149,7 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   return mj.ForgetResult(
     moved,
     int(info.sign),
-    mj.Strength(float(info.strength.lambda1), float(info.strength.lambda2)),
+    mj.Strength(*kept),
     float(info.code_retain_accuracy),
     float(info.code_forget_error),
     seconds,

@@ -100,12 +100,13 @@ def _require_sections(overrides: dict[str, Any], *sections: str) -> None:
 
 def _forget_text(result: dict[str, Any]) -> str:
   seconds = result["seconds"]
-  rows = [
-    ("", "before", "after"),
-    ("accuracy, kept classes", *(f"{result[f'retain_accuracy_{when}']:.2%}" for when in ("before", "after"))),
-    ("error, forgotten classes", *(f"{result[f'forget_error_{when}']:.2%}" for when in ("before", "after"))),
-  ]
-  table = "\n".join(f"  {name:<26}{before:>9}{after:>9}" for name, before, after in rows)
+  rows = [("", "before", "after")]
+  for of_average, copy in ("", result), (" (average)", result.get("copies", {}).get("ema")):
+    for name, key in ("accuracy, kept classes", "retain_accuracy"), ("error, forgotten classes", "forget_error"):
+      if copy:
+        before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
+        rows.append((f"{name}{of_average}", before, after))
+  table = "\n".join(f"  {name:<36}{before:>9}{after:>9}" for name, before, after in rows)
   return (
     f"forgot {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
     f"(compile {seconds['compile']:.2f}, Fisher {seconds['fisher']:.3f}, perturb {seconds['perturb']:.3f})\n{table}\n"
@@ -113,18 +114,22 @@ def _forget_text(result: dict[str, Any]) -> str:
   )
 
 
+def _percent(share: float) -> str:
+  return "none" if math.isnan(share) else f"{share:.2%}"
+
+
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = _dataset(folder.config, options)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
   lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
-  percent = lambda share: "none" if math.isnan(share) else f"{share:.2%}"
-  for name in ("trained", "forgotten"):
-    if (scores := result[name]) is not None:
-      kept, error = percent(scores["retain_accuracy"]), percent(scores["forget_error"])
-      lines.append(f"  {name:<10} accuracy of kept {kept}, error of forgotten {error}")
-      shares = (f"{index}: {percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
-      lines.append(f"             per class {', '.join(shares)}")
+  shown = {"trained": "trained", "trained_ema": "its average", "forgotten": "forgotten", "forgotten_ema": "its average"}
+  for name, title in shown.items():
+    if (scores := result.get(name)) is not None:
+      kept, error = _percent(scores["retain_accuracy"]), _percent(scores["forget_error"])
+      lines.append(f"  {title:<12} accuracy of kept {kept}, error of forgotten {error}")
+      shares = (f"{index}: {_percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
+      lines.append(f"               per class {', '.join(shares)}")
   return result, "\n".join(lines)
 
 

@@ -143,10 +143,7 @@ class Stream:
       label = int(example["label"])
       image = decode(example["image"])
     except Exception as error:  # damaged records and pictures raise many kinds
-      raise MnemonicError(
-        f"data set {self.name}: example {place} cannot be read ({type(error).__name__}: {error}). The prepared files are "
-        "damaged: delete that folder and prepare it again."
-      ) from None
+      raise _damaged(self.name, f"example {place}", error) from None
     require_labels(self.name, [label], self.num_classes)
     return image, label, row
 
@@ -157,10 +154,20 @@ def read_labels(name: str, source: Any, num_classes: int) -> np.ndarray:
   with Progress(f"read labels of {name}", len(source), "records") as progress:
     for start in range(0, len(source), 1000):
       rows = list(range(start, min(start + 1000, len(source))))
-      labels[rows] = [int(example["label"]) for example in source.__getitems__(rows)]
+      try:
+        labels[rows] = [int(example["label"]) for example in source.__getitems__(rows)]
+      except Exception as error:
+        raise _damaged(name, f"one of the examples {rows[0]} to {rows[-1]}", error) from None
       progress.update(len(rows))
   require_labels(name, labels, num_classes)
   return labels
+
+
+def _damaged(name: str, what: str, error: Exception) -> MnemonicError:
+  return MnemonicError(
+    f"data set {name}: {what} cannot be read ({type(error).__name__}: {error}). The prepared files are damaged: delete that "
+    "folder and prepare it again."
+  )
 
 
 @functools.lru_cache(maxsize=2)

@@ -46,21 +46,28 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Histograms:
-  """Four panels over one axis; `tallest` is the share of examples in the tallest bar, "" without any."""
+  """Panels over one axis, none of a split without losses, which `missing` names; `tallest` is the share of examples in the
+  tallest bar, "" without any.
+  """
 
   axis: Axis
   panels: tuple[Panel, ...]
+  missing: tuple[str, ...]
   tallest: str
 
 
 def histograms(losses: Mapping[str, Sequence[float]], num_classes: int) -> Histograms:
-  """Make the four histograms; bars show shares of examples, on one scale for all panels."""
+  """Make up to four histograms; bars show shares of examples, on one scale for all panels."""
   data = {key: numbers(losses[key]) for key, _, _ in PANELS}
   axis = shared_axis(np.concatenate(list(data.values())), math.log(num_classes))
   shares = {key: _shares(values, axis.edges) for key, values in data.items()}
   tallest = max((float(s.max(initial=0.0)) for s in shares.values()), default=0.0)
-  panels = (_panel(title, when, data[key], shares[key], tallest, axis.edges) for key, title, when in PANELS)
-  return Histograms(axis, tuple(panels), percent(tallest) if tallest else "")
+  known = {title for key, title, _ in PANELS if data[key].size}
+  panels = (
+    _panel(title, when, data[key], shares[key], tallest, axis.edges) for key, title, when in PANELS if title in known
+  )
+  missing = dict.fromkeys(title.lower() for _, title, _ in PANELS if title not in known)
+  return Histograms(axis, tuple(panels), tuple(missing), percent(tallest) if tallest else "")
 
 
 def shared_axis(values: np.ndarray, guess: float) -> Axis:

@@ -10,7 +10,7 @@ import jinja2
 import numpy as np
 
 from mnemonic_jax.report import accuracy, confusion, histograms, pictures, tables, wording
-from mnemonic_jax.report.schema import number, validate
+from mnemonic_jax.report.schema import moving_average, number, validate
 
 
 def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.ndarray | None) -> str:
@@ -45,6 +45,7 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
     one=len(classes) == 1,
     tag="forgotten" if verdict.kind in ("good", "costly") else "to forget",
     scores=tables.score_rows(report, evidence["controls"]),
+    controlled=bool(evidence["controls"]),
     accuracy=accuracy.accuracy_table(report, names),
     confusion=confusion.confusion(report, evidence),
     histograms=histograms.histograms(evidence["losses"], len(names)),
@@ -53,7 +54,7 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
     seconds=tables.time_rows(report["seconds"]),
     facts=tables.facts(report, evidence),
     fingerprints=tables.fingerprints(report),
-    unchanged=report["params_sha256_before"] == report["params_sha256_after"],
+    alarms=_alarms(report, verdict, names),
   )
 
 
@@ -72,6 +73,21 @@ def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, s
     ("Worst change of a kept class", drop, whose),
     ("Time for the forget", *_times(report)),
   ]
+
+
+def _alarms(report: Mapping[str, Any], verdict: wording.Verdict, names: Sequence[str]) -> list[str]:
+  """What must not be overlooked: copies of the params that are as they were, or came out unlike what the badge says."""
+  average, alarms = moving_average(report), []
+  for whose, copy in ("", report), (" of the moving average", average):
+    if copy is not None and copy["params_sha256_before"] == copy["params_sha256_after"]:
+      alarms.append(
+        f"The weights{whose} after are the weights{whose} before: both have the same SHA-256. Nothing was changed."
+      )
+  if average is not None:
+    its = wording.verdict({**report, **average}, names)
+    if its.kind != verdict.kind:
+      alarms.append(f"The moving average of the params, which may be served too, came out otherwise: {its.label}.")
+  return alarms
 
 
 def _times(report: Mapping[str, Any]) -> tuple[str, str]:

@@ -22,8 +22,22 @@ class Seconds(TypedDict):
   total: float | None
 
 
+class Copy(TypedDict):
+  """What a forget did to one copy of the params, as far as the page shows it."""
+
+  retain_accuracy_before: float | None
+  retain_accuracy_after: float | None
+  forget_error_before: float | None
+  forget_error_after: float | None
+  params_sha256_before: str
+  params_sha256_after: str
+
+
 class Report(TypedDict):
-  """The JSON of a forget. Accuracies and errors are fractions in [0, 1], None or NaN where there are no examples."""
+  """The JSON of a forget. Accuracies and errors are fractions in [0, 1], None or NaN where there are no examples.
+
+  Where a moving average of the params is kept, "copies" is there too: a `Copy` for "params" and one for "ema".
+  """
 
   requested: list[int]  # classes of this request
   classes: list[int]  # all classes asked for so far, this request included
@@ -123,6 +137,11 @@ def numbers(values: Any) -> np.ndarray:
   return np.array([number(value) for value in values], np.float64)
 
 
+def moving_average(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """Return what the forget did to the moving average of the params, a `Copy`, or None where none is kept."""
+  return report["copies"]["ema"] if "copies" in report else None
+
+
 def _validate_classes(report: Mapping[str, Any], num_classes: int) -> None:
   for key in ("requested", "classes"):
     name = f"report[{key!r}]"
@@ -136,6 +155,8 @@ def _validate_classes(report: Mapping[str, Any], num_classes: int) -> None:
 def _validate_report_values(report: Mapping[str, Any], num_classes: int) -> None:
   for key in _FRACTIONS:
     _require_fraction(f"report[{key!r}]", report[key])
+  if "copies" in report:
+    _validate_average(report["copies"])
   for key in ("per_class_accuracy_before", "per_class_accuracy_after"):
     for value in _require_list(f"report[{key!r}]", report[key], num_classes):
       _require_fraction(f"report[{key!r}]", value)
@@ -148,6 +169,16 @@ def _validate_report_values(report: Mapping[str, Any], num_classes: int) -> None
   for key in _REPORT_TEXTS:
     _require(f"report[{key!r}]", report[key], str, "a string")
   _require("report['versions']", report["versions"], Mapping, "an object of name: version")
+
+
+def _validate_average(copies: Any) -> None:
+  name = "report['copies']['ema']"
+  _require("report['copies']", copies, Mapping, "an object")
+  _require_keys(name, copies.get("ema"), Copy)
+  for key in _FRACTIONS:
+    _require_fraction(f"{name}[{key!r}]", copies["ema"][key])
+  for key in ("params_sha256_before", "params_sha256_after"):
+    _require(f"{name}[{key!r}]", copies["ema"][key], str, "a string")
 
 
 def _validate_evidence_values(evidence: Mapping[str, Any], num_classes: int) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mnemonic_jax.report.schema import number
+from mnemonic_jax.report.schema import moving_average, number
 from mnemonic_jax.report.wording import UNIT, clean, duration, percent, scientific
 
 LAYERS_SHOWN = 24  # with more, the most moved ones
@@ -58,10 +58,15 @@ class TimeRow:
 
 
 def score_rows(report: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -> tuple[ScoreRow, ...]:
-  """Return the trained model, this forget and every control, in one form."""
+  """Return the trained model, this forget, both of the moving average where there is one, and every control, in one form."""
   before = ("Before", False, report["retain_accuracy_before"], report["forget_error_before"], "the trained model")
   this = ("This forget", True, report["retain_accuracy_after"], report["forget_error_after"], "from the codes alone")
-  others = ((c["name"], False, c["retain_accuracy"], c["forget_error"], str(c["note"])) for c in controls)
+  others = [(c["name"], False, c["retain_accuracy"], c["forget_error"], str(c["note"])) for c in controls]
+  if (average := moving_average(report)) is not None:
+    others[:0] = (
+      (f"Moving average, {when}", False, average[f"retain_accuracy_{when}"], average[f"forget_error_{when}"], note)
+      for when, note in (("before", "a copy of the params that may be served too"), ("after", "the same forget of it"))
+    )
   return tuple(
     ScoreRow(clean(str(name)), marked, percent(number(retain)), percent(number(error)), clean(note, 300))
     for name, marked, retain, error, note in (before, this, *others)
@@ -136,11 +141,16 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
 
 def fingerprints(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
   """Return what identifies the files, as (term, value)."""
+  copies = {"Params": report, "Moving average": moving_average(report)}
   return (
     ("Checkpoint", clean(report["checkpoint"], 400)),
     ("Codes, SHA-256", clean(report["codes_sha256"], 128)),
-    ("Params before, SHA-256", clean(report["params_sha256_before"], 128)),
-    ("Params after, SHA-256", clean(report["params_sha256_after"], 128)),
+    *(
+      (f"{name} {when}, SHA-256", clean(copy[f"params_sha256_{when}"], 128))
+      for name, copy in copies.items()
+      for when in ("before", "after")
+      if copy is not None
+    ),
   )
 
 

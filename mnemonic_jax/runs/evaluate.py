@@ -17,7 +17,7 @@ from mnemonic_jax.runs.trained import restore
 
 
 def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> dict[str, Any]:
-  """Score the trained params, and those of the latest forget if there is one.
+  """Score the trained params, and those of the latest forget if there is one; "..._ema" are their moving averages.
 
   `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
   """
@@ -26,9 +26,15 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
   check_classes(chosen, num_classes)
   trained = restore(run, dataset)
   finished = run.forgets()
-  models = {"trained": trained.params}
+  models, places = {"trained": trained.params}, {"trained": trained.checkpoint}
   if finished:
-    models["forgotten"] = restore_params(finished[-1] / "params", trained.params)
+    places["forgotten"] = finished[-1] / "params"
+    models["forgotten"] = restore_params(places["forgotten"], trained.params)
+  if trained.ema_params is not None:  # a copy that may be served too
+    models["trained_ema"], places["trained_ema"] = trained.ema_params, trained.checkpoint
+    if finished:
+      places["forgotten_ema"] = finished[-1] / "ema_params"
+      models["forgotten_ema"] = restore_params(places["forgotten_ema"], trained.params)
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
   every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
   for name, seen in zip(models, every, strict=True):
@@ -40,6 +46,6 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
       "forget_error": scores.forget_error,
       "per_class_accuracy": scores.per_class.tolist(),
       "accuracy": len(right) / len(seen.labels),
-      "params": str(finished[-1] / "params") if name == "forgotten" else str(trained.checkpoint),
+      "params": str(places[name]),
     }
   return result

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -65,8 +67,8 @@ def write_text(path: epath.PathLike, text: str) -> None:
 def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> None:
   """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole.
 
-  In an object store, and where several processes write, `fill` writes into `final` itself: it is whole when what `fill`
-  writes last is there.
+  What earlier, killed attempts at the same folder left behind is swept away first. In an object store, and where several
+  processes write, `fill` writes into `final` itself: it is whole when what `fill` writes last is there.
   """
   final = epath.Path(final)
   if paths.is_remote(final) or distributed.several():
@@ -75,9 +77,45 @@ def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> No
       fill(final)
     return
   parent = final.parent
-  with _failing_as(parent):
-    parent.mkdir(parents=True, exist_ok=True)
-    temporary = epath.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=parent))
+  with contextlib.ExitStack() as lock:
+    with _failing_as(parent):
+      parent.mkdir(parents=True, exist_ok=True)
+      for leftover in paths.children(parent, f"{UNFINISHED}{glob.escape(final.name)}-*"):
+        with contextlib.suppress(OSError), _lock(leftover) as got:  # what is not ours, or no folder, stays
+          if got:
+            shutil.rmtree(leftover)
+      temporary = _new_folder(final, lock)
+    _fill(temporary, final, fill)
+
+
+def _new_folder(final: epath.Path, lock: contextlib.ExitStack) -> epath.Path:
+  """Make a temporary folder beside `final`, locked for as long as this process lives or `lock` is open."""
+  while True:
+    temporary = epath.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
+    with contextlib.suppress(FileNotFoundError):  # swept by another process before it was locked
+      got = lock.enter_context(_lock(temporary))
+      if got is not False and temporary.exists():
+        return temporary
+
+
+@contextlib.contextmanager
+def _lock(folder: epath.Path) -> Iterator[bool | None]:
+  """Lock a folder itself: False where a live process holds it, None where the file system has no such locks."""
+  descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      got: bool | None = True
+    except BlockingIOError:
+      got = False
+    except OSError:
+      got = None
+    yield got
+  finally:
+    os.close(descriptor)
+
+
+def _fill(temporary: epath.Path, final: epath.Path, fill: Callable[[epath.Path], None]) -> None:
   try:
     with _failing_as(final):
       fill(temporary)

@@ -6,7 +6,6 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from mnemonic_jax.runs import files
 
 _FORMAT = 1
 # Fields that say where or how, not what: they may differ between the commands of one run.
-_FREE_FIELDS = (("data", "data_dir"), ("execution",), ("forget",))
+_FREE_FIELDS = (("data", "data_dir"), ("train", "keep_checkpoints"), ("execution",), ("forget",))
 
 
 class RunFolder:
@@ -70,7 +69,7 @@ class RunFolder:
         old = RunFolder.open(path)
         if _identity(old.config) == _identity(self.config):
           return
-        if any(self.checkpoints.glob("[0-9]*")):
+        if paths.children(self.checkpoints, "[0-9]*"):
           raise MnemonicError(
             f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). Nothing was changed; "
             "choose another --out, or repeat the settings of that run to resume it."
@@ -209,8 +208,8 @@ class RunFolder:
 
   def forgets(self) -> list[epath.Path]:
     """Folders of the finished forgets, those that have a report.json, oldest first."""
-    folder = self.path / "forgets"
-    return sorted(p for p in folder.glob("[0-9]" * 4) if (p / "report.json").exists()) if folder.is_dir() else []
+    numbered = paths.children(self.path / "forgets", "[0-9]" * 4)
+    return sorted(path for path in numbered if (path / "report.json").exists())
 
   def forgotten_classes(self) -> list[int]:
     """The union of all classes that finished forgets asked for."""
@@ -239,24 +238,15 @@ class RunFolder:
   def add_forget(self, fill: Callable[[epath.Path], None]) -> epath.Path:
     """Make forgets/NNNN, whole or not at all, from what `fill` writes, report.json last.
 
-    Call with the run locked. What an earlier, killed forget left behind is swept away first; where nothing can be renamed
-    (`files.make_folder`) it stays, without a report.json, and the next number is taken.
+    Call with the run locked. Where nothing can be renamed (`files.make_folder`), what a killed forget left behind stays,
+    without a report.json, and the next number is taken.
     """
     parent = self.path / "forgets"
-    distributed.on_writer(self._sweep)
-    number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
+    number = max((int(p.name) for p in paths.children(parent, "[0-9]" * 4)), default=0) + 1
     final = parent / f"{number:04d}"
     distributed.barrier("all have seen the same number")
     files.make_folder(final, fill)
     return final
-
-  def _sweep(self) -> None:
-    parent = self.path / "forgets"
-    try:
-      for leftover in parent.glob(f"{files.UNFINISHED}*"):
-        shutil.rmtree(leftover)
-    except OSError as error:
-      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
 
 
 def versions() -> dict[str, str]:

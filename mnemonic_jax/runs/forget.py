@@ -148,7 +148,8 @@ def described(
     page = reports.render(files.plain(report), files.plain(evidence), to_host(trained.codes))
     for name, params in copies.items():
       save_params(folder / name, params)
-    files.write_json(folder / "evidence.json", evidence)
+    # In one line: the confusions of 1000 classes are two million counts.
+    files.write_text(folder / "evidence.json", files.dumps(evidence))
     files.write_text(folder / "report.html", page)
     files.write_json(folder / "report.json", report)  # last: with it the forget is finished
 
