@@ -141,10 +141,10 @@ def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(
     ]
     for kind in ("reduce-scatter", "all-reduce", "all-gather")
   }
-  width, large = 192, 2**13
-  # The patches' kernel and a layer's two of the feed-forward, of both sides: a shard each.
-  assert found["reduce-scatter"].count(2 * width * 4 * width // 8) == 3
-  assert max(found["all-reduce"], default=0) < large
+  width = 192
+  shard = 2 * width * 4 * width // 8  # of a kernel of a layer's feed-forward, both sides
+  assert found["reduce-scatter"].count(shard) == 3  # two of the feed-forward, and the patches' kernel
+  assert max(found["all-reduce"]) == shard  # along the copies
   assert max(found["all-gather"]) == 4 * width * width  # one kernel of one layer
 
 
