@@ -106,6 +106,7 @@ def train(job: Job) -> dict[str, Any]:
     stop = stack.enter_context(signals.deferred())
     meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
+    stack.enter_context(jax.transfer_guard_host_to_device("disallow"))  # but for what is placed on purpose
     epoch: Any = None
     running: Any = None
     for step, (images, labels, rows) in zip(range(first, total), meter.waiting(_placed(batches, mesh)), strict=True):
