@@ -234,8 +234,9 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   tables = TABLES | {"train": TABLES["train"] | {"steps": 4, "batch_size": 8, "accumulate": 1, "checkpoint_steps": 2}}
   config.write_text("".join(table(name, fields) for name, fields in tables.items()))
   arguments = (config, "--data-dir", prepared_sets, "--out")
-  whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, devices=8)
+  whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, "--profile", devices=8)
   assert whole["mesh"] == {"data": 1, "fsdp": 8} and whole["steps"] == 4
+  assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
   shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
   shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
   resumed = script("train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2)

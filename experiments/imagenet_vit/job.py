@@ -51,6 +51,7 @@ class Job:
   classes: tuple[int, ...] = ()  # to forget
   search: bool = False  # for the strength
   log_every: int = 50
+  profile: bool = False
   peer_timeout: float = 60.0
 
 
@@ -74,6 +75,7 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     parser.add_argument("config", help="a named config or a TOML file")
     parser.add_argument("--out", type=epath.Path, required=True, help="the run folder")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--profile", action="store_true", help="write a trace of five steps to RUN/profile")
   parser.add_argument("--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR)")
   parser.add_argument(
     "--coordinator", metavar="HOST:PORT", help="of process 0; not where SLURM, a TPU pod, ... tells it"
@@ -96,7 +98,6 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     )
     if forgets:
       signals.exit_at_once()  # also where several processes would agree on a step: there is none
-    if forgets:
       run = RunFolder.open(options.run)
       allowed = ("forget.", "execution.")
       if wrong := [field for field in overrides if not field.startswith(allowed)]:
@@ -121,7 +122,8 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     if forgets:
       job = dataclasses.replace(job, classes=tuple(options.classes), search=options.search)
     else:
-      job = dataclasses.replace(job, log_every=options.log_every, peer_timeout=options.peer_timeout)
+      shown = {"log_every": options.log_every, "profile": options.profile}
+      job = dataclasses.replace(job, **shown, peer_timeout=options.peer_timeout)
     with jax.set_mesh(mesh), distributed.Watchdog(options.peer_timeout):
       result = work(job)
   except (MnemonicError, ValueError) as error:
