@@ -56,8 +56,8 @@ def flatten_codes(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def class_fishers(
   logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
-) -> tuple[PyTree, PyTree]:
-  """(f_F, f_R), both in the same units of a power of two, which their ratio does not see."""
+) -> PyTree:
+  """(f_F, f_R) along a leading axis of every leaf, in units of one power of two, which their ratio does not see."""
   objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, forget, remain)
   sums = _passes.squared_gradients(objective, params, batch, weights, options.execution.microbatch).sums
   return _as_fishers(sums, options, params)
@@ -70,7 +70,7 @@ def class_fishers_in_range(
   codes: jax.Array,
   sides: tuple[jax.Array, jax.Array],
   seconds: dict[str, float],
-) -> tuple[PyTree, PyTree]:
+) -> PyTree:
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
   objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, *sides)
   microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
@@ -118,12 +118,11 @@ def _fisher_problem(
   return objective, flatten_codes(codes), weights
 
 
-def _as_fishers(sums: list[jax.Array], options: Options, params: PyTree) -> tuple[PyTree, PyTree]:
-  """Sums (2, *leaf.shape) of the leaves that take part -> two trees like params, None where a leaf does not."""
+def _as_fishers(sums: list[jax.Array], options: Options, params: PyTree) -> PyTree:
+  """Sums (2, *leaf.shape) of the leaves that take part -> a tree like params, None where a leaf does not."""
   _, treedef = _trees.flatten(params)
-  sides = (iter([total[side] for total in sums]) for side in (0, 1))
-  forget, remain = (treedef.unflatten([next(side) if c else None for c in options.mask]) for side in sides)
-  return forget, remain
+  filled = iter(sums)
+  return treedef.unflatten([next(filled) if takes_part else None for takes_part in options.mask])
 
 
 _largest_jit = jax.jit(lambda leaves: jnp.stack([jnp.max(leaf, initial=0.0).astype(jnp.float32) for leaf in leaves]))

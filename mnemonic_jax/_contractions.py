@@ -89,10 +89,10 @@ def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.
 
   def local(data: jax.Array, g: jax.Array, weights: jax.Array) -> jax.Array:
     disjoint = groups.order is not None
-    total = jax.lax.psum(contract(data, g, Groups.make(weights, disjoint, groups.platform)), copied)
+    total = contract(data, g, Groups.make(weights, disjoint, groups.platform))
     if axis is None:
-      return jax.lax.psum(total, spread.sums)
-    return jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True)
+      return jax.lax.psum(total, names)
+    return jax.lax.psum(jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True), copied)
 
   examples, whole = PartitionSpec(names), PartitionSpec(None, names)
   result = PartitionSpec(*[None] * axis, spread.sums) if axis is not None else PartitionSpec()
@@ -340,9 +340,3 @@ def _weighted_sum(weights: jax.Array, squares: jax.Array) -> jax.Array:
 def dummy(leaf: jax.Array, weights: jax.Array) -> jax.Array:
   """The zeros (G, *leaf.shape) that go with a param, of the dtype that its squares are summed in."""
   return _trees.zeros((len(weights), *leaf.shape), _trees.at_least_float32(leaf.dtype), (leaf, weights))
-
-
-def placed(arrays: Sequence[jax.Array], placements: Sequence[Any]) -> list[jax.Array]:
-  """Each array where its NamedSharding says; None leaves it alone."""
-  place = lambda x, p: x if p is None else jax.lax.with_sharding_constraint(x, p)
-  return [place(x, p) for x, p in zip(arrays, placements, strict=True)]

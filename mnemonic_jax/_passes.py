@@ -105,8 +105,6 @@ def _program(
       return one_pass(0)
     empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
     empty = empty._replace(exponent=empty.exponent + _LOWEST_EXPONENT)
-    if spread is not None:
-      empty = empty._replace(sums=_contractions.placed(empty.sums, placements or ()))
     return jax.lax.scan(lambda total, index: (_add(total, one_pass(index)), None), empty, jnp.arange(count))[0]
 
   if placements is None:
@@ -115,7 +113,7 @@ def _program(
     specs = SquaredGradients([p.spec for p in placements], jax.sharding.PartitionSpec())  # type: ignore[arg-type]
   sums, exponent = _trees.with_automatic_axes(passes, batch, params, weights, jnp.asarray(shift), out_specs=specs)
   if placements is not None and not placements[0].mesh.explicit_axes:
-    sums = _contractions.placed(sums, placements)
+    sums = [jax.lax.with_sharding_constraint(x, p) for x, p in zip(sums, placements, strict=True)]
   return SquaredGradients(sums, exponent)
 
 
@@ -231,7 +229,6 @@ def _one_pass(
         weights,
         disjoint=objective.disjoint,
         platform=objective.platform,
-        placements=objective.placements or (),
         spread=objective.spread,
       )
     )

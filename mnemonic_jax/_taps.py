@@ -55,7 +55,6 @@ def squared_gradients(
   *,
   disjoint: bool = False,
   platform: str | None = None,
-  placements: Sequence[Any] = (),
   spread: _contractions.Spread | None = None,
 ) -> tuple[list[jax.Array], Any]:
   """Per leaf, sum_n w_n (d function_n / d leaf . cotangent_n)^2, (G, *leaf.shape), and what `cotangents` says.
@@ -68,15 +67,12 @@ def squared_gradients(
     weights: (G, N).
     disjoint: whether each example has a weight in one group at most; contractions are then done once per example.
     platform: where it will run, if that is known.
-    placements: a NamedSharding or None for each sum, where `spread` is not None.
     spread: how examples and sums lie on a mesh.
   """
   one = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), examples)
   closed = jax.make_jaxpr(function)(list(leaves), one)
   groups = Groups.make(weights, disjoint, platform, spread)
   dummies = [_contractions.dummy(leaf, weights) for leaf in leaves]
-  if spread is not None:
-    dummies = _contractions.placed(dummies, placements)
 
   def outputs(dummies: list[jax.Array]) -> jax.Array:
     args = [*map(Param, leaves, dummies), *map(Data, jax.tree.leaves(examples))]

@@ -6,7 +6,6 @@ import contextlib
 import errno
 import logging
 import os
-import pathlib
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
+from mnemonic_jax import paths
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.training import TrainState
 
@@ -32,13 +33,13 @@ class Checkpoints:
   An older one is deleted when the newest is whole, so with one to keep there are two for a moment.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int = 2, create: bool = True) -> None:
-    self._folder, self._newest = folder, 0
+  def __init__(self, folder: epath.PathLike, *, keep: int = 2, create: bool = True) -> None:
+    self._folder, self._newest = epath.Path(folder), 0
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
     )
     try:
-      self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+      self._manager = ocp.CheckpointManager(paths.absolute(folder), options=options)
     except (OSError, ValueError) as error:
       raise MnemonicError(f"{folder}: cannot be opened for checkpoints: {_first_line(error)}") from error
 
@@ -113,24 +114,24 @@ class Checkpoints:
     return restored, tree["codes"]
 
 
-def newest(folder: pathlib.Path) -> pathlib.Path:
+def newest(folder: epath.PathLike) -> epath.Path:
   """Where the newest whole checkpoint of a run has its arrays, as `stored_shapes` and `restore_parts` take it."""
   with Checkpoints(folder, create=False) as checkpoints:
-    return folder / str(checkpoints.require_step()) / "default"
+    return epath.Path(folder) / str(checkpoints.require_step()) / "default"
 
 
-def restore_codes(folder: pathlib.Path) -> np.ndarray:
+def restore_codes(folder: epath.PathLike) -> np.ndarray:
   """The codes of the newest checkpoint of a run, on the host, whatever the model is."""
   checkpoint = newest(folder)
   return restore_parts(checkpoint, {"codes": stored_shapes(checkpoint)["codes"]})["codes"]
 
 
-def is_checkpoint(folder: pathlib.Path) -> bool:
+def is_checkpoint(folder: epath.PathLike) -> bool:
   """Tell whether Orbax wrote a tree of arrays right here."""
-  return (folder / "_METADATA").is_file()
+  return (epath.Path(folder) / "_METADATA").is_file()
 
 
-def stored_shapes(folder: pathlib.Path) -> PyTree:
+def stored_shapes(folder: epath.PathLike) -> PyTree:
   """The tree of any Orbax checkpoint in nested containers, a `jax.ShapeDtypeStruct` for each array; reads no array."""
   if not is_checkpoint(folder):
     raise MnemonicError(
@@ -139,7 +140,7 @@ def stored_shapes(folder: pathlib.Path) -> PyTree:
     )
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      found = checkpointer.metadata(folder.absolute()).item_metadata
+      found = checkpointer.metadata(paths.absolute(folder)).item_metadata
     if found is None:
       raise ValueError("_METADATA is damaged")
     shape = lambda x: x if getattr(x, "dtype", None) is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
@@ -148,31 +149,31 @@ def stored_shapes(folder: pathlib.Path) -> PyTree:
     raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
 
 
-def restore_parts(folder: pathlib.Path, parts: PyTree) -> PyTree:
+def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
   """Read a part of what `stored_shapes` found, and nothing else, as NumPy arrays, whatever devices wrote it."""
   on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       args = ocp.args.PyTreeRestore(parts, restore_args=on_host, partial_restore=True)
-      return checkpointer.restore(folder.absolute(), args=args)
+      return checkpointer.restore(paths.absolute(folder), args=args)
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
 
 
-def save_params(folder: pathlib.Path, params: PyTree) -> None:
+def save_params(folder: epath.PathLike, params: PyTree) -> None:
   """Write params alone to a new folder, atomically."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(folder.absolute(), params)
+      checkpointer.save(paths.absolute(folder), params)
   except (OSError, ValueError, RuntimeError) as error:
     raise MnemonicError(f"{folder}: cannot write the params: {_first_line(error)}") from error
 
 
-def restore_params(folder: pathlib.Path, params: PyTree) -> PyTree:
+def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
   """Read what `save_params` wrote, in the structure of `params`."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
+      return checkpointer.restore(paths.absolute(folder), jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(
       f"{folder}: cannot be restored: {_first_line(error)} The files are damaged. Forget again to make new ones."

@@ -68,13 +68,14 @@ def update(
   codes: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
-  fishers: tuple[PyTree, PyTree],
+  fishers: PyTree,
   strength: Strength,
 ) -> tuple[PyTree, ForgetInfo]:
   """Amplitude, scale, both candidates, and the better one."""
   live_axes = [axis for axis, takes_part in zip(options.layer_axes, options.mask, strict=True) if takes_part]
-  layer_axis = _trees.flatten(fishers[0])[1].unflatten(live_axes)
-  eta = perturbation.amplitude(*fishers, layer_axis=layer_axis)
+  layer_axis = _trees.flatten(fishers)[1].unflatten(live_axes)
+  f_forget, f_remain = jax.tree.map(lambda x: x[0], fishers), jax.tree.map(lambda x: x[1], fishers)
+  eta = perturbation.amplitude(f_forget, f_remain, layer_axis=layer_axis)
   pairs = jnp.sum(forget, dtype=float) * jnp.sum(remain, dtype=float) * codes.shape[1] ** 2
   resolution = 0.5 / jnp.maximum(pairs, 1)
   on_mesh = _passes.spread_of(options.execution.shardings) is not None

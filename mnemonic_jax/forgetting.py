@@ -201,7 +201,7 @@ def code_fishers(
   mask: PyTree = None,
   precision: str | None = "highest",
   execution: Execution | None = None,
-) -> tuple[PyTree, PyTree]:
+) -> PyTree:
   """The first half of `forget_step`: the Fishers of the codes to forget and of those to keep, from one pass.
 
   Guarantees:
@@ -210,13 +210,12 @@ def code_fishers(
   Args and errors: those of `forget_step`.
 
   Returns:
-    (f_F, f_R), each a tree like params, float32 at least; None where mask is False.
+    A tree like params, every leaf (2, *leaf.shape), float32 at least: f_F, then f_R; None where mask is False.
 
   >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
   >>> forget = jnp.array([True, False, False])
-  >>> f_forget, f_remain = code_fishers(lambda w, x: x @ w, codes[:, 0].T, codes, forget, ~forget)
-  >>> f_forget.shape
-  (8, 3)
+  >>> code_fishers(lambda w, x: x @ w, codes[:, 0].T, codes, forget, ~forget).shape
+  (2, 8, 3)
   """
   options, codes, forget, remain = _checked(
     logits_fn, params, codes, forget, remain, loss, mask, None, precision, execution
@@ -234,7 +233,7 @@ def update_step(
   codes: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
-  fishers: tuple[PyTree, PyTree],
+  fishers: PyTree,
   strength: Strength,
   *,
   loss: PerExampleLoss | None = None,

@@ -23,7 +23,8 @@ def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
   side = np.isin(np.arange(len(codes)), forget)
   sides = jnp.asarray(side), jnp.asarray(~side)
   made = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, {"compile": 0.0})
-  return jax.tree.map(lambda x: np.asarray(x, np.float64), made)
+  made = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
+  return jax.tree.map(lambda x: x[0], made), jax.tree.map(lambda x: x[1], made)
 
 
 def confident(margins):

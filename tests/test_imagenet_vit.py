@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -77,7 +78,7 @@ def train_and_forget(mesh, steps=20):
     fishers = forgetting.fishers(*arguments)
     kept = host(fishers)
     grid = mj.Strength(np.float32([1e-5, 1e-4, 1e-3, 1e-2]), np.float32([1.0, 1.0, 1.0, 1.0]))
-    params, info = forgetting.update(*arguments, *fishers, grid)
+    params, info = forgetting.update(*arguments, fishers, grid)
   return Found(losses, state.params, kept, params, jax.device_get(info))
 
 
@@ -94,9 +95,9 @@ def test_any_mesh_trains_and_forgets_the_same(shape, alone):
   found = train_and_forget(mesh)
   np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
   assert_trees_close(host(found.trained), host(alone.trained), 0, 5e-5)
-  for ours, theirs in zip(found.fishers, alone.fishers, strict=True):
-    relative = lambda tree: jax.tree.map(lambda leaf: leaf / leaf.max(), tree)  # the unit is any power of two
-    assert_trees_close(relative(ours), relative(theirs), 0, 1e-4)
+  for side in (0, 1):
+    relative = lambda tree: jax.tree.map(lambda leaf: leaf[side] / leaf[side].max(), tree)  # noqa: B023
+    assert_trees_close(relative(found.fishers), relative(alone.fishers), 0, 1e-4)  # the unit is any power of two
   assert int(found.info.sign) == int(alone.info.sign)
   assert float(found.info.strength.lambda1) == float(alone.info.strength.lambda1) < 1e-2
   # lambda2 = 1 moves the weights by up to 1; where two Fishers are rounding alone, so is their ratio.
@@ -127,16 +128,37 @@ def memory(function, *arguments):
   return function.lower(*arguments).compile().memory_analysis()
 
 
+def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered():
+  mesh = sharding.make_mesh(1, 8)
+  with jax.set_mesh(mesh):
+    program = forget_script.make_program(CONFIG, synthetic(), mesh)
+    text = program.fishers.lower(*program.arguments).compile().as_text()
+  found = {
+    kind: [
+      int(np.prod([int(n) for n in shape.split(",") if n]))
+      for result in re.findall(rf" = (.*?) {kind}\(", text)  # one array, or a tuple of them
+      for shape in re.findall(r"\[([\d,]*)\]", result)
+    ]
+    for kind in ("reduce-scatter", "all-reduce", "all-gather")
+  }
+  width = 192
+  shard = 2 * width * 4 * width // 8  # of a kernel of a layer's feed-forward, both sides
+  assert found["reduce-scatter"].count(shard) == 3  # two of the feed-forward, and the patches' kernel
+  assert max(found["all-reduce"]) == shard  # along the copies
+  assert max(found["all-gather"]) == 4 * width * width  # one kernel of one layer
+
+
 def test_a_forget_fits_into_five_shares_of_the_params():
   """And three gathered layers, and the activations of one microbatch, which are those of a batch gradient."""
   mesh = sharding.make_mesh(1, 8)
   dataset = synthetic()
   with jax.set_mesh(mesh):
-    program = forget_script.make_program(CONFIG, dataset, mesh)
+    config = configs.build("tiny", TABLES, {"execution.microbatch": 8})  # two passes over the codes
+    program = forget_script.make_program(config, dataset, mesh)
     grid = mj.Strength(*(jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh)) for _ in range(2)))
     halves = [
       memory(program.fishers, *program.arguments),
-      memory(program.update, *program.arguments, program.fisher, program.fisher, grid),
+      memory(program.update, *program.arguments, program.fisher, grid),
     ]
   params, model_state = (
     jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for t in program.arguments[:2]
@@ -151,7 +173,6 @@ def test_a_forget_fits_into_five_shares_of_the_params():
     used = (
       found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
     )
-    print(used / one_share, (3 * layer + activations) / one_share)
     assert used <= 5 * one_share + 3 * layer + activations
 
 
@@ -213,8 +234,9 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   tables = TABLES | {"train": TABLES["train"] | {"steps": 4, "batch_size": 8, "accumulate": 1, "checkpoint_steps": 2}}
   config.write_text("".join(table(name, fields) for name, fields in tables.items()))
   arguments = (config, "--data-dir", prepared_sets, "--out")
-  whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, devices=8)
+  whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, "--profile", devices=8)
   assert whole["mesh"] == {"data": 1, "fsdp": 8} and whole["steps"] == 4
+  assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
   shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
   shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
   resumed = script("train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2)

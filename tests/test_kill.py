@@ -39,6 +39,7 @@ def test_a_training_stopped_in_every_way_ends_as_if_nothing_had_happened(tmp_pat
   assert len(lines) == 240
 
 
+@pytest.mark.long
 def test_a_killed_first_epoch_starts_again(tmp_path):
   run = tmp_path / "run"
   process = start("train", "digits", "--out", run, "--model.hidden", 32, "--train.epochs", 1)
@@ -49,6 +50,7 @@ def test_a_killed_first_epoch_starts_again(tmp_path):
   assert call("train", "digits", "--out", run, *settings, "--json").json["epochs"] == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("signum", "seconds"), [(SIGINT, 0.4), (SIGINT, 1.2), (SIGTERM, 0.8), (SIGTERM, 1.6)])
 def test_a_command_stopped_while_it_starts(signum, seconds, tmp_path):
   run = tmp_path / "run"

@@ -169,6 +169,7 @@ def stacked_blocks(params: dict) -> dict:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_a_scanned_and_an_unrolled_model_forget_identically(make_vit):
   """Through `Model.layer_axis`, as `mnemonic forget` does."""
   plain, scanned = make_vit(), make_vit(scan=True)

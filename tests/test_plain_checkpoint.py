@@ -104,6 +104,7 @@ def test_what_nobody_asks_for_is_not_read(tree, forgotten_once, tmp_path):
   assert result["params_sha256_after"] == expected["params_sha256_after"]
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_other_devices(tree, forgotten_once, tmp_path):
   """Written from eight devices, the kernels in parts; read by a process that has one."""
   mesh = cpu_mesh(8)
@@ -118,6 +119,7 @@ def test_a_checkpoint_of_other_devices(tree, forgotten_once, tmp_path):
 RESNET = ("--config", "digits", "--model.name", "resnet10_small", "--model.width", 4)
 
 
+@pytest.mark.long
 def test_the_model_state_counts(tmp_path, monkeypatch):
   """Running statistics of a model that has them are restored; without them, or with others, it is not the same model."""
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})

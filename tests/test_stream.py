@@ -310,6 +310,7 @@ def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monke
   assert scores["forgotten"]["retain_accuracy"] == forgotten["retain_accuracy_after"]
 
 
+@pytest.mark.long
 def test_imagenet_trains_for_some_steps_with_checkpoints_between(prepared_sets, tmp_path):
   settings = ("--data.name", "imagenet2012", *SETTINGS[2:], "--train.batch_size", 3, "--train.steps", 7)
   more = ("--train.checkpoint_steps", 2, "--data-dir", prepared_sets)

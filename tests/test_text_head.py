@@ -187,6 +187,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
   assert not Trap.sprung
 
 
+@pytest.mark.long
 def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   """The texts are random vectors: what is shown is that the digits are learned against fixed ones, and forgotten."""
   np.save(tmp_path / "text.npy", vectors(10, 16))

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import job as jobs
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from job import Job
 
 import mnemonic_jax as mj
@@ -40,10 +41,10 @@ class Program(NamedTuple):
   """The two halves of a forget, and the abstract arrays, with their shardings, that they are compiled for."""
 
   model: Model
-  fishers: Any  # (params, model_state, codes, forget, remain) -> (f_F, f_R)
-  update: Any  # (params, model_state, codes, forget, remain, f_F, f_R, strength) -> (params, info); f_F is donated
+  fishers: Any  # (params, model_state, codes, forget, remain) -> f_F and f_R, (2, *leaf.shape) each
+  update: Any  # (params, model_state, codes, forget, remain, fishers, strength) -> (params, info)
   arguments: tuple[Any, ...]  # params, model_state, codes (filled up to a multiple of the devices), forget, remain
-  fisher: Any  # abstract, each of the two
+  fisher: Any  # abstract
 
 
 def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Program:
@@ -62,22 +63,17 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> P
     codes = codes[:num_classes]
     return forgetting.code_fishers(model.logits_fn(model_state), params, codes, forget, remain, **options)
 
-  def update(params: Any, model_state: Any, codes: Any, forget: Any, remain: Any, *fishers_and_strength: Any) -> Any:
-    *fishers, strength = fishers_and_strength
-    arguments = (params, codes[:num_classes], forget, remain, tuple(fishers), strength)
+  def update(params: Any, model_state: Any, codes: Any, forget: Any, remain: Any, fishers: Any, strength: Any) -> Any:
+    arguments = (params, codes[:num_classes], forget, remain, fishers, strength)
     return forgetting.update_step(model.logits_fn(model_state), *arguments, layer_axis=model.layer_axis, **options)
 
+  both = jax.tree.map(lambda p: NamedSharding(mesh, PartitionSpec(None, *p.spec)), placed)
   inputs = (placed, state_placed, spread, copied, copied)
   mask = jax.ShapeDtypeStruct((num_classes,), bool, sharding=copied)
   return Program(
     model,
-    jax.jit(fishers, in_shardings=inputs, out_shardings=(placed, placed)),
-    jax.jit(
-      update,
-      in_shardings=(*inputs, placed, placed, copied),
-      out_shardings=(placed, copied),
-      donate_argnums=5,
-    ),
+    jax.jit(fishers, in_shardings=inputs, out_shardings=both),
+    jax.jit(update, in_shardings=(*inputs, both, copied), out_shardings=(placed, copied)),
     (
       jobs.abstract(params, placed),
       jobs.abstract(model_state, state_placed),
@@ -85,7 +81,7 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> P
       mask,
       mask,
     ),
-    jax.tree.map(lambda x, p: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=p), params, placed),
+    jax.tree.map(lambda x, p: jax.ShapeDtypeStruct((2, *x.shape), jnp.float32, sharding=p), params, both),
   )
 
 
@@ -131,11 +127,11 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   lambdas = zip(*tried, strict=True) if job.search else tried[0]
   strength = mj.Strength(*(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas))
   fishers_of = program.fishers.lower(*arguments).compile()
-  update = program.update.lower(*arguments, program.fisher, program.fisher, strength).compile()
+  update = program.update.lower(*arguments, program.fisher, strength).compile()
   compiled = time.perf_counter()
   fishers = jax.block_until_ready(fishers_of(*arguments))
   measured = time.perf_counter()
-  moved, info = jax.block_until_ready(update(*arguments, *fishers, strength))
+  moved, info = jax.block_until_ready(update(*arguments, fishers, strength))
   end = time.perf_counter()
   info = jax.device_get(info)
   found = info.strength.lambda1, info.strength.lambda2

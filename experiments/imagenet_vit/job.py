@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mnemonic_jax import config as configs
-from mnemonic_jax import data, losses, sharding
+from mnemonic_jax import data, distributed, losses, sharding
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.config import Config
@@ -24,7 +24,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model
-from mnemonic_jax.runs import files, setup
+from mnemonic_jax.runs import files, setup, signals
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import Predictions
 
@@ -51,6 +51,8 @@ class Job:
   classes: tuple[int, ...] = ()  # to forget
   search: bool = False  # for the strength
   log_every: int = 50
+  profile: bool = False
+  peer_timeout: float = 60.0
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -62,23 +64,40 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
 
 
 def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Sequence[str]) -> None:
-  """Read the command line, do the work under the mesh, print one JSON object."""
+  """Read the command line, join the other processes if there are any, do the work under the mesh, print one JSON object."""
   forgets = work.__name__ == "forget"
   parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
   if forgets:
-    parser.add_argument("run", type=pathlib.Path, help="the folder of a finished run")
+    parser.add_argument("run", type=epath.Path, help="the folder of a finished run")
     parser.add_argument("--classes", type=int, nargs="+", required=True, help="class indices to forget")
     parser.add_argument("--search", action="store_true", help="choose the strength from the paper's grid, on the codes")
   else:
     parser.add_argument("config", help="a named config or a TOML file")
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="the run folder")
+    parser.add_argument("--out", type=epath.Path, required=True, help="the run folder")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
+    parser.add_argument("--profile", action="store_true", help="write a trace of five steps to RUN/profile")
   parser.add_argument("--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR)")
+  parser.add_argument(
+    "--coordinator", metavar="HOST:PORT", help="of process 0; not where SLURM, a TPU pod, ... tells it"
+  )
+  parser.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+  parser.add_argument("--num-processes", type=int, metavar="N")
+  parser.add_argument("--startup-timeout", type=float, default=300.0, metavar="S", help="until all processes are there")
+  parser.add_argument("--peer-timeout", type=float, default=60.0, metavar="S", help="of a step, after the first one")
   overrides, rest = dotted_overrides(arguments)
   options = parser.parse_args(rest)
   compilation_cache.enable()
   try:
+    signals.exit_at_once()
+    distributed.initialize(
+      options.coordinator,
+      options.process_id,
+      options.num_processes,
+      startup_timeout=options.startup_timeout,
+      peer_timeout=options.peer_timeout,
+    )
     if forgets:
+      signals.exit_at_once()  # also where several processes would agree on a step: there is none
       run = RunFolder.open(options.run)
       allowed = ("forget.", "execution.")
       if wrong := [field for field in overrides if not field.startswith(allowed)]:
@@ -103,13 +122,14 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     if forgets:
       job = dataclasses.replace(job, classes=tuple(options.classes), search=options.search)
     else:
-      job = dataclasses.replace(job, log_every=options.log_every)
-    with jax.set_mesh(mesh):
+      shown = {"log_every": options.log_every, "profile": options.profile}
+      job = dataclasses.replace(job, **shown, peer_timeout=options.peer_timeout)
+    with jax.set_mesh(mesh), distributed.Watchdog(options.peer_timeout):
       result = work(job)
   except (MnemonicError, ValueError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(getattr(error, "exit_code", 1))
-  if jax.process_index() == 0:
+    print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+    distributed.leave(getattr(error, "exit_code", 1))
+  if distributed.is_writer():
     print(files.dumps(result, indent=2))
 
 

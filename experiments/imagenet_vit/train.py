@@ -3,7 +3,7 @@
 Command:  python experiments/imagenet_vit/train.py imagenet_vit_s16_90ep --data-dir DIR --out RUN [--execution.fsdp 8]
 
 Any config of a streamed set will do, and any of its fields can be overridden. The run folder is that of `mnemonic train`, and
-the data order too: stop it, and go on with another number of devices. Forget with forget.py beside this file.
+the data order too: stop it, and go on with another number of devices or processes. Forget with forget.py beside this file.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import sharding, training
+from mnemonic_jax import distributed, sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
@@ -102,16 +102,30 @@ def train(job: Job) -> dict[str, Any]:
         process=(jax.process_index(), jax.process_count()),
       )
     )
+    watchdog = stack.enter_context(distributed.Watchdog(job.peer_timeout))
     stop = stack.enter_context(signals.deferred())
     meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
-    metrics: Any = None
+    stack.enter_context(jax.transfer_guard_host_to_device("disallow"))  # but for what is placed on purpose
+    traced = range(min(first + 5, total - 1), min(first + 10, total)) if job.profile else range(0)
+    epoch: Any = None
+    running: Any = None
     for step, (images, labels, rows) in zip(range(first, total), meter.waiting(_placed(batches, mesh)), strict=True):
-      epoch = jax.device_put(np.int32(step // program.steps_per_epoch), sharding.replicated(mesh))
+      if epoch is None or step % program.steps_per_epoch == 0:
+        epoch = jax.device_put(np.int32(step // program.steps_per_epoch), sharding.replicated(mesh))
+      if traced and step == traced.start:
+        jax.profiler.start_trace(str(run.path / "profile"))
       state, metrics = program.step(state, codes, images, labels, rows, epoch)
-      done = step + 1
+      if traced and step == traced.stop - 1:
+        jax.block_until_ready(metrics)
+        jax.profiler.stop_trace()
+      if running is not None:  # the step before: this one runs meanwhile
+        jax.block_until_ready(running)
+        watchdog.beat(step)
+      running, done = metrics, step + 1
       last = done == total
-      due = last or stop.signum or (settings.checkpoint_steps and done % settings.checkpoint_steps == 0)
+      asked = stop.asked(done)
+      due = last or asked or (settings.checkpoint_steps and done % settings.checkpoint_steps == 0)
       saved = due or done % every_epoch == 0
       if saved or done % job.log_every == 0:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -122,14 +136,15 @@ def train(job: Job) -> dict[str, Any]:
           )
         log({"epoch": done / program.steps_per_epoch, "step": done, **values, **meter.read(done, total, values)})
       if saved:
-        with meter.paused("checkpoint"):
+        with watchdog.paused(), meter.paused("checkpoint"):
           checkpoints.save(state, codes)
-          if stop.signum:
+          if asked or last:
             checkpoints.wait()
-        stop.stop_if_asked(
-          f"stopped after step {done} of {total}; the checkpoint is written. Resume with the same command."
-        )
-    checkpoints.wait()
+        if asked:
+          stop.stop_if_asked(
+            f"stopped after step {done} of {total}; the checkpoint is written. Resume with the same command."
+          )
+    stack.enter_context(watchdog.paused())
     (test,) = jobs.predict(job, program.model, [state.params], state.model_state, dataset.test)
   return {
     "run": str(run.path),

@@ -6,9 +6,10 @@ import argparse
 import logging
 import math
 import os
-import pathlib
 import sys
 from typing import Any
+
+from etils import epath
 
 from mnemonic_jax import config as configs
 from mnemonic_jax import data
@@ -44,7 +45,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
   dataset = _dataset(config, options)
   forget_run.check_request(config, config.forget.classes, len(dataset.class_names))
-  folder = RunFolder.create(options.out or pathlib.Path("runs") / config.name, config)
+  folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   trained = train_run.train(folder, dataset)
   forgotten = forget_run.forget(folder, dataset, config.forget.classes)
   return {"train": trained, "forget": forgotten}, f"{_train_text(trained)}\n\n{_forget_text(forgotten)}"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 import tomllib
 from collections.abc import Sequence
 from typing import Any
+
+from etils import epath
 
 from mnemonic_jax.errors import UsageError
 
@@ -43,13 +44,13 @@ def make_parser() -> argparse.ArgumentParser:
 
   run = _verb(verbs, "run", "train, forget forget.classes, evaluate and report", "mnemonic run digits", overrides=True)
   run.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
-  run.add_argument("--out", type=pathlib.Path, help="the run folder (default: runs/CONFIG)")
+  run.add_argument("--out", type=epath.Path, help="the run folder (default: runs/CONFIG)")
 
   train = _verb(
     verbs, "train", "train with codes; resumes by itself", "mnemonic train digits --out runs/a", overrides=True
   )
   train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
-  train.add_argument("--out", type=pathlib.Path, required=True, help="the run folder")
+  train.add_argument("--out", type=epath.Path, required=True, help="the run folder")
 
   forget = _verb(
     verbs,
@@ -59,21 +60,21 @@ def make_parser() -> argparse.ArgumentParser:
     overrides=True,
     note=_FORGET,
   )
-  forget.add_argument("run", metavar="RUN", type=pathlib.Path, help="a finished run, or any Orbax checkpoint")
+  forget.add_argument("run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint")
   forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
   forget.add_argument("--config", help="of a checkpoint that is no run: a named config or a TOML file with its model")
-  forget.add_argument("--out", type=pathlib.Path, help="of a checkpoint that is no run: a new folder for the result")
+  forget.add_argument("--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result")
 
   evaluate = _verb(
     verbs, "evaluate", "score the trained and the forgotten model on test data", "mnemonic evaluate runs/a"
   )
-  evaluate.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder")
+  evaluate.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
   evaluate.add_argument("--classes", help="count these as forgotten", default=(), **classes)  # type: ignore[arg-type]
 
   report = _verb(
     verbs, "report", "write the page of a finished forget again", "mnemonic report runs/a --hide-codes", data=False
   )
-  report.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder")
+  report.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
   report.add_argument("--number", type=int, help="which forget (default: the latest)")
   report.add_argument("--hide-codes", action="store_true", help="leave the codes out: they trigger their classes")
 
@@ -84,8 +85,8 @@ def make_parser() -> argparse.ArgumentParser:
     "mnemonic export runs/a --out a.safetensors",
     data=False,
   )
-  export.add_argument("run", metavar="RUN", type=pathlib.Path, help="a run folder, or a folder that forget --out made")
-  export.add_argument("--out", type=pathlib.Path, required=True, metavar="FILE", help="a new .safetensors file")
+  export.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder, or a folder that forget --out made")
+  export.add_argument("--out", type=epath.Path, required=True, metavar="FILE", help="a new .safetensors file")
   export.add_argument("--number", type=int, help="which forget of a run (default: the latest)")
   export.add_argument("--ema", action="store_true", help="the moving average of the params (--train.ema)")
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import Any
 
 import numpy as np
+from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
@@ -19,7 +19,7 @@ from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.hashing import params_sha256
 
 
-def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None, *, ema: bool = False) -> dict[str, Any]:
+def export(source: epath.Path, out: epath.Path, number: int | None = None, *, ema: bool = False) -> dict[str, Any]:
   """Write params, and the model state where there is one, to the new file `out`, named by their dotted paths.
 
   Args:
@@ -43,7 +43,7 @@ def export(source: pathlib.Path, out: pathlib.Path, number: int | None = None, *
   remedy = "Forget again to make new, whole files."
   report, evidence = (files.read_json(folder / f"{name}.json", remedy) for name in ("report", "evidence"))
   reports.validate(report, evidence)
-  checkpoint = pathlib.Path(report["checkpoint"]) if run is None else newest(run.checkpoints)
+  checkpoint = epath.Path(report["checkpoint"]) if run is None else newest(run.checkpoints)
   if not is_checkpoint(checkpoint):
     raise MnemonicError(f"{folder}: comes from {checkpoint}, which is gone. Put it back: the model state lies there.")
   if ema and "ema" not in report.get("copies", {}):

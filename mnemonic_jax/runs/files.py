@@ -8,67 +8,90 @@ import glob
 import json
 import math
 import os
-import pathlib
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from etils import epath
+
+from mnemonic_jax import distributed, paths
 from mnemonic_jax.errors import MnemonicError
 
 UNFINISHED = ".unfinished-"  # what the names of folders start with that are not whole yet
 
 
 @contextlib.contextmanager
-def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def written(path: epath.PathLike) -> Iterator[epath.Path]:
   """Write `path` atomically: the body writes the temporary file beside it, which is flushed to disk, then renamed.
 
-  One process at a time: hold the run's lock. What a killed one left behind is replaced.
+  One process at a time: hold the run's lock. What a killed one left behind is replaced. In an object store the temporary
+  file is a local one: one write of all bytes is atomic there.
   """
+  path = epath.Path(path)
+  if paths.is_remote(path):
+    with _failing_as(path), tempfile.TemporaryDirectory() as folder:
+      yield (local := epath.Path(folder) / path.name)
+      path.write_bytes(local.read_bytes())
+    return
   temporary = path.with_name(f".{path.name}.unfinished")
   try:
-    temporary.unlink(missing_ok=True)
-    yield temporary
-    with open(temporary, "rb") as file:
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  except OSError as error:
-    raise MnemonicError(f"{path}: cannot be written: {error.strerror or error}.") from error
+    with _failing_as(path):
+      temporary.unlink(missing_ok=True)
+      yield temporary
+      with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+      os.replace(temporary, path)
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
-  """Write `text` to `path`, atomically."""
+@contextlib.contextmanager
+def _failing_as(path: epath.Path) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise MnemonicError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Write `text` to `path`, atomically; of several processes, process 0 does."""
+  if not distributed.is_writer():
+    return
   with written(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
     file.write(text)
 
 
-def make_folder(final: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> None:
   """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole.
 
-  What earlier, killed attempts at the same folder left behind is swept away first.
+  What earlier, killed attempts at the same folder left behind is swept away first. In an object store, and where several
+  processes write, `fill` writes into `final` itself: it is whole when what `fill` writes last is there.
   """
+  final = epath.Path(final)
+  if paths.is_remote(final) or distributed.several():
+    with _failing_as(final):
+      final.mkdir(parents=True, exist_ok=True)
+      fill(final)
+    return
   parent = final.parent
   with contextlib.ExitStack() as lock:
-    try:
+    with _failing_as(parent):
       parent.mkdir(parents=True, exist_ok=True)
-      for leftover in parent.glob(f"{UNFINISHED}{glob.escape(final.name)}-*"):
+      for leftover in paths.children(parent, f"{UNFINISHED}{glob.escape(final.name)}-*"):
         with contextlib.suppress(OSError), _lock(leftover) as got:  # what is not ours, or no folder, stays
           if got:
             shutil.rmtree(leftover)
       temporary = _new_folder(final, lock)
-    except OSError as error:
-      raise MnemonicError(f"{parent}: cannot be written: {error.strerror or error}.") from error
     _fill(temporary, final, fill)
 
 
-def _new_folder(final: pathlib.Path, lock: contextlib.ExitStack) -> pathlib.Path:
+def _new_folder(final: epath.Path, lock: contextlib.ExitStack) -> epath.Path:
   """Make a temporary folder beside `final`, locked for as long as this process lives or `lock` is open."""
   while True:
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
+    temporary = epath.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
     with contextlib.suppress(FileNotFoundError):  # swept by another process before it was locked
       got = lock.enter_context(_lock(temporary))
       if got is not False and temporary.exists():
@@ -76,7 +99,7 @@ def _new_folder(final: pathlib.Path, lock: contextlib.ExitStack) -> pathlib.Path
 
 
 @contextlib.contextmanager
-def _lock(folder: pathlib.Path) -> Iterator[bool | None]:
+def _lock(folder: epath.Path) -> Iterator[bool | None]:
   """Lock a folder itself: False where a live process holds it, None where the file system has no such locks."""
   descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
   try:
@@ -92,18 +115,17 @@ def _lock(folder: pathlib.Path) -> Iterator[bool | None]:
     os.close(descriptor)
 
 
-def _fill(temporary: pathlib.Path, final: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+def _fill(temporary: epath.Path, final: epath.Path, fill: Callable[[epath.Path], None]) -> None:
   try:
-    fill(temporary)
-    os.chmod(temporary, 0o755)
-    os.rename(temporary, final)
-  except OSError as error:
-    raise MnemonicError(f"{final}: cannot be written: {error.strerror or error}.") from error
+    with _failing_as(final):
+      fill(temporary)
+      os.chmod(temporary, 0o755)
+      os.rename(temporary, final)
   finally:
     _remove(temporary)
 
 
-def _remove(folder: pathlib.Path) -> None:
+def _remove(folder: epath.Path) -> None:
   """Delete a folder, into which threads of a failed write may still be writing."""
   for _ in range(20):
     shutil.rmtree(folder, ignore_errors=True)
@@ -112,15 +134,15 @@ def _remove(folder: pathlib.Path) -> None:
     time.sleep(0.1)
 
 
-def write_json(path: pathlib.Path, value: Any) -> None:
+def write_json(path: epath.PathLike, value: Any) -> None:
   """Write `value` as JSON, atomically."""
   write_text(path, dumps(value, indent=2) + "\n")
 
 
-def read_json(path: pathlib.Path, remedy: str) -> Any:
+def read_json(path: epath.PathLike, remedy: str) -> Any:
   """Read a JSON file, or say what is wrong with it and what to do."""
   try:
-    return json.loads(path.read_text("utf-8"))
+    return json.loads(epath.Path(path).read_text("utf-8"))
   except OSError as error:
     raise MnemonicError(f"{path}: cannot be read: {error.strerror or error}. {remedy}") from error
   except ValueError as error:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
-import pathlib
 import platform
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import filelock
 import jax
+from etils import epath
 
 import mnemonic_jax
 from mnemonic_jax import config as configs
+from mnemonic_jax import distributed, paths
 from mnemonic_jax.config import Config
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.runs import files
@@ -27,18 +29,34 @@ _FREE_FIELDS = (("data", "data_dir"), ("train", "keep_checkpoints"), ("execution
 
 
 class RunFolder:
-  """Paths and records of one run. Everything in it is written whole or not at all."""
+  """Paths and records of one run. Everything in it is written whole or not at all.
 
-  def __init__(self, path: pathlib.Path, config: Config, prng_impl: str) -> None:
-    self.path, self.config, self.prng_impl = path, config, prng_impl
+  Of several processes, which share the folder, process 0 writes the records; all of them call the same functions.
+  """
+
+  def __init__(self, path: epath.PathLike, config: Config, prng_impl: str) -> None:
+    self.path, self.config, self.prng_impl = epath.Path(path), config, prng_impl
 
   @classmethod
-  def create(cls, path: pathlib.Path, config: Config) -> RunFolder:
+  def create(cls, path: epath.PathLike, config: Config) -> RunFolder:
     """Open the run at `path` for training by `config`, making the folder if it is new.
 
     Raises:
       MnemonicError: the folder holds something else, or a run of another config.
     """
+    run = cls(path, config, str(jax.random.key_impl(jax.random.key(0))))
+    distributed.on_writer(run._create)
+    if not (run.path / "config.json").exists():  # process 0 made it
+      raise MnemonicError(
+        f"{path}: process {jax.process_index()} does not see what process 0 wrote. Put the run on a file system that all "
+        "processes share, or in an object store (gs://)."
+      )
+    run.prng_impl = cls.open(path).prng_impl
+    return run
+
+  def _create(self) -> None:
+    """Make the folder and its config.json, or see that they fit."""
+    path = self.path
     try:
       path.mkdir(parents=True, exist_ok=True)
       found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
@@ -46,30 +64,28 @@ class RunFolder:
       raise MnemonicError(f"{path}: cannot be used as a run folder: {error.strerror or error}.") from error
     if found and "config.json" not in found:
       raise MnemonicError(f"{path}: is not empty and no run (found {found[0]}). Choose a new folder for --out.")
-    run = cls(path, config, str(jax.random.key_impl(jax.random.key(0))))
-    with run.locked():
+    with self._lock():
       if (path / "config.json").exists():
-        old = cls.open(path)
-        if _identity(old.config) == _identity(config):
-          run.prng_impl = old.prng_impl
-          return run
-        if any(run.checkpoints.glob("[0-9]*")):
+        old = RunFolder.open(path)
+        if _identity(old.config) == _identity(self.config):
+          return
+        if paths.children(self.checkpoints, "[0-9]*"):
           raise MnemonicError(
-            f"{path}: holds a run with other settings ({_difference(old.config, config)}). Nothing was changed; choose "
-            "another --out, or repeat the settings of that run to resume it."
+            f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). Nothing was changed; "
+            "choose another --out, or repeat the settings of that run to resume it."
           )
       record = {
         "format": _FORMAT,
-        "config": configs.as_dict(config),
-        "prng_impl": run.prng_impl,
+        "config": configs.as_dict(self.config),
+        "prng_impl": self.prng_impl,
         "versions": versions(),
       }
       files.write_json(path / "config.json", record)
-    return run
 
   @classmethod
-  def open(cls, path: pathlib.Path) -> RunFolder:
+  def open(cls, path: epath.PathLike) -> RunFolder:
     """Open an existing run."""
+    path = epath.Path(path)
     if not path.is_dir():
       raise MnemonicError(f"{path}: no such run folder. Make one with: mnemonic train CONFIG --out {path}")
     remedy = "It is no run folder, or a damaged one; train into a new folder with: mnemonic train CONFIG --out RUN"
@@ -83,13 +99,25 @@ class RunFolder:
     return cls(path, config, str(record.get("prng_impl", "threefry2x32")))
 
   @property
-  def checkpoints(self) -> pathlib.Path:
+  def checkpoints(self) -> epath.Path:
     """Where Orbax keeps the train states."""
     return self.path / "checkpoints"
 
   @contextmanager
   def locked(self) -> Iterator[None]:
-    """Hold the run for writing; a second process is told so at once. The lock dies with its process."""
+    """Hold the run for writing; a second command is told so at once. The lock dies with its process.
+
+    An object store has no locks: there, do not start two commands on one run.
+    """
+    with ExitStack() as held:
+      distributed.on_writer(lambda: held.enter_context(self._lock()))
+      yield
+
+  @contextmanager
+  def _lock(self) -> Iterator[None]:
+    if paths.is_remote(self.path):
+      yield
+      return
     lock = filelock.FileLock(self.path / ".lock")
     try:
       lock.acquire(blocking=False)
@@ -106,35 +134,52 @@ class RunFolder:
 
   @contextmanager
   def metric_log(self, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that adds a record to metrics.jsonl and to TensorBoard's files, from after `step`."""
+    """Give a function that adds a record to metrics.jsonl and to TensorBoard's files, from after `step`.
+
+    In an object store, where nothing can be appended to, each record writes the files again.
+    """
+    if not distributed.is_writer():
+      yield lambda record: None
+      return
     from tensorboardX.event_file_writer import EventsWriter  # half a second
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
 
     board: Any = None
+    remote = paths.is_remote(self.path)
 
     def log(record: dict[str, Any]) -> None:
       nonlocal board
       scalars = {name: value for name, value in files.plain(record).items() if name != "step" and value is not None}
       summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
       with self._writing_metrics():
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
           file.write(files.dumps(record) + "\n")
         if board is None:
-          (self.path / "tensorboard").mkdir(exist_ok=True)
-          board = EventsWriter(str(self.path / "tensorboard" / "events"))
+          (folder / "tensorboard").mkdir(exist_ok=True)
+          board = EventsWriter(str(folder / "tensorboard" / "events"))
           # Tells TensorBoard to drop what a killed training wrote after its last checkpoint.
           start = SessionLog(status=SessionLog.START)
           board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
         board.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
         board.flush()
+        if remote:
+          for file in (folder / "metrics.jsonl", *(folder / "tensorboard").iterdir()):
+            target = self.path / file.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
 
-    try:
-      yield log
-    finally:
-      if board is not None:
-        with contextlib.suppress(OSError):  # all that was logged is flushed
-          board.close()
+    with ExitStack() as stack:
+      folder = self.path
+      if remote:
+        folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        (folder / "metrics.jsonl").write_text("".join(files.dumps(record) + "\n" for record in self.metrics()))
+      try:
+        yield log
+      finally:
+        if board is not None:
+          with contextlib.suppress(OSError):  # all that was logged is flushed
+            board.close()
 
   @contextmanager
   def _writing_metrics(self) -> Iterator[None]:
@@ -147,7 +192,7 @@ class RunFolder:
     """The whole lines of metrics.jsonl; a line cut by a kill is left out."""
     path = self.path / "metrics.jsonl"
     records = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
       try:
         records.append(json.loads(line))
       except ValueError:
@@ -161,10 +206,10 @@ class RunFolder:
     if (self.path / "metrics.jsonl").exists():
       files.write_text(self.path / "metrics.jsonl", "".join(files.dumps(record) + "\n" for record in kept))
 
-  def forgets(self) -> list[pathlib.Path]:
-    """Folders of the finished forgets, oldest first."""
-    folder = self.path / "forgets"
-    return sorted(p for p in folder.glob("[0-9]" * 4) if (p / "report.json").exists()) if folder.is_dir() else []
+  def forgets(self) -> list[epath.Path]:
+    """Folders of the finished forgets, those that have a report.json, oldest first."""
+    numbered = paths.children(self.path / "forgets", "[0-9]" * 4)
+    return sorted(path for path in numbered if (path / "report.json").exists())
 
   def forgotten_classes(self) -> list[int]:
     """The union of all classes that finished forgets asked for."""
@@ -178,7 +223,7 @@ class RunFolder:
       raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. {remedy}")
     return classes
 
-  def finished_forget(self, number: int | None = None) -> pathlib.Path:
+  def finished_forget(self, number: int | None = None) -> epath.Path:
     """Folder of the latest finished forget, or of the one numbered so."""
     finished = {int(path.name): path for path in self.forgets()}
     if not finished:
@@ -190,14 +235,16 @@ class RunFolder:
       raise UsageError(f"--number: got {chosen}; this run has {', '.join(map(str, finished))}.")
     return finished[chosen]
 
-  def add_forget(self, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Make forgets/NNNN, whole or not at all, from what `fill` writes.
+  def add_forget(self, fill: Callable[[epath.Path], None]) -> epath.Path:
+    """Make forgets/NNNN, whole or not at all, from what `fill` writes, report.json last.
 
-    Call with the run locked. What an earlier, killed forget left behind is swept away first.
+    Call with the run locked. Where nothing can be renamed (`files.make_folder`), what a killed forget left behind stays,
+    without a report.json, and the next number is taken.
     """
     parent = self.path / "forgets"
-    number = max((int(p.name) for p in parent.glob("[0-9]" * 4)), default=0) + 1
+    number = max((int(p.name) for p in paths.children(parent, "[0-9]" * 4)), default=0) + 1
     final = parent / f"{number:04d}"
+    distributed.barrier("all have seen the same number")
     files.make_folder(final, fill)
     return final
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 
 from mnemonic_jax import evaluation, forgetting
 from mnemonic_jax import report as reports
@@ -47,7 +48,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
 
 
 def forget_plain(
-  checkpoint: pathlib.Path, out: pathlib.Path, config: Config, dataset: Dataset, requested: Sequence[int]
+  checkpoint: epath.Path, out: epath.Path, config: Config, dataset: Dataset, requested: Sequence[int]
 ) -> dict[str, Any]:
   """Forget `requested` in a checkpoint of a training loop of the user's own; see `trained.restore_plain`.
 
@@ -57,14 +58,14 @@ def forget_plain(
   classes = _union(requested, len(dataset.class_names))
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise MnemonicError(f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out.")
-  if checkpoint.resolve() in out.resolve().parents:
+  if os.path.realpath(out).startswith(os.path.join(os.path.realpath(checkpoint), "")):
     raise MnemonicError(f"{out}: lies in the checkpoint, which is not to be touched. Choose another folder for --out.")
   report, fill = described(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
   files.make_folder(out, fill)
   return _placed(report, out)
 
 
-def _placed(report: dict[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+def _placed(report: dict[str, Any], folder: epath.Path) -> dict[str, Any]:
   return {**report, "folder": str(folder), "report": str(folder / "report.html")}
 
 
@@ -80,7 +81,7 @@ def described(
   classes: list[int],
   one_shot: OneShot | None = None,
   predict: Predict | None = None,
-) -> tuple[dict[str, Any], Callable[[pathlib.Path], None]]:
+) -> tuple[dict[str, Any], Callable[[epath.Path], None]]:
   """Forget `classes` and score it: the report, and what writes all files into a folder.
 
   `one_shot` and `predict` are those of one process on one device if not given.
@@ -143,14 +144,14 @@ def described(
     ],
   }
 
-  def fill(folder: pathlib.Path) -> None:
+  def fill(folder: epath.Path) -> None:
     page = reports.render(files.plain(report), files.plain(evidence), to_host(trained.codes))
     for name, params in copies.items():
       save_params(folder / name, params)
     # In one line: the confusions of 1000 classes are two million counts.
     files.write_text(folder / "evidence.json", files.dumps(evidence))
-    files.write_json(folder / "report.json", report)
     files.write_text(folder / "report.html", page)
+    files.write_json(folder / "report.json", report)  # last: with it the forget is finished
 
   return report, fill
 

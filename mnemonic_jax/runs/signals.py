@@ -19,6 +19,14 @@ class StopFlag:
   def __init__(self) -> None:
     self.signum = 0
 
+  def asked(self, step: int) -> bool:
+    """Tell, to all processes at the same step, whether one of them was asked to stop. Call it after every step."""
+    from jax.experimental import multihost_utils  # imports jax: not for --help
+
+    if multihost_utils.reached_preemption_sync_point(step):  # never in a single process
+      self.signum = signal.SIGTERM
+    return bool(self.signum)
+
   def stop_if_asked(self, message: str) -> None:
     """Raise Interrupted when a signal came."""
     if self.signum:
@@ -43,22 +51,37 @@ def exit_at_once() -> None:
 
 @contextmanager
 def deferred() -> Iterator[StopFlag]:
-  """Within, the first signal sets the flag, and a second Ctrl-C does what it did before."""
-  flag = StopFlag()
+  """Within, the first signal sets the flag, and a second Ctrl-C does what it did before.
+
+  With several processes SIGTERM is left to the handler that JAX's runtime put when `distributed.initialize` was called, by
+  which all of them agree on a step (`StopFlag.asked`), and Ctrl-C is handed on to it. So call `exit_at_once` before
+  `distributed.initialize`; what it set is back after the block.
+  """
+  from mnemonic_jax import distributed  # imports jax: not for --help
+
+  flag, several, heard = StopFlag(), distributed.several(), 0
+  previous = {signum: signal.getsignal(signum) for signum in _heeded()}
 
   def handle(signum: int, frame: FrameType | None) -> None:
-    if flag.signum and signum == signal.SIGINT:
+    nonlocal heard
+    if heard and signum == signal.SIGINT:
       signal.signal(signum, previous[signal.SIGINT])
       signal.raise_signal(signum)
-    flag.signum = flag.signum or signum
+    heard = heard or signum
+    if several:
+      signal.raise_signal(signal.SIGTERM)
+    else:
+      flag.signum = heard
 
-  previous = {signum: signal.signal(signum, handle) for signum in _heeded()}
+  for signum in previous:
+    if not several or signum == signal.SIGINT:
+      signal.signal(signum, handle)
   try:
     yield flag
   finally:
     for signum, handler in previous.items():
       signal.signal(signum, handler)
-  if flag.signum:
+  if flag.signum and not several:
     signal.raise_signal(flag.signum)  # it came after the last point where the work could stop
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _trees, paths
 from mnemonic_jax.checkpoints import Checkpoints, restore_parts, stored_shapes
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
@@ -28,7 +28,7 @@ class Trained(NamedTuple):
   ema_params: Any  # a moving average of the params, or None
   model_state: Any
   codes: jax.Array
-  checkpoint: pathlib.Path
+  checkpoint: epath.Path
   logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
 
@@ -59,7 +59,7 @@ def _on_first_device(state: TrainState, codes: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (state, codes))
 
 
-def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Trained:
+def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Trained:
   """Restore the params, model state and codes of a checkpoint that a training loop of the user's own wrote.
 
   The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one and "ema_params"
@@ -86,11 +86,11 @@ def restore_plain(folder: pathlib.Path, config: Config, dataset: Dataset) -> Tra
   model_state = tree.get("model_state", model_state)
   logits_fn = model.logits_fn(model_state)
   return Trained(
-    model, tree["params"], tree.get("ema_params"), model_state, tree["codes"], folder.absolute(), logits_fn
+    model, tree["params"], tree.get("ema_params"), model_state, tree["codes"], paths.absolute(folder), logits_fn
   )
 
 
-def _require_same(folder: pathlib.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+def _require_same(folder: epath.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
   """Refuse params or a model state of another structure, shape or dtype."""
   remedy = "Pass the --config, with the same --model fields, that the checkpoint was trained with."
   theirs = _trees.by_path({name: stored.get(name) for name in expected})
@@ -104,7 +104,7 @@ def _require_same(folder: pathlib.Path, what: str, stored: dict[str, Any], expec
     raise MnemonicError(f"{folder}: holds {extra}, which {what} has no place for. {remedy}")
 
 
-def _require_codes(folder: pathlib.Path, codes: Any, dataset: Dataset) -> None:
+def _require_codes(folder: epath.Path, codes: Any, dataset: Dataset) -> None:
   """Refuse codes that are not one or more for each class, of the images' shape."""
   classes = len(dataset.class_names)
   shape: tuple[int, ...] = getattr(codes, "shape", ())

@@ -1,0 +1,242 @@
+"""Many processes: start them together, let one of them write, end all when one is dead or stuck."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.roll_call import roll_call
+
+_LONGEST = 2000  # bytes of a message from process 0 to the others
+_LAST = 2.0  # seconds that process 0 outlives the others
+_BROKEN = re.compile(r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE)
+
+
+def initialize(
+  coordinator: str | None = None,
+  process_id: int | None = None,
+  num_processes: int | None = None,
+  *,
+  startup_timeout: float = 300.0,
+  peer_timeout: float = 60.0,
+) -> None:
+  """Join the other processes of this job, before anything else of JAX runs.
+
+  Without arguments, what the environment says counts: `jax.distributed.initialize` knows TPU pods, SLURM, Open MPI and
+  Kubernetes jobs. Nothing is done for a single process: where neither says anything, or `num_processes` is 1.
+
+  Args:
+    coordinator: "host:port" of process 0.
+    process_id: from 0 to num_processes - 1, another one on each process.
+    startup_timeout: seconds until all processes must be there.
+    peer_timeout: seconds of the `Watchdog`; JAX's own heartbeat, which also runs while that is paused, gets twice that.
+
+  Raises:
+    UsageError: only some of the three are given, or one is out of range.
+    MnemonicError: a process is missing or does not fit, on every process.
+  """
+  given = {"--coordinator": coordinator, "--process-id": process_id, "--num-processes": num_processes}
+  if num_processes == 1 or jax.distributed.is_initialized():
+    return
+  missing = [flag for flag, value in given.items() if value is None]
+  if 0 < len(missing) < len(given):
+    raise UsageError(f"{missing[0]}: missing; pass {', '.join(given)} on every process, or none of them.")
+  started = time.monotonic()
+  if coordinator is not None and process_id is not None and num_processes is not None:
+    roll_call(coordinator, process_id, num_processes, startup_timeout)
+  late = (
+    f"the processes of this job did not come together within {startup_timeout:g} s (--startup-timeout). Start as many as "
+    "the job has, and see their logs; on one machine alone, pass --num-processes 1."
+  )
+  # JAX's own timeout is the longer one: it ends the process with a page of its log.
+  with _deadline(startup_timeout - (time.monotonic() - started), late, last=not process_id):
+    try:
+      jax.distributed.initialize(
+        coordinator,
+        num_processes,
+        process_id,
+        initialization_timeout=int(startup_timeout) + 30,
+        heartbeat_timeout_seconds=max(int(2 * peer_timeout), 10),
+        shutdown_timeout_seconds=max(int(2 * peer_timeout), 10),
+      )
+    except ValueError as error:
+      if coordinator is None and "coordinator_address should be defined" in str(error):
+        return  # no cluster: a single process
+      raise MnemonicError(f"jax.distributed.initialize: {error}") from error
+    except RuntimeError as error:
+      raise MnemonicError(
+        f"jax.distributed.initialize: {error} Pass --coordinator, --process-id and --num-processes by hand; on one machine "
+        "alone, --num-processes 1."
+      ) from error
+    jax.devices()  # here all processes wait for each other's list
+  if several() and jax.default_backend() == "cpu":
+    _keep_stdout_for_python()
+
+
+def several() -> bool:
+  """Tell whether this process has peers."""
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_writer() -> bool:
+  """Tell whether this process writes what only one may write: process 0.
+
+  >>> is_writer()
+  True
+  """
+  return not several() or jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Wait until all processes are here; `name` is the same on all, and told when they are not."""
+  if several():
+    multihost_utils.sync_global_devices(name)
+
+
+def on_writer(work: Callable[[], None]) -> None:
+  """Run `work` on the writer alone; all wait for it, and all fail when it does.
+
+  Raises:
+    MnemonicError: on the others, what the writer raised.
+  """
+  failure: Exception | None = None
+  if is_writer():
+    try:
+      work()
+    except Exception as error:
+      failure = error
+  if several():
+    text = "" if failure is None else str(failure) or type(failure).__name__
+    page = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    told = multihost_utils.broadcast_one_to_all(page).tobytes().rstrip(b"\0").decode(errors="replace")
+    if told and failure is None:
+      raise MnemonicError(told)
+  if failure is not None:
+    raise failure
+
+
+def leave(code: int) -> None:
+  """End this process with an exit code; at once where it failed, as peers may never come to a common end."""
+  if not code or not several():
+    sys.exit(code)
+  _end(code, last=is_writer())
+
+
+class PeerLost(MnemonicError):
+  """Another process is dead or stuck, so that no step can finish."""
+
+  def __init__(self, what: str) -> None:
+    super().__init__(
+      f"{what}: another process is dead or stuck; its own log says more. This is process {jax.process_index()} of "
+      f"{jax.process_count()}. Resume with the same command on all hosts."
+    )
+
+
+class Watchdog:
+  """Ends the process when no step finishes within `timeout` seconds: a collective waits for a dead peer for ever.
+
+  Armed by the first `beat`. A collective that fails because a peer went away raises `PeerLost` at the end of the block.
+  Without peers nothing is watched.
+
+  >>> with Watchdog(60.0) as watchdog:
+  ...   for step in range(3):
+  ...     watchdog.beat(step)
+  ...   with watchdog.paused():
+  ...     pass  # write a checkpoint
+  """
+
+  def __init__(self, timeout: float) -> None:
+    if not timeout > 0:
+      raise UsageError(f"--peer-timeout: got {timeout}; expected seconds above 0.")
+    self._timeout, self._step, self._ending = timeout, 0, False
+    self._deadline: float | None = None  # none: not armed, or paused
+    self._over = threading.Event()
+
+  def __enter__(self) -> Watchdog:
+    if several():
+      threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    if self._ending:
+      time.sleep(2 * _LAST)  # all is said, and the process on its way out
+    self._over.set()
+    if several() and isinstance(error, (RuntimeError, ValueError)) and _BROKEN.search(str(error)):
+      raise PeerLost(f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})") from error
+
+  def beat(self, step: int) -> None:
+    """Say that `step` is finished: its results were read on the host."""
+    self._step, self._deadline = step, time.monotonic() + self._timeout
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Do not watch: for compilation, checkpoints, evaluation."""
+    armed, self._deadline = self._deadline is not None, None
+    try:
+      yield
+    finally:
+      if armed:
+        self._deadline = time.monotonic() + self._timeout
+
+  def _watch(self) -> None:
+    while not self._over.wait(min(self._timeout / 10, 1.0)):
+      deadline = self._deadline
+      if deadline is not None and time.monotonic() > deadline:
+        self._ending = True
+        what = f"no step finished for {self._timeout:g} s after step {self._step} (--peer-timeout)"
+        _say(str(PeerLost(what)))
+        _end(1, last=is_writer())
+
+
+@contextlib.contextmanager
+def _deadline(seconds: float, message: str, *, last: bool) -> Iterator[None]:
+  """End the process with a message when the block, which nothing can interrupt, takes longer."""
+
+  def end() -> None:
+    _say(message)
+    _end(1, last=last)
+
+  timer = threading.Timer(seconds, end)
+  timer.daemon = True
+  timer.start()
+  try:
+    yield
+  finally:
+    timer.cancel()
+
+
+def _keep_stdout_for_python() -> None:
+  """Send what C++ prints to stderr: gloo greets its peers on stdout, which is for results."""
+  sys.stdout.flush()
+  sys.stdout = open(os.dup(1), "w", encoding=sys.stdout.encoding)  # noqa: SIM115
+  os.dup2(2, 1)
+
+
+def _say(message: str) -> None:
+  os.write(2, f"mnemonic: {message}\n".encode())
+
+
+def _end(code: int, *, last: bool) -> None:
+  """End the process as it is: a stuck collective cannot be interrupted, and JAX's own end waits for all peers.
+
+  The process that hosts JAX's coordination service goes last, after the others have said the same: without it JAX's runtime
+  ends them in its own words.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if last:
+    time.sleep(_LAST)
+  os._exit(code)

@@ -1,0 +1,102 @@
+"""One process of a job of several: a tiny training with everything that `distributed` offers, for test_distributed.py."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mnemonic_jax import config as configs
+from mnemonic_jax import distributed, training
+from mnemonic_jax.checkpoints import Checkpoints
+from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs.folder import RunFolder
+
+GROWTH = 0.5  # of a weight, per step and device
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser()
+  parser.add_argument("run", type=pathlib.Path)
+  parser.add_argument("--coordinator")
+  parser.add_argument("--process-id", type=int)
+  parser.add_argument("--num-processes", type=int)
+  parser.add_argument("--startup-timeout", type=float, default=60)
+  parser.add_argument("--peer-timeout", type=float, default=60)
+  parser.add_argument("--steps", type=int, default=4)
+  parser.add_argument("--seconds", type=float, default=0.0)
+  options = parser.parse_args()
+  try:
+    signals.exit_at_once()
+    distributed.initialize(
+      options.coordinator,
+      options.process_id,
+      options.num_processes,
+      startup_timeout=options.startup_timeout,
+      peer_timeout=options.peer_timeout,
+    )
+    train(options)
+    return 0
+  except MnemonicError as error:
+    print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+    return error.exit_code
+
+
+def train(options: argparse.Namespace) -> None:
+  run = RunFolder.create(options.run, configs.load("digits"))
+  mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+  split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+  optimizer = optax.sgd(1.0)
+
+  @jax.jit
+  def first() -> tuple[training.TrainState, jax.Array]:
+    params = {"w": jax.lax.with_sharding_constraint(jnp.arange(24.0), split)}
+    return training.init_train_state(params, {}, optimizer, jax.random.key(0)), jnp.ones((2, 1, 3))
+
+  @jax.jit
+  def one_step(state: training.TrainState, batch: jax.Array) -> tuple[training.TrainState, jax.Array]:
+    params = {"w": state.params["w"] + batch.sum()}
+    return state._replace(params=params, step=state.step + 1), jax.lax.with_sharding_constraint(
+      params["w"].sum(), whole
+    )
+
+  state, codes = first()
+  batch = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), GROWTH, np.float32))
+  with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
+    if checkpoints.latest_step() is not None:
+      state, codes = checkpoints.restore(state, codes)
+    assert state.params["w"].sharding.is_equivalent_to(split, 1)
+    done = int(state.step)
+    run.rewind_metrics(done)
+    with (
+      run.metric_log(done) as log,
+      distributed.Watchdog(options.peer_timeout) as watchdog,
+      signals.deferred() as stop,
+    ):
+      while done < options.steps:
+        state, total = one_step(state, batch)
+        done = int(state.step)
+        log({"step": done, "total": float(total)})
+        watchdog.beat(done)
+        if (asked := stop.asked(done)) or done == options.steps:
+          with watchdog.paused():
+            checkpoints.save(state, codes)
+            checkpoints.wait()
+          if asked:
+            stop.stop_if_asked(f"stopped after step {done}; the checkpoint is written.")
+        time.sleep(options.seconds)
+  distributed.barrier("trained")
+  print(files.dumps({"steps": done, "total": float(total), "devices": jax.device_count()}))
+
+
+if __name__ == "__main__":
+  distributed.leave(main())

@@ -1,0 +1,213 @@
+"""Several processes of one job on this machine: they share a run, agree to stop, and end together when one is lost."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import pathlib
+import socket
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
+
+import pytest
+from jobs import finish_job, free_address, start_job
+from peers import GROWTH
+from running import snapshot, wait_for
+
+from mnemonic_jax import distributed
+from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.roll_call import roll_call
+
+PEERS = pathlib.Path(__file__).with_name("peers.py")
+
+
+def start(run, count, *flags):
+  return start_job((PEERS, run, *flags), count)
+
+
+def start_long(run, count, *flags):
+  """The same, without end; return when a few steps are done."""
+  processes = start(run, count, "--steps", 100000, "--seconds", 0.02, *flags)
+  metrics = run / "metrics.jsonl"
+  assert wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, processes[0])
+  return processes
+
+
+def ours(outcome):
+  """The one message of ours."""
+  lines = [line for line in outcome.err.splitlines() if line.startswith("mnemonic:")]
+  assert len(lines) == 1, outcome.err
+  return lines[0]
+
+
+def test_two_processes_share_a_run_and_one_resumes_it(tmp_path):
+  run = tmp_path / "run"
+  results = [outcome.json for outcome in finish_job(start(run, 2, "--steps", 4))]
+  start_sum, leaves = sum(range(24)), 24
+  after_four = start_sum + 4 * leaves * GROWTH * 2  # each step sums what each device has, an all-reduce
+  assert results == [{"steps": 4, "total": after_four, "devices": 2}] * 2
+  assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+  assert len(list((run / "tensorboard").iterdir())) == 1
+  assert {path.name for path in run.iterdir()} == {
+    ".lock",
+    "checkpoints",
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+  }
+  (alone,) = finish_job(start(run, 1, "--steps", 6))
+  assert alone.json == {"steps": 6, "total": after_four + 2 * leaves * GROWTH, "devices": 1}
+
+
+@pytest.mark.parametrize(
+  ("signum", "lost"),
+  [
+    (SIGKILL, 2),
+    (SIGSTOP, 2),
+    pytest.param(SIGKILL, 0, marks=pytest.mark.long),
+    pytest.param(SIGSTOP, 0, marks=pytest.mark.long),
+  ],
+)
+def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tmp_path):
+  processes = start_long(tmp_path / "run", 3, "--peer-timeout", 3)
+  processes[lost].send_signal(signum)
+  others = [process for index, process in enumerate(processes) if index != lost]
+  try:
+    for outcome in finish_job(others, seconds=20):
+      assert outcome.code == 1
+      assert "another process is dead or stuck" in (message := ours(outcome)) and " of 3. Resume with" in message
+  finally:
+    processes[lost].kill()
+    processes[lost].communicate()
+
+
+@pytest.mark.parametrize("signum", [SIGTERM, pytest.param(SIGINT, marks=pytest.mark.long)])
+def test_a_signal_to_one_process_stops_all_at_the_same_step_after_a_checkpoint(signum, tmp_path):
+  run = tmp_path / "run"
+  processes = start_long(run, 2)
+  processes[1].send_signal(signum)
+  first, second = finish_job(processes)
+  assert (first.code, second.code) == (143, 143)
+  assert ours(first) == ours(second)
+  step = int(ours(first).split("stopped after step ")[1].split(";")[0])
+  assert [path.name for path in (run / "checkpoints").iterdir()] == [str(step)]
+  assert len((run / "metrics.jsonl").read_text().splitlines()) == step
+
+
+@pytest.mark.long
+def test_what_slurm_says_is_enough(tmp_path):
+  port = free_address().split(":")[1]
+  shared = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+  processes = []
+  for index in ("0", "1"):
+    processes += start_job((PEERS, tmp_path / "run"), 1, **shared, SLURM_PROCID=index, SLURM_LOCALID=index)
+  assert [outcome.json["devices"] for outcome in finish_job(processes)] == [2, 2]
+
+
+def test_what_process_0_cannot_do_fails_on_all(tmp_path):
+  (tmp_path / "other").write_text("not a run")
+  before = snapshot(tmp_path)
+  for outcome in finish_job(start(tmp_path, 2)):
+    assert outcome.code == 1 and "is not empty and no run" in ours(outcome)
+  assert snapshot(tmp_path) == before
+
+
+def meet(*counts_and_ids, timeout=20.0):
+  """The errors of a roll call of threads, by process; None where all is well."""
+  address = free_address()
+
+  def one(index, count):
+    try:
+      return roll_call(address, index, count, timeout)
+    except MnemonicError as error:
+      return str(error)
+
+  with concurrent.futures.ThreadPoolExecutor(len(counts_and_ids)) as pool:
+    return list(pool.map(one, *zip(*counts_and_ids, strict=True)))
+
+
+def test_a_roll_call_finds_all():
+  assert meet((0, 4), (1, 4), (2, 4), (3, 4)) == [None] * 4
+
+
+@pytest.mark.parametrize(
+  ("started", "expected"),
+  [
+    ([(0, 2), (1, 3)], "process 1 was started with --num-processes 3, process 0 with 2"),
+    ([(0, 3), (1, 2)], "process 1 was started with --num-processes 2, process 0 with 3"),
+    ([(0, 3), (1, 3), (1, 3)], "two processes were started with --process-id 1"),
+    ([(0, 4), (2, 4)], "of 4 processes, 1, 3 did not come within 1 s"),
+  ],
+)
+def test_a_roll_call_that_does_not_fit_fails_on_all_with_the_numbers(started, expected):
+  for message in meet(*started, timeout=1.0 if len(started) == 2 and "come" in expected else 20.0):
+    assert expected in message, message
+
+
+def test_a_roll_call_ignores_strangers():
+  address = free_address()
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    first = pool.submit(roll_call, address, 0, 2, 20.0)
+    host, port = address.split(":")
+    while True:
+      try:
+        with socket.create_connection((host, int(port))) as stranger:
+          stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        break
+      except OSError:
+        continue
+    pool.submit(roll_call, address, 1, 2, 20.0).result()
+    assert first.result() is None
+
+
+def test_an_unreachable_coordinator_and_missing_processes_end_within_the_startup_timeout(tmp_path):
+  flags = ("--num-processes", 2, "--startup-timeout", 1)
+  program = lambda index: (PEERS, tmp_path, "--coordinator", free_address(), "--process-id", index, *flags)
+  first, second = finish_job([*start_job(program(0), 1), *start_job(program(1), 1)])
+  assert (first.code, second.code) == (1, 1)
+  assert "of 2 processes, 1 did not come within 1 s (--startup-timeout)" in ours(first)
+  assert "process 1 of 2 could not reach process 0 within 1 s (--startup-timeout): Connection refused" in ours(second)
+
+
+@pytest.mark.parametrize(
+  ("flags", "expected"),
+  [
+    (("127.0.0.1:1", None, 2), "--process-id: missing"),
+    ((None, 1, 2), "--coordinator: missing"),
+    (("127.0.0.1:1", 0, None), "--num-processes: missing"),
+    (("127.0.0.1:1", 2, 2), "--process-id: got 2 with --num-processes 2; expected 0 to 1"),
+    (("127.0.0.1", 1, 2), "--coordinator: got 127.0.0.1; expected host:port"),
+  ],
+)
+def test_flags_that_do_not_fit_are_refused(flags, expected):
+  with pytest.raises(UsageError, match=expected):
+    distributed.initialize(*flags, startup_timeout=1)
+
+
+def test_alone_nothing_is_needed(capfd):
+  distributed.initialize()
+  distributed.initialize(num_processes=1)
+  assert distributed.is_writer() and not distributed.several()
+  distributed.barrier("alone")
+  written = []
+  distributed.on_writer(lambda: written.append(1))
+  assert written == [1]
+  with pytest.raises(KeyError), distributed.Watchdog(0.01) as watchdog:
+    watchdog.beat(1)
+    raise KeyError
+  with pytest.raises(UsageError, match="--peer-timeout: got 0"):
+    distributed.Watchdog(0)
+
+
+def test_the_watchdog_watches_only_between_the_first_step_and_a_pause(monkeypatch):
+  ended = []
+  monkeypatch.setattr(distributed, "several", lambda: True)
+  monkeypatch.setattr(distributed, "_end", lambda code, last: (ended.append(code), watchdog._over.set()))
+  with distributed.Watchdog(0.05) as watchdog:
+    watchdog._over.wait(0.3)  # compiling
+    assert not ended
+    watchdog.beat(1)
+    with watchdog.paused():
+      watchdog._over.wait(0.3)
+    assert not ended
+    watchdog._over.wait(0.3)
+  assert ended == [1]

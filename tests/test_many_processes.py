@@ -1,0 +1,146 @@
+"""experiments/imagenet_vit as several processes on this machine: the same training, whatever is killed and restarted."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from signal import SIGKILL, SIGTERM
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from jobs import ROOT, finish_job, start_job
+from running import snapshot, wait_for
+
+from mnemonic_jax import _trees
+from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
+
+pytest_plugins = ["stream_fixtures"]
+pytestmark = pytest.mark.long
+
+SCRIPTS = ROOT / "experiments" / "imagenet_vit"
+STEPS, DEVICES = 12, 4
+CONFIG = f"""
+[data]
+name = "imagenet2012"
+side = 32
+augment = "resized_crop_flip"
+[model]
+name = "vit_ti16"
+pool = "mean"
+scan = true
+[codes]
+rate = 0.3
+[train]
+steps = {STEPS}
+batch_size = 4
+optimizer = "adamw"
+learning_rate = 1e-3
+warmup_steps = 2
+checkpoint_steps = 4
+"""
+# Four processes on a small machine mostly compile.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+class Lab(NamedTuple):
+  config: pathlib.Path
+  data: pathlib.Path
+  folder: pathlib.Path
+
+  def start(self, script, count, *arguments):
+    """Start a script as `count` processes, four devices in all, all of them in the axis fsdp."""
+    flags = f"{FAST} --xla_force_host_platform_device_count={DEVICES // count}"
+    settings = ("--data-dir", self.data, "--execution.fsdp", DEVICES)
+    return start_job((SCRIPTS / f"{script}.py", *arguments, *settings), count, XLA_FLAGS=flags)
+
+  def start_training(self, name, count):
+    return self.start("train", count, self.config, "--out", self.folder / name, "--log-every", 1, "--peer-timeout", 20)
+
+  def train(self, name, count):
+    outcomes = finish_job(self.start_training(name, count), seconds=400)
+    assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
+    assert [outcome.out for outcome in outcomes[1:]] == [""] * (count - 1)
+    assert json.loads(outcomes[0].out)["processes"] == count
+    return self.found(name)
+
+  def stopped(self, name, count, signum, victim):
+    """Train until step 6, send one of the processes a signal, and return how all of them ended."""
+    processes = self.start_training(name, count)
+    metrics = self.folder / name / "metrics.jsonl"
+    try:
+      assert wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, processes[0])
+      processes[victim].send_signal(signum)
+    finally:
+      outcomes = finish_job(processes, seconds=100)
+    return outcomes
+
+  def found(self, name):
+    """Losses and final params of a run."""
+    run = self.folder / name
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1))
+    assert len({path.name.split(".")[-1] for path in (run / "tensorboard").iterdir()}) == 1
+    checkpoint = newest(run / "checkpoints")
+    assert checkpoint.parent.name == str(STEPS)
+    parts = {"params": stored_shapes(checkpoint)["params"]}
+    return [record["loss"] for record in records], _trees.by_path(restore_parts(checkpoint, parts))
+
+
+@pytest.fixture(scope="module")
+def lab(prepared_sets, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("many")
+  (folder / "tiny.toml").write_text(CONFIG)
+  return Lab(folder / "tiny.toml", prepared_sets, folder)
+
+
+@pytest.fixture(scope="module")
+def alone(lab):
+  return lab.train("alone", 1)
+
+
+def assert_same(found, expected):
+  """Up to the order of float32 sums; AdamW divides by the root of a second moment, which magnifies it where that is small."""
+  np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+  assert found[1].keys() == expected[1].keys()
+  for path, leaf in expected[1].items():
+    np.testing.assert_allclose(found[1][path], leaf, rtol=0, atol=5e-5, err_msg=path)
+
+
+def test_two_processes_train_as_one_and_as_if_none_had_been_killed(lab, alone):
+  losses, params = lab.train("two", 2)
+  assert_same((losses, params), alone)
+  other, killed = lab.stopped("killed", 2, SIGKILL, 1)
+  assert killed.code == -SIGKILL and other.code == 1
+  assert "another process is dead or stuck" in other.err and "Resume with the same command" in other.err
+  again, restarted = lab.train("killed", 2)
+  assert again == losses
+  for path, leaf in params.items():
+    np.testing.assert_array_equal(restarted[path], leaf)
+
+
+def test_four_processes_stop_together_and_two_go_on(lab, alone):
+  outcomes = lab.stopped("four", 4, SIGTERM, 2)
+  assert [outcome.code for outcome in outcomes] == [143] * 4, outcomes
+  messages = {line for outcome in outcomes for line in outcome.err.splitlines() if line.startswith("mnemonic:")}
+  (message,) = messages
+  assert f"of {STEPS}; the checkpoint is written. Resume with the same command." in message
+  assert_same(lab.train("four", 2), alone)
+
+
+def test_two_processes_forget_as_one(lab, alone):
+  run = lab.folder / "alone"
+  before = snapshot(run / "checkpoints")
+  reports, params = [], []
+  for count in (2, 1):
+    outcomes = finish_job(lab.start("forget", count, run, "--classes", 1), seconds=400)
+    assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
+    folder = run / "forgets" / f"{len(reports) + 1:04d}"
+    assert {path.name for path in folder.iterdir()} == {"params", "report.json", "report.html", "evidence.json"}
+    reports.append(json.loads((folder / "report.json").read_text()))
+    params.append(_trees.by_path(restore_parts(folder / "params", stored_shapes(folder / "params"))))
+  assert snapshot(run / "checkpoints") == before
+  for key in ("classes", "sign", "params_sha256_before", "codes_sha256", "retain_accuracy_after", "forget_error_after"):
+    assert reports[0][key] == reports[1][key], key
+  for path, leaf in params[1].items():
+    np.testing.assert_allclose(params[0][path], leaf, rtol=0, atol=1e-4, err_msg=path)
