@@ -205,10 +205,17 @@ def convolution(
       return jax.lax.dynamic_update_slice(patches, seen.reshape(len(x), -1, 1, features), (zero, zero, index, zero))
 
     positions = math.prod((w - 1) // s + 1 for w, s in zip(window, stride, strict=True))
-    patches = _trees.zeros((len(x), positions, taps, features), x.dtype, x)
-    patches = (
-      put(jnp.int32(0), patches) if taps == 1 else jax.lax.fori_loop(jnp.int32(0), jnp.int32(taps), put, patches)
-    )
+    if tuple(spatial) == tuple(stride) and all(d == 1 for d in dilation):  # side by side, as a ViT's
+      counts = [size // k for size, k in zip(x.shape[1:], spatial, strict=False)]
+      x = x[(slice(None), *(slice(n * k) for n, k in zip(counts, spatial, strict=True)))]
+      x = x.reshape(len(x), *(size for pair in zip(counts, spatial, strict=True) for size in pair), features)
+      axes = range(1, 1 + 2 * len(spatial))
+      patches = x.transpose(0, *axes[::2], *axes[1::2], x.ndim - 1).reshape(len(x), positions, taps, features)
+    else:
+      patches = _trees.zeros((len(x), positions, taps, features), x.dtype, x)
+      patches = (
+        put(jnp.int32(0), patches) if taps == 1 else jax.lax.fori_loop(jnp.int32(0), jnp.int32(taps), put, patches)
+      )
     if parts == 1:
       return patches.reshape(len(data), 1, -1, taps * features)
     patches = patches.reshape(len(data), -1, taps, parts, part_features)
