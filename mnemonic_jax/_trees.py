@@ -82,6 +82,18 @@ def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
   return varying(jnp.zeros(shape, dtype), varying_axes(like))
 
 
+def gathered(tree: PyTree) -> PyTree:
+  """Arrays as whole copies on every device of the mesh that `jax.set_mesh` has set; without one, as they are.
+
+  Params that are split over a mesh meet examples that are split over it too: gather the smaller of the two, a layer at a
+  time, rather than let the compiler choose.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.explicit_axes:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec()), tree)
+
+
 def all_finite(tree: PyTree) -> jax.Array:
   """() bool: whether no floating leaf has a NaN or inf."""
   leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)]

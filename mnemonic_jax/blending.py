@@ -100,7 +100,8 @@ def _blend(
 ) -> tuple[jax.Array, jax.Array]:
   def blend(batch: tuple[jax.Array, jax.Array], key: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
     images, targets = batch
-    share = draw(key, images.shape[:3], alpha)
+    # All devices draw for all examples: they would have to agree in every round of beta's rejections.
+    share = _trees.gathered(draw(key, images.shape[:3], alpha))
     return _lerp(images, share[..., None]), _lerp(targets, share.mean((1, 2))[:, None])
 
   arguments = key, jnp.asarray(alpha, jnp.float32)

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mnemonic_jax.models import text_head, transformer
+from mnemonic_jax import _trees
+from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
 from mnemonic_jax.models.swin import Swin
@@ -145,7 +146,7 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], st
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
   def bound(params: PyTree, model_state: PyTree, train: bool) -> Any:
-    params = {name: x if name in stacked else transformer.gathered(x) for name, x in params.items()}
+    params = {name: x if name in stacked else _trees.gathered(x) for name, x in params.items()}
     states = [jax.tree.map(lambda x: x, shape) for shape in shapes]
     for state, values in zip(states, (params, model_state), strict=True):
       nnx.replace_by_pure_dict(state, values)

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+
+from mnemonic_jax import _trees
 
 kernel_init = jax.nn.initializers.truncated_normal(0.02)
 Linear = partial(nnx.Linear, kernel_init=kernel_init)
@@ -41,22 +42,10 @@ class FeedForward(nnx.Module):
     return self.out(jax.nn.gelu(self.hidden(x), approximate=False))
 
 
-def gathered(params: Any) -> Any:
-  """Params as whole copies on every device of the mesh that `jax.set_mesh` has set; without one, as they are.
-
-  Params that are split over a mesh meet examples that are split over it too: gather the smaller of the two, a layer at a
-  time, rather than let the compiler choose.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.explicit_axes:
-    return params
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), params)
-
-
 def run(block: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
   """Call a block without state of its own; with `remat` its inner values are computed again on the way back."""
   graph, params = nnx.split(block)
-  call = lambda params, x: nnx.merge(graph, gathered(params))(x)
+  call = lambda params, x: nnx.merge(graph, _trees.gathered(params))(x)
   return (jax.checkpoint(call) if remat else call)(params, x)
 
 
