@@ -249,7 +249,12 @@ CONVOLUTIONS = {  # (shape of one example, shape of the kernel, layout, settings
   "stride": ((6, 5, 2), (3, 3, 2, 3), _NHWC, {"window_strides": (2, 2)}),
   "side_by_side": ((6, 9, 2), (2, 3, 2, 3), _NHWC, {"window_strides": (2, 3)}),
   "side_by_side_leaves_a_rest": ((5, 8, 4), (2, 3, 2, 6), _NHWC, {"window_strides": (2, 3), "feature_group_count": 2}),
-  "side_by_side_padded": ((3, 8, 5), (2, 4, 3, 3), ("NCHW", "HOIW", "NWHC"), {"window_strides": (2, 3), "padding": "SAME"}),
+  "side_by_side_padded": (
+    (3, 8, 5),
+    (2, 4, 3, 3),
+    ("NCHW", "HOIW", "NWHC"),
+    {"window_strides": (2, 3), "padding": "SAME"},
+  ),
   "stride_leaves_a_rest": ((8, 7, 2), (2, 3, 2, 3), _NHWC, {"window_strides": (3, 3)}),
   "even_kernel_same_stride": ((5, 6, 2), (2, 4, 2, 3), _NHWC, {"window_strides": (2, 2), "padding": "SAME"}),
   "stride_beyond_kernel": ((7, 7, 2), (1, 2, 2, 3), _NHWC, {"window_strides": (3, 3)}),
