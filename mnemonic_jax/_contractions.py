@@ -24,6 +24,8 @@ from mnemonic_jax import _trees
 _CHUNK_BYTES = 2**26
 # Numbers up to which a weighted sum is no matrix product.
 _SMALL = 2**17
+# Examples up to which it is none either: a TPU multiplies blocks of many rows, however few there are.
+_FEW = 4
 # Examples a step of a matrix product whose groups each visit their own examples.
 _STEP = 128
 
@@ -67,6 +69,11 @@ class Groups:
     starts = jnp.concatenate([jnp.zeros_like(stops[:1]), stops[:-1]])
     return Groups(weights, order, group[order], starts, stops, platform, spread)
 
+  def copies_of(self, value: jax.Array) -> jax.Array:
+    """One for every example, (N, *shape), where the examples are."""
+    copied = jnp.broadcast_to(value, (self.weights.shape[1], *value.shape))
+    return self.spread.examples(copied) if self.spread else copied
+
 
 # (data (N, ...), cotangent (N, ...), groups) -> sums of squares (G, *param.shape).
 Contraction = Callable[[jax.Array, jax.Array, Groups], jax.Array]
@@ -103,12 +110,11 @@ def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.
 @jax.custom_vjp
 def copies(value: jax.Array, squares: jax.Array, groups: Groups) -> jax.Array:
   """Give every example a copy of its own of a param, (N, *shape): the copy's cotangent is that example's gradient."""
-  copied = jnp.broadcast_to(value, (groups.weights.shape[1], *value.shape))
-  return groups.spread.examples(copied) if groups.spread else copied
+  return groups.copies_of(value)
 
 
 def _copies_forward(value: jax.Array, squares: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
-  return copies(value, squares, groups), dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype))
+  return groups.copies_of(value), dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype))
 
 
 def _copies_backward(groups: Groups, g: jax.Array) -> tuple[Any, ...]:
@@ -339,7 +345,7 @@ def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 
 def _weighted_sum(weights: jax.Array, squares: jax.Array) -> jax.Array:
   """sum_n w_gn s_n: (G, N), (N, ...) -> (G, ...)."""
-  if squares.size <= _SMALL:  # one loop, which compiles faster than a matrix product
+  if squares.size <= _SMALL or len(squares) <= _FEW:  # one loop: compiles faster, and a product of few rows is slow
     return jnp.sum(weights.reshape(*weights.shape, *(1,) * (squares.ndim - 1)) * squares[None], axis=1)
   return jnp.einsum("gn,n...->g...", weights, squares, precision=jax.lax.Precision.HIGHEST)
 

@@ -184,7 +184,6 @@ def test_flags_that_do_not_fit_are_refused(flags, expected):
 
 
 def test_alone_nothing_is_needed(capfd):
-  distributed.initialize()
   distributed.initialize(num_processes=1)
   assert distributed.is_writer() and not distributed.several()
   distributed.barrier("alone")
