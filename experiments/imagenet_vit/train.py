@@ -106,7 +106,6 @@ def train(job: Job) -> dict[str, Any]:
     stop = stack.enter_context(signals.deferred())
     meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
-    stack.enter_context(jax.transfer_guard_host_to_device("disallow"))  # but for what is placed on purpose
     traced = range(min(first + 5, total - 1), min(first + 10, total)) if job.profile else range(0)
     epoch: Any = None
     running: Any = None
@@ -115,7 +114,8 @@ def train(job: Job) -> dict[str, Any]:
         epoch = jax.device_put(np.int32(step // program.steps_per_epoch), sharding.replicated(mesh))
       if traced and step == traced.start:
         jax.profiler.start_trace(str(run.path / "profile"))
-      state, metrics = program.step(state, codes, images, labels, rows, epoch)
+      with jax.transfer_guard_host_to_device("disallow"):  # all it reads was placed on purpose
+        state, metrics = program.step(state, codes, images, labels, rows, epoch)
       if traced and step == traced.stop - 1:
         jax.block_until_ready(metrics)
         jax.profiler.stop_trace()
