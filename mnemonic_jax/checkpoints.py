@@ -69,9 +69,8 @@ class Checkpoints:
     step = int(state.step)
     if self.latest_step() == step:
       return
-    stored = state._replace(key=_key_data(state.key))
     with self._write_errors(step):
-      self._manager.save(step, args=ocp.args.StandardSave(_as_tree(stored, codes)))
+      self._manager.save(step, args=ocp.args.StandardSave(_as_tree(state, codes)))
     self._newest = step
 
   def wait(self) -> None:
@@ -100,8 +99,7 @@ class Checkpoints:
   def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
     """Read the newest checkpoint into the structure, shapes and shardings of `state` and `codes` (abstract or not)."""
     step = self.require_step()
-    tree = _as_tree(state._replace(key=_key_data(state.key)), codes)
-    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
     try:
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
     except Exception as error:  # Orbax raises many kinds for files that are damaged or of another model
@@ -181,13 +179,13 @@ def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
 
 
 def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
-  """The state, whose key is its data here, as plain nested containers."""
+  """The state as plain nested containers; a typed key is stored as its data."""
   return {
     "params": state.params,
     "model_state": state.model_state,
     "optimizer_state": state.optimizer_state,
     "step": state.step,
-    "key": state.key,
+    "key": _key_data(state.key),
     "codes": codes,
   }
 

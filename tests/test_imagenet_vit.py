@@ -21,12 +21,14 @@ from mnemonic_jax import config as configs
 from mnemonic_jax import sharding
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.errors import MnemonicError
 
 pytest_plugins = ["stream_fixtures"]
 
 SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"
 sys.path.insert(0, str(SCRIPTS))
 import forget as forget_script  # noqa: E402
+import job as jobs  # noqa: E402
 import train as train_script  # noqa: E402
 
 CLASSES, BATCH, SIDE = 10, 16, 32
@@ -251,3 +253,10 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   same = ("classes", "codes_sha256", "lambda1", "lambda2", "sign", "retain_accuracy_after", "forget_error_after")
   assert {name: on_mesh[name] for name in same} == {name: on_one[name] for name in same}
   assert (tmp_path / "whole" / "forgets" / "0001" / "report.html").is_file()
+
+
+def test_a_pretrained_file_is_refused_rather_than_left_unread():
+  config = configs.build("tiny", TABLES, {"model.pretrained": "vit.npz"})
+  job = jobs.Job(config, synthetic(), sharding.make_mesh(1, 8), run=None)
+  with pytest.raises(MnemonicError, match=r"model\.pretrained: got 'vit\.npz', which this script cannot start from"):
+    train_script.train(job)

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from chips import CHIPS
 from etils import epath
 
 from mnemonic_jax import config as configs
@@ -30,13 +31,13 @@ from mnemonic_jax.runs.inference import Predictions
 
 # Dense bfloat16 FLOP/s of a device, from the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5": 459e12,
-  "TPU v6 lite": 918e12,
+  "TPU v4": CHIPS["v4"].flops,
+  "TPU v5 lite": CHIPS["v5e"].flops,
+  "TPU v5": CHIPS["v5p"].flops,
+  "TPU v6 lite": CHIPS["v6e"].flops,
   "NVIDIA A100-SXM4-80GB": 312e12,
-  "NVIDIA H100 80GB HBM3": 989e12,
-  "NVIDIA H200": 989e12,
+  "NVIDIA H100 80GB HBM3": CHIPS["h100"].flops,
+  "NVIDIA H200": CHIPS["h200"].flops,
 }
 
 

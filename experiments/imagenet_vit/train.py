@@ -81,10 +81,15 @@ def train(job: Job) -> dict[str, Any]:
   """Train to the last step from wherever the run is; see `mnemonic_jax.runs.train` for what a checkpoint promises."""
   config, mesh, run, dataset = job.config, job.mesh, job.run, job.dataset
   settings = config.train
+  if config.model.pretrained:
+    raise MnemonicError(
+      f"model.pretrained: got {config.model.pretrained!r}, which this script cannot start from. Pass --model.pretrained '' to "
+      "train from scratch, or fine-tune on one device with mnemonic train."
+    )
   program = make_program(config, dataset, mesh, run.prng_impl)
   with ExitStack() as stack:
     stack.enter_context(run.locked())
-    checkpoints = stack.enter_context(Checkpoints(run.checkpoints))
+    checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
     if checkpoints.latest_step() is None:
       state, codes = program.init()
     else:
