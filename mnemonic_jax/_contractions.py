@@ -281,17 +281,21 @@ def _squared_products(
     return _weighted_outer_products(groups.weights, inputs, cotangents)
 
   def by_group(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
-    """Each group visits its own examples only, some at a time."""
+    """The largest group in one product over all examples; the others visit their own, some at a time."""
+    counts = groups.stops - groups.starts  # type: ignore[operator]
+    largest = jnp.argmax(counts)
+    total = zeros(len(groups.weights)).at[largest].set(at_once(data, g, Groups(groups.weights[largest][None]))[0])
+    ends = jnp.cumsum(-(-counts.at[largest].set(0) // _STEP))  # of each group's steps among all
 
-    def total(weights: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-      def add(index: jax.Array, total: jax.Array) -> jax.Array:
-        at = start + index * _STEP + jnp.arange(_STEP)
-        rows = groups.order[jnp.minimum(at, num - 1)]  # type: ignore[index]
-        return total + at_once(data[rows], g[rows], Groups(jnp.where(at < stop, weights[rows], 0)[None]))
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+      group = jnp.sum(step >= ends)
+      at = groups.stops[group] + (step - ends[group]) * _STEP + jnp.arange(_STEP)  # type: ignore[index]
+      rows = groups.order[jnp.maximum(at, 0)]  # type: ignore[index]  # none before the group's own weighs in it
+      weights = jnp.where(at >= 0, groups.weights[group, rows], 0)
+      added = at_once(data[rows], g[rows], Groups(weights[None]))
+      return total.at[group].add(added[0])
 
-      return jax.lax.fori_loop(0, (stop - start + _STEP - 1) // _STEP, add, zeros(1))[0]
-
-    return jax.lax.map(lambda group: total(*group), (groups.weights, groups.starts, groups.stops))
+    return jax.lax.fori_loop(0, ends[-1], add, total)
 
   def squares(data: jax.Array, g: jax.Array) -> jax.Array:
     """Of each example's gradient, (n, *shape)."""
