@@ -17,7 +17,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"))
-import forget as forget_script  # noqa: E402
+import forget as forget_script
 
 CLASSES = 8
 
