@@ -93,7 +93,7 @@ def _mix(
     num_classes, per_class = codes.shape[:2]
     replace_key, choice_key = jax.random.split(key)
     replaced = jax.random.bernoulli(replace_key, rate, labels.shape)
-    choice = jax.random.randint(choice_key, labels.shape, 0, per_class)
+    choice = jax.random.randint(choice_key, labels.shape, 0, per_class) if per_class > 1 else jnp.zeros_like(labels)
     wide = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)  # num_classes may not fit an int8
     known = jnp.where(wide < 0, num_classes, wide)
     own = codes.at[known, choice].get(mode="fill", fill_value=jnp.nan)
