@@ -2,8 +2,9 @@
 
 Command:  python experiments/imagenet_vit/train.py imagenet_vit_s16_90ep --data-dir DIR --out RUN [--execution.fsdp 8]
 
-Any config of a streamed set will do, and any of its fields can be overridden. The run folder is that of `mnemonic train`, and
-the data order too: stop it, and go on with another number of devices or processes. Forget with forget.py beside this file.
+Any config of a streamed set will do, and any of its fields can be overridden; the weights of `model.pretrained` go from the
+file straight to the shards. The run folder is that of `mnemonic train`, and the data order too: stop it, and go on with
+another number of devices or processes. Forget with forget.py beside this file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import distributed, sharding, training
+from mnemonic_jax import distributed, pretrained, sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
@@ -33,6 +34,7 @@ class Program(NamedTuple):
 
   model: Model
   init: Any  # () -> (state, codes), each device its own shards
+  restart: Any  # (params, model_state, key) -> the state before the first step; params are donated
   step: Any  # (state, codes, images, labels, rows, epoch) -> (state, metrics); the state is donated
   state: TrainState
   codes: jax.ShapeDtypeStruct
@@ -54,6 +56,9 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   placements = sharding.tree_shardings(mesh, state)
   augment = augmentation.NAMES[config.data.augment]
 
+  def restart(params: Any, model_state: Any, key: Any) -> TrainState:
+    return training.init_train_state(params, model_state, optimizer, key)
+
   def step(state: TrainState, codes: Any, images: Any, labels: Any, rows: Any, epoch: Any) -> tuple[TrainState, Any]:
     one_step = setup.make_step(config, model, optimizer, codes)
     return training.make_batch_step(one_step, dataset.preprocess, augment)(state, images, labels, rows, epoch)
@@ -63,6 +68,7 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   return Program(
     model,
     jax.jit(first, out_shardings=(placements, copied)),
+    jax.jit(restart, out_shardings=placements, donate_argnums=0),
     jax.jit(
       step,
       in_shardings=(placements, copied, batch, batch, batch, copied),
@@ -77,21 +83,30 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   )
 
 
+def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array]:
+  """State and codes before the first step, with the weights of the pretrained file if there is one; as in `mnemonic train`."""
+  state, codes = program.init()
+  if config.model.pretrained:
+    params, model_state, key = state.params, state.model_state, state.key
+    del state  # the optimizer's makes room for the weights
+    settings = config.model
+    params, model_state = pretrained.load(
+      settings.pretrained, settings.name, params, model_state, new_head=settings.new_head
+    )
+    state = program.restart(params, model_state, key)
+  return state, codes
+
+
 def train(job: Job) -> dict[str, Any]:
   """Train to the last step from wherever the run is; see `mnemonic_jax.runs.train` for what a checkpoint promises."""
   config, mesh, run, dataset = job.config, job.mesh, job.run, job.dataset
   settings = config.train
-  if config.model.pretrained:
-    raise MnemonicError(
-      f"model.pretrained: got {config.model.pretrained!r}, which this script cannot start from. Pass --model.pretrained '' to "
-      "train from scratch, or fine-tune on one device with mnemonic train."
-    )
   program = make_program(config, dataset, mesh, run.prng_impl)
   with ExitStack() as stack:
     stack.enter_context(run.locked())
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
     if checkpoints.latest_step() is None:
-      state, codes = program.init()
+      state, codes = first_state(config, program)
     else:
       state, codes = checkpoints.restore(program.state, program.codes)
     first, total = int(state.step), program.total_steps
