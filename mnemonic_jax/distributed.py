@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -40,7 +41,7 @@ def initialize(
     coordinator: "host:port" of process 0.
     process_id: from 0 to num_processes - 1, another one on each process.
     startup_timeout: seconds until all processes must be there.
-    peer_timeout: seconds of the `Watchdog`; JAX's own heartbeat, which also runs while that is paused, gets twice that.
+    peer_timeout: seconds of the `Watchdog` for a step; JAX's own heartbeat gets twice that.
 
   Raises:
     UsageError: only some of the three are given, or one is out of range.
@@ -134,36 +135,49 @@ def leave(code: int) -> None:
 
 
 class PeerLost(MnemonicError):
-  """Another process is dead or stuck, so that no step can finish."""
+  """Nothing goes on here: another process is dead or stuck, or (`why`) this one waits for something else."""
 
-  def __init__(self, what: str) -> None:
+  def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
+    why = why or "another process is dead or stuck; its own log says more"
     super().__init__(
-      f"{what}: another process is dead or stuck; its own log says more. This is process {jax.process_index()} of "
-      f"{jax.process_count()}. Resume with the same command on all hosts."
+      f"{what}: {why}. This is process {jax.process_index()} of {jax.process_count()}. Resume with the same command on all "
+      f"hosts{remedy}."
     )
 
 
+class _Limit(NamedTuple):
+  """Until when the next sign of life must come."""
+
+  deadline: float
+  what: str  # that is waited for, and how long
+  flag: str
+
+
 class Watchdog:
-  """Ends the process when no step finishes within `timeout` seconds: a collective waits for a dead peer for ever.
+  """Ends the process when nothing is finished in time: a collective waits for a dead or stuck peer for ever.
 
-  Armed by the first `beat`. A collective that fails because a peer went away raises `PeerLost` at the end of the block.
-  Without peers nothing is watched.
+  What was announced by `phase` must be over within `startup_timeout` seconds: what comes before the first step, compilation,
+  checkpoints, a batch of an evaluation. After a `beat`, a finished step, the next one must end within `timeout` seconds. A
+  collective that fails because a peer went away raises `PeerLost` at the end of the block. Without peers nothing is watched.
 
-  >>> with Watchdog(60.0) as watchdog:
+  >>> with Watchdog(60.0, startup_timeout=300.0) as watchdog:
   ...   for step in range(3):
   ...     watchdog.beat(step)
-  ...   with watchdog.paused():
-  ...     pass  # write a checkpoint
+  ...   watchdog.phase("the checkpoint")
+  ...   watchdog.beat(step)  # it is written; a step is waited for again
   """
 
-  def __init__(self, timeout: float) -> None:
-    if not timeout > 0:
-      raise UsageError(f"--peer-timeout: got {timeout}; expected seconds above 0.")
-    self._timeout, self._step, self._ending = timeout, 0, False
-    self._deadline: float | None = None  # none: not armed, or paused
+  def __init__(self, timeout: float, startup_timeout: float) -> None:
+    for flag, seconds in (("--peer-timeout", timeout), ("--startup-timeout", startup_timeout)):
+      if not seconds > 0:
+        raise UsageError(f"{flag}: got {seconds}; expected seconds above 0.")
+    self._timeout, self._startup_timeout, self._step = timeout, startup_timeout, 0
+    self._waits_for_input, self._ending = False, False
     self._over = threading.Event()
+    self.phase("start-up")
 
   def __enter__(self) -> Watchdog:
+    self.phase("start-up")
     if several():
       threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
     return self
@@ -178,26 +192,37 @@ class Watchdog:
       raise PeerLost(f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})") from error
 
   def beat(self, step: int) -> None:
-    """Say that `step` is finished: its results were read on the host."""
-    self._step, self._deadline = step, time.monotonic() + self._timeout
+    """Say that `step` is finished, its results read on the host, and that the next one runs."""
+    self._step = step
+    what = f"no step finished for {self._timeout:g} s after step {step}"
+    self._limit = _Limit(time.monotonic() + self._timeout, what, "--peer-timeout")
 
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Do not watch: for compilation, checkpoints, evaluation."""
-    armed, self._deadline = self._deadline is not None, None
-    try:
-      yield
-    finally:
-      if armed:
-        self._deadline = time.monotonic() + self._timeout
+  def phase(self, what: str) -> None:
+    """Say that all before is finished, and what begins now; it lasts until the next `phase` or `beat`."""
+    what = f"{what} did not end within {self._startup_timeout:g} s"
+    self._limit = _Limit(time.monotonic() + self._startup_timeout, what, "--startup-timeout")
+
+  def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; who waits for one too long says so, and does not blame its peers."""
+    iterator, end = iter(batches), object()
+    while True:
+      self._waits_for_input = True
+      batch = next(iterator, end)
+      self._waits_for_input = False
+      if batch is end:
+        return
+      yield batch
 
   def _watch(self) -> None:
-    while not self._over.wait(min(self._timeout / 10, 1.0)):
-      deadline = self._deadline
-      if deadline is not None and time.monotonic() > deadline:
+    while not self._over.wait(min(self._timeout / 10, self._startup_timeout / 10, 1.0)):
+      limit = self._limit
+      if time.monotonic() > limit.deadline:
         self._ending = True
-        what = f"no step finished for {self._timeout:g} s after step {self._step} (--peer-timeout)"
-        _say(str(PeerLost(what)))
+        why = "another process is dead or stuck, or waits for its input; its own log says more"
+        if self._waits_for_input:
+          why = "this process waits for its next batch, so its input is stuck or too slow"
+        remedy = f", and with a larger {limit.flag} if all was well and only slow"
+        _say(str(PeerLost(f"{limit.what} ({limit.flag})", why, remedy)))
         _end(1, last=is_writer())
 
 

@@ -184,8 +184,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
         stacked = jax.jit(partial(jax.numpy.zeros, leaf.shape, leaf.dtype), out_shardings=placement)()
         for index in range(len(stacked)):
           layer = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
-          layer = _placed(layer, leaf.dtype, _of_a_layer(placement))
-          stacked = jax.block_until_ready(_with_layer(stacked, index, layer))
+          on_devices = _placed(layer, leaf.dtype, _of_a_layer(placement))
+          stacked = jax.block_until_ready(_with_layer(stacked, index, on_devices))
         return stacked
       value = _placed(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype, placement)
       return jax.block_until_ready(value)  # else the copies of several arrays wait in host memory

@@ -19,7 +19,7 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import distributed, pretrained, sharding, training
+from mnemonic_jax import pretrained, sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
@@ -105,6 +105,7 @@ def train(job: Job) -> dict[str, Any]:
   with ExitStack() as stack:
     stack.enter_context(run.locked())
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
+    job.watchdog.phase("making or restoring the first state")
     if checkpoints.latest_step() is None:
       state, codes = first_state(config, program)
     else:
@@ -122,14 +123,15 @@ def train(job: Job) -> dict[str, Any]:
         process=(jax.process_index(), jax.process_count()),
       )
     )
-    watchdog = stack.enter_context(distributed.Watchdog(job.peer_timeout))
     stop = stack.enter_context(signals.deferred())
     meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
     traced = range(min(first + 5, total - 1), min(first + 10, total)) if job.profile else range(0)
+    placed = meter.waiting(job.watchdog.inputs(_placed(batches, mesh)))
+    job.watchdog.phase("the first step, with its compilation,")
     epoch: Any = None
     running: Any = None
-    for step, (images, labels, rows) in zip(range(first, total), meter.waiting(_placed(batches, mesh)), strict=True):
+    for step, (images, labels, rows) in zip(range(first, total), placed, strict=True):
       if epoch is None or step % program.steps_per_epoch == 0:
         epoch = jax.device_put(np.int32(step // program.steps_per_epoch), sharding.replicated(mesh))
       if traced and step == traced.start:
@@ -141,7 +143,7 @@ def train(job: Job) -> dict[str, Any]:
         jax.profiler.stop_trace()
       if running is not None:  # the step before: this one runs meanwhile
         jax.block_until_ready(running)
-        watchdog.beat(step)
+        job.watchdog.beat(step)
       running, done = metrics, step + 1
       last = done == total
       asked = stop.asked(done)
@@ -156,7 +158,8 @@ def train(job: Job) -> dict[str, Any]:
           )
         log({"epoch": done / program.steps_per_epoch, "step": done, **values, **meter.read(done, total, values)})
       if saved:
-        with watchdog.paused(), meter.paused("checkpoint"):
+        job.watchdog.phase(f"the checkpoint of step {done}")
+        with meter.paused("checkpoint"):
           checkpoints.save(state, codes)
           if asked or last:
             checkpoints.wait()
@@ -164,7 +167,8 @@ def train(job: Job) -> dict[str, Any]:
           stop.stop_if_asked(
             f"stopped after step {done} of {total}; the checkpoint is written. Resume with the same command."
           )
-    stack.enter_context(watchdog.paused())
+        if not last:
+          job.watchdog.beat(done)  # a step is waited for again
     (test,) = jobs.predict(job, program.model, [state.params], state.model_state, dataset.test)
   return {
     "run": str(run.path),
