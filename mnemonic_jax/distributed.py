@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -19,7 +19,9 @@ from jax.experimental import multihost_utils
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.roll_call import roll_call
 
-_LONGEST = 2000  # bytes of a message from process 0 to the others
+Result = TypeVar("Result")
+
+_LONGEST = 2000  # bytes of a message from one process to the others
 _LAST = 2.0  # seconds that process 0 outlives the others
 _BROKEN = re.compile(r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE)
 
@@ -111,20 +113,30 @@ def on_writer(work: Callable[[], None]) -> None:
   Raises:
     MnemonicError: on the others, what the writer raised.
   """
-  failure: Exception | None = None
-  if is_writer():
-    try:
-      work()
-    except Exception as error:
-      failure = error
+  together(lambda: work() if is_writer() else None)
+
+
+def together(work: Callable[[], Result]) -> Result:
+  """Run `work`, in which no process waits for another, on all; all fail when one does, rather than wait for it later.
+
+  Raises:
+    MnemonicError: on those that did not fail, what the first one raised that did.
+  """
+  result, failure = None, None
+  try:
+    result = work()
+  except Exception as error:
+    failure = error
   if several():
     text = "" if failure is None else str(failure) or type(failure).__name__
     page = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(page).tobytes().rstrip(b"\0").decode(errors="replace")
+    pages = [found.tobytes().rstrip(b"\0") for found in multihost_utils.process_allgather(page)]
+    told = next((found.decode(errors="replace") for found in pages if found), "")
     if told and failure is None:
       raise MnemonicError(told)
   if failure is not None:
     raise failure
+  return cast(Result, result)
 
 
 def leave(code: int) -> None:

@@ -35,6 +35,7 @@ def main() -> int:
   parser.add_argument("--peer-timeout", type=float, default=60)
   parser.add_argument("--steps", type=int, default=4)
   parser.add_argument("--seconds", type=float, default=0.0)
+  parser.add_argument("--fails", type=int, default=-1, help="the process that cannot read what all read")
   parser.add_argument(
     "--stuck", default="", help="where process 1 stops for ever, alive: start-up, input or checkpoint"
   )
@@ -59,6 +60,11 @@ def main() -> int:
 def pass_or_stick(options: argparse.Namespace, where: str) -> None:
   if options.stuck == where and jax.process_index() == 1:
     time.sleep(1000)
+
+
+def read_or_fail(options: argparse.Namespace) -> None:
+  if options.fails == jax.process_index():
+    raise MnemonicError(f"file: no such file on host {options.fails}")
 
 
 def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[jax.Array]:
@@ -86,6 +92,7 @@ def train(options: argparse.Namespace, watchdog: distributed.Watchdog) -> None:
     )
 
   pass_or_stick(options, "start-up")
+  distributed.together(lambda: read_or_fail(options))
   state, codes = first()
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
     if checkpoints.latest_step() is not None:

@@ -137,6 +137,11 @@ def test_what_process_0_cannot_do_fails_on_all(tmp_path):
   assert snapshot(tmp_path) == before
 
 
+def test_what_one_process_cannot_read_fails_on_all(tmp_path):
+  for outcome in finish_job(start(tmp_path / "run", 2, "--fails", 1), seconds=40):
+    assert outcome.code == 1 and ours(outcome) == "mnemonic: file: no such file on host 1"
+
+
 def meet(*counts_and_ids, timeout=20.0):
   """The errors of a roll call of threads, by process; None where all is well."""
   address = free_address()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import pretrained, sharding, training
+from mnemonic_jax import distributed, pretrained, sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
@@ -90,8 +91,8 @@ def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array
     params, model_state, key = state.params, state.model_state, state.key
     del state  # the optimizer's makes room for the weights
     settings = config.model
-    params, model_state = pretrained.load(
-      settings.pretrained, settings.name, params, model_state, new_head=settings.new_head
+    params, model_state = distributed.together(
+      partial(pretrained.load, settings.pretrained, settings.name, params, model_state, new_head=settings.new_head)
     )
     state = program.restart(params, model_state, key)
   return state, codes
