@@ -205,10 +205,11 @@ def convolution(
     window = [(size - r - 1) // s * s + 1 for size, r, s in zip(x.shape[1:], reach, stride, strict=False)]
 
     def put(index: jax.Array, patches: jax.Array) -> jax.Array:
-      start, zero = jnp.asarray(offsets)[index], jnp.int32(0)
-      seen = jax.lax.dynamic_slice(x, (zero, *start, zero), (len(x), *window, features))
-      seen = jax.lax.slice(seen, [0] * seen.ndim, seen.shape, (1, *stride, 1))
-      return jax.lax.dynamic_update_slice(patches, seen.reshape(len(x), -1, 1, features), (zero, zero, index, zero))
+      start, zero = _row(jnp.asarray(offsets), index)[0], jnp.int32(0)
+      from_start = {"allow_negative_indices": False}
+      seen = jax.lax.dynamic_slice(x, (zero, *start, zero), (len(x), *window, features), **from_start)
+      seen = jax.lax.slice(seen, [0] * seen.ndim, seen.shape, (1, *stride, 1)).reshape(len(x), -1, 1, features)
+      return jax.lax.dynamic_update_slice(patches, seen, (zero, zero, index, zero), **from_start)
 
     positions = math.prod((w - 1) // s + 1 for w, s in zip(window, stride, strict=True))
     if tuple(spatial) == tuple(stride) and all(d == 1 for d in dilation):  # side by side, as a ViT's
@@ -281,17 +282,23 @@ def _squared_products(
     return _weighted_outer_products(groups.weights, inputs, cotangents)
 
   def by_group(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
-    """Each group visits its own examples only, some at a time."""
+    """The largest group in one product over all examples; the others visit their own, some at a time."""
+    counts = groups.stops - groups.starts  # type: ignore[operator]
+    largest = jnp.argmax(counts)
+    steps = jnp.where(jnp.arange(len(counts)) == largest, 0, -(-counts // _STEP))
+    ends = jnp.sum(jnp.where(jnp.tri(len(steps), dtype=bool), steps, 0), axis=1)  # of each group's steps among all
+    taken = lambda x, rows: x.at[rows].get(mode="promise_in_bounds")
 
-    def total(weights: jax.Array, start: jax.Array, stop: jax.Array) -> jax.Array:
-      def add(index: jax.Array, total: jax.Array) -> jax.Array:
-        at = start + index * _STEP + jnp.arange(_STEP)
-        rows = groups.order[jnp.minimum(at, num - 1)]  # type: ignore[index]
-        return total + at_once(data[rows], g[rows], Groups(jnp.where(at < stop, weights[rows], 0)[None]))
+    def add(step: jax.Array, total: jax.Array) -> jax.Array:
+      group = jnp.sum(step >= ends)
+      at = groups.stops[group] + (step - ends[group]) * _STEP + jnp.arange(_STEP)  # type: ignore[index]
+      rows = taken(groups.order, jnp.maximum(at, 0))  # none before the group's own weighs in it
+      weights = jnp.where(at >= 0, taken(_row(groups.weights, group)[0], rows), 0)
+      added = at_once(taken(data, rows), taken(g, rows), Groups(weights[None]))
+      return _with_row(total, _row(total, group) + added, group)
 
-      return jax.lax.fori_loop(0, (stop - start + _STEP - 1) // _STEP, add, zeros(1))[0]
-
-    return jax.lax.map(lambda group: total(*group), (groups.weights, groups.starts, groups.stops))
+    of_largest = at_once(data, g, Groups(_row(groups.weights, largest)))
+    return jax.lax.fori_loop(0, ends[-1], add, _with_row(zeros(len(groups.weights)), of_largest, largest))
 
   def squares(data: jax.Array, g: jax.Array) -> jax.Array:
     """Of each example's gradient, (n, *shape)."""
@@ -302,13 +309,13 @@ def _squared_products(
     """One example after the other, added to the groups it belongs to."""
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
-      row = index if groups.order is None else groups.order[index]
-      added = squares(*(jax.lax.dynamic_slice_in_dim(x, row, 1) for x in (data, g)))
+      row = index if groups.order is None else _row(groups.order, index)[0]
+      added = squares(_row(data, row), _row(g, row))
+      weights = _row(groups.weights, row, axis=1)  # (G, 1)
       if groups.order is None:
-        return total + groups.weights[:, row][:, None, None, None] * added
-      group = groups.group[index]  # type: ignore[index]
-      added = jax.lax.dynamic_slice_in_dim(total, group, 1) + groups.weights[group, row] * added
-      return jax.lax.dynamic_update_slice_in_dim(total, added, group, 0)
+        return total + weights[:, :, None, None] * added
+      group = _row(groups.group, index)[0]
+      return _with_row(total, _row(total, group) + _row(weights, group)[0, 0] * added, group)
 
     stop = num if groups.stops is None else groups.stops[-1]
     return jax.lax.fori_loop(0, stop, add, zeros(len(groups.weights)))
@@ -321,7 +328,8 @@ def _squared_products(
     add = lambda total, part: (total + _weighted_sum(part[2].T, squares(part[0], part[1])), None)
     return jax.lax.scan(add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T)))[0]
 
-  if positions == 1 and (num <= _STEP or groups.order is None or len(groups.weights) == 1):
+  few = num <= _STEP or len(groups.weights) * math.prod(shape) <= _SMALL
+  if positions == 1 and (few or groups.order is None or len(groups.weights) == 1):
     return at_once(data, g, groups)
   cpu, default = (by_group, at_once) if positions == 1 else (by_example, in_chunks)
   if groups.platform is None:
@@ -336,6 +344,11 @@ def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> 
   if a.shape[1] == 1:
     return product(weighted[:, 0], b[:, 0])[:, None]
   return jnp.swapaxes(jax.vmap(product, 1)(weighted, b), 0, 1)
+
+
+# Where it is known that no index counts from the end, the program need not ask; there are many, and each asks.
+_row = partial(jax.lax.dynamic_index_in_dim, allow_negative_indices=False)
+_with_row = partial(jax.lax.dynamic_update_index_in_dim, axis=0, allow_negative_indices=False)
 
 
 def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:

@@ -69,8 +69,8 @@ def squared_gradients(
   """
   num_examples = weights.shape[-1]
   microbatch = examples_at_once(objective, params, batch, weights, microbatch)
-  concrete = _validation.is_concrete((params, batch, weights, shift))
   if one_pass is None:
+    concrete = _validation.is_concrete((params, batch, weights, shift))
     one_program = jitted_program if concrete else _program
     if microbatch == num_examples or not (concrete and _on_one_device((params, batch))):
       return one_program(objective, microbatch, params, batch, weights, shift)

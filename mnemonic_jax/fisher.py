@@ -113,7 +113,7 @@ def diagonal_fisher(
     loss_fn,
     chosen,
     precision,
-    disjoint=_disjoint(group_weights),
+    disjoint=_disjoint(weights),
     placements=_passes.placements_of(execution.shardings, chosen),
     platform=_passes.platform_of(params),
   )
@@ -123,9 +123,9 @@ def diagonal_fisher(
   return treedef.unflatten([next(filled) if takes_part else None for takes_part in chosen])
 
 
-def _disjoint(weights: jax.Array) -> bool:
-  """Whether each example is known to have a weight in one group at most."""
-  if len(weights) == 1:
+def _disjoint(weights: Any) -> bool:
+  """Whether each example is known to have a weight in one group at most; of weights as given: jit traces all others."""
+  if weights is None or np.ndim(weights) == 1 or len(weights) == 1:
     return True
   return _validation.is_concrete(weights) and bool(np.all(np.count_nonzero(np.asarray(weights), axis=0) <= 1))
 

@@ -69,6 +69,15 @@ def test_groups_come_from_one_pass_each_with_its_own_weights():
     assert_trees_close(jax.tree.map(lambda leaf, g=g: leaf[g], groups), wanted, rtol=2e-5, atol=1e-12)
 
 
+def test_concrete_weights_inside_jit_are_known_to_share_no_example():
+  # Then only the largest group takes all examples, the others theirs in a loop; where they may share, all take all.
+  together, x = np.ones((2, 300)), jax.ShapeDtypeStruct((300, 70_000), jnp.float32)
+  apart = together * (np.arange(300) < [[150], [300]]) * (np.arange(300) >= [[0], [150]])
+  for weights, loops in ((apart, True), (together, False)):
+    fisher = lambda w, x, weights=weights: mj.diagonal_fisher(lambda w, x, y: (x @ w) ** 2, w, x, x[:, 0], weights)
+    assert ("while" in str(jax.make_jaxpr(fisher)(jax.ShapeDtypeStruct((70_000,), jnp.float32), x))) == loops
+
+
 def test_never_the_square_of_a_batch_gradient():
   # Two examples with opposite gradients: the batch gradient is 0, the Fisher is not.
   loss = lambda w, x, y: x @ w

@@ -139,21 +139,30 @@ def test_microbatch_changes_rounding_only(name, microbatch):
     np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6 * np.max(wanted, initial=0))
 
 
-@pytest.mark.parametrize("disjoint", [False, True])
-def test_many_examples(disjoint):
-  """More than the engine takes at once, some of them in no group; every param meets its data in one position."""
+@pytest.mark.parametrize("sizes", [None, (140, 152, 3), (150, 0, 140), (2, 1, 0)], ids=str)
+def test_many_examples(sizes):
+  """More than the engine takes at once, some of them in no group; every param meets its data in one position.
+
+  Groups that share examples, and groups of some sizes that share none: the largest goes another way than the others.
+  """
   many, draw = 300, exact_cases.Draw("many")
 
   def model(p, x):
     h = jnp.tanh(exact_cases.convolve(x, p["kernel"])[:, 0, 0])
-    return jnp.sin(h @ p["w"] + p["b"]) + jnp.einsum("ne,ef->nef", h, p["experts"]).sum(1)
+    wide = jnp.sin(h @ p["w"] + p["b"]) @ p["wide"]  # which is large enough for a way of its own
+    return wide[:, :3] + jnp.cos(wide[:, 3:6]) + jnp.einsum("ne,ef->nef", h, p["experts"]).sum(1)
 
-  params = {"kernel": draw(2, 3, 2, 4), "w": draw(4, 3), "b": draw(3), "experts": draw(4, 3)}
+  params = {"kernel": draw(2, 3, 2, 4), "w": draw(4, 64), "b": draw(64), "wide": draw(64, 700), "experts": draw(4, 3)}
   loss_fn, arrays = exact_cases.scored(model), (params, draw(many, 2, 3, 2), draw.ints(3, many))
-  weights = abs(draw(3, many)) * (draw.ints(5, many) == np.arange(3)[:, None] if disjoint else draw.ints(2, 3, many))
+  if sizes is None:
+    weights = abs(draw(3, many)) * draw.ints(2, 3, many)
+  else:
+    group = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (*sizes, many - sum(sizes))))
+    weights = (0.1 + abs(draw(3, many))) * (group == np.arange(3)[:, None])
   squares = squares_by_loop(loss_fn, *arrays)
-  ours = mj.diagonal_fisher(loss_fn, *as_jax(arrays, jnp.float32), weights)
-  assert error(ours, squares, weights) < 1e-5
+  fisher = lambda *arrays: mj.diagonal_fisher(loss_fn, *arrays, weights)
+  assert error(fisher(*as_jax(arrays, jnp.float32)), squares, weights) < 1e-5
+  assert error(jax.jit(fisher)(*as_jax(arrays, jnp.float32)), squares, weights) < 1e-5
 
 
 LINEAR = {  # models that are linear in their param: (function of (param, input), shape of the param, of an input)

@@ -108,6 +108,20 @@ PUBLISHED = [
 ]
 
 
+def test_pooled_stages_are_means_over_positions():
+  spatial = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+  pooled = models.pooled({"stage1": jnp.asarray(spatial), "features": jnp.asarray(spatial[:, 0, 0])})
+  assert pooled.keys() == {"stage1", "features"}
+  np.testing.assert_allclose(pooled["stage1"], spatial.astype(np.float64).reshape(2, 64, 4).sum(axis=1) / 64, atol=1e-6)
+  np.testing.assert_array_equal(pooled["features"], spatial[:, 0, 0])
+
+
+def test_pooled_half_precision_sums_in_float32():
+  ones = models.pooled({"stage": jnp.ones((1, 4096, 2), jnp.bfloat16)})["stage"]  # a bfloat16 sum of ones stops at 256
+  assert ones.dtype == jnp.float32
+  np.testing.assert_array_equal(ones, np.ones((1, 2)))
+
+
 @pytest.mark.parametrize(
   ("name", "size", "published"),
   [pytest.param(*row, marks=pytest.mark.long if row[0] == "vit_h14" else ()) for row in PUBLISHED],
@@ -120,6 +134,7 @@ def test_published_sizes(name, size, published):
     return
   images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
   stages = jax.eval_shape(model.stages, params, model_state, images)
+  assert all(stage.ndim == 2 and stage.shape[0] == 2 for stage in jax.eval_shape(models.pooled, stages).values())
   features = stages.pop("features")
   assert features.shape[0] == 2 and features.ndim == 2
   assert len(stages) >= 5 and all(stage.shape[0] == 2 and stage.ndim > 2 for stage in stages.values())

@@ -13,6 +13,7 @@ from mnemonic_jax import _trees
 from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
+from mnemonic_jax.models.staged import pooled as pooled
 from mnemonic_jax.models.swin import Swin
 from mnemonic_jax.models.vit import ViT
 
@@ -27,7 +28,7 @@ class Model(NamedTuple):
     apply: (params, model_state, inputs, train) -> (logits, model_state).
     features: (params, model_state, inputs) -> (N, F), what the last layer sees, in evaluation mode.
     stages: (params, model_state, inputs) -> the output of each stage by name, (N, ..., F), in evaluation mode, and
-      "features" (N, F). Under jit, a stage that nobody reads costs nothing.
+      "features" (N, F). Under jit, a stage that nobody reads costs nothing. `pooled` takes their means over positions.
     head: keys of the last layer in params.
     layer_axis: the layer axis of params whose blocks are scanned, a tree prefix as `forgetting.forget` takes it, so that
       a scanned and an unrolled model forget identically; None where no param is stacked.
