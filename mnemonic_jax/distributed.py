@@ -161,8 +161,9 @@ class _Limit(NamedTuple):
   """Until when the next sign of life must come."""
 
   deadline: float
-  what: str  # that is waited for, and how long
+  what: str  # is waited for, and how long
   flag: str
+  why: str  # it may not come, besides another process that is dead or stuck
 
 
 class Watchdog:
@@ -207,12 +208,13 @@ class Watchdog:
     """Say that `step` is finished, its results read on the host, and that the next one runs."""
     self._step = step
     what = f"no step finished for {self._timeout:g} s after step {step}"
-    self._limit = _Limit(time.monotonic() + self._timeout, what, "--peer-timeout")
+    self._limit = _Limit(time.monotonic() + self._timeout, what, "--peer-timeout", "waits for its input")
 
   def phase(self, what: str) -> None:
     """Say that all before is finished, and what begins now; it lasts until the next `phase` or `beat`."""
     what = f"{what} did not end within {self._startup_timeout:g} s"
-    self._limit = _Limit(time.monotonic() + self._startup_timeout, what, "--startup-timeout")
+    why = "this one takes that long by itself"
+    self._limit = _Limit(time.monotonic() + self._startup_timeout, what, "--startup-timeout", why)
 
   def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
     """The same batches; who waits for one too long says so, and does not blame its peers."""
@@ -230,7 +232,7 @@ class Watchdog:
       limit = self._limit
       if time.monotonic() > limit.deadline:
         self._ending = True
-        why = "another process is dead or stuck, or waits for its input; its own log says more"
+        why = f"another process is dead or stuck, or {limit.why}; its own log says more"
         if self._waits_for_input:
           why = "this process waits for its next batch, so its input is stuck or too slow"
         remedy = f", and with a larger {limit.flag} if all was well and only slow"
