@@ -8,8 +8,9 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,7 +19,9 @@ from jax.experimental import multihost_utils
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.roll_call import roll_call
 
-_LONGEST = 2000  # bytes of a message from process 0 to the others
+Result = TypeVar("Result")
+
+_LONGEST = 2000  # bytes of a message from one process to the others
 _LAST = 2.0  # seconds that process 0 outlives the others
 _BROKEN = re.compile(r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE)
 
@@ -40,7 +43,7 @@ def initialize(
     coordinator: "host:port" of process 0.
     process_id: from 0 to num_processes - 1, another one on each process.
     startup_timeout: seconds until all processes must be there.
-    peer_timeout: seconds of the `Watchdog`; JAX's own heartbeat, which also runs while that is paused, gets twice that.
+    peer_timeout: seconds of the `Watchdog` for a step; JAX's own heartbeat gets twice that.
 
   Raises:
     UsageError: only some of the three are given, or one is out of range.
@@ -110,20 +113,30 @@ def on_writer(work: Callable[[], None]) -> None:
   Raises:
     MnemonicError: on the others, what the writer raised.
   """
-  failure: Exception | None = None
-  if is_writer():
-    try:
-      work()
-    except Exception as error:
-      failure = error
+  together(lambda: work() if is_writer() else None)
+
+
+def together(work: Callable[[], Result]) -> Result:
+  """Run `work`, in which no process waits for another, on all; all fail when one does, rather than wait for it later.
+
+  Raises:
+    MnemonicError: on those that did not fail, what the first one raised that did.
+  """
+  result, failure = None, None
+  try:
+    result = work()
+  except Exception as error:
+    failure = error
   if several():
     text = "" if failure is None else str(failure) or type(failure).__name__
     page = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
-    told = multihost_utils.broadcast_one_to_all(page).tobytes().rstrip(b"\0").decode(errors="replace")
+    pages = [found.tobytes().rstrip(b"\0") for found in multihost_utils.process_allgather(page)]
+    told = next((found.decode(errors="replace") for found in pages if found), "")
     if told and failure is None:
       raise MnemonicError(told)
   if failure is not None:
     raise failure
+  return cast(Result, result)
 
 
 def leave(code: int) -> None:
@@ -134,36 +147,50 @@ def leave(code: int) -> None:
 
 
 class PeerLost(MnemonicError):
-  """Another process is dead or stuck, so that no step can finish."""
+  """Nothing goes on here: another process is dead or stuck, or (`why`) this one waits for something else."""
 
-  def __init__(self, what: str) -> None:
+  def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
+    why = why or "another process is dead or stuck; its own log says more"
     super().__init__(
-      f"{what}: another process is dead or stuck; its own log says more. This is process {jax.process_index()} of "
-      f"{jax.process_count()}. Resume with the same command on all hosts."
+      f"{what}: {why}. This is process {jax.process_index()} of {jax.process_count()}. Resume with the same command on all "
+      f"hosts{remedy}."
     )
 
 
+class _Limit(NamedTuple):
+  """Until when the next sign of life must come."""
+
+  deadline: float
+  what: str  # is waited for, and how long
+  flag: str
+  why: str  # it may not come, besides another process that is dead or stuck
+
+
 class Watchdog:
-  """Ends the process when no step finishes within `timeout` seconds: a collective waits for a dead peer for ever.
+  """Ends the process when nothing is finished in time: a collective waits for a dead or stuck peer for ever.
 
-  Armed by the first `beat`. A collective that fails because a peer went away raises `PeerLost` at the end of the block.
-  Without peers nothing is watched.
+  What was announced by `phase` must be over within `startup_timeout` seconds: what comes before the first step, compilation,
+  checkpoints, a batch of an evaluation. After a `beat`, a finished step, the next one must end within `timeout` seconds. A
+  collective that fails because a peer went away raises `PeerLost` at the end of the block. Without peers nothing is watched.
 
-  >>> with Watchdog(60.0) as watchdog:
+  >>> with Watchdog(60.0, startup_timeout=300.0) as watchdog:
   ...   for step in range(3):
   ...     watchdog.beat(step)
-  ...   with watchdog.paused():
-  ...     pass  # write a checkpoint
+  ...   watchdog.phase("the checkpoint")
+  ...   watchdog.beat(step)  # it is written; a step is waited for again
   """
 
-  def __init__(self, timeout: float) -> None:
-    if not timeout > 0:
-      raise UsageError(f"--peer-timeout: got {timeout}; expected seconds above 0.")
-    self._timeout, self._step, self._ending = timeout, 0, False
-    self._deadline: float | None = None  # none: not armed, or paused
+  def __init__(self, timeout: float, startup_timeout: float) -> None:
+    for flag, seconds in (("--peer-timeout", timeout), ("--startup-timeout", startup_timeout)):
+      if not seconds > 0:
+        raise UsageError(f"{flag}: got {seconds}; expected seconds above 0.")
+    self._timeout, self._startup_timeout, self._step = timeout, startup_timeout, 0
+    self._waits_for_input, self._ending = False, False
     self._over = threading.Event()
+    self.phase("start-up")
 
   def __enter__(self) -> Watchdog:
+    self.phase("start-up")
     if several():
       threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
     return self
@@ -178,26 +205,38 @@ class Watchdog:
       raise PeerLost(f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})") from error
 
   def beat(self, step: int) -> None:
-    """Say that `step` is finished: its results were read on the host."""
-    self._step, self._deadline = step, time.monotonic() + self._timeout
+    """Say that `step` is finished, its results read on the host, and that the next one runs."""
+    self._step = step
+    what = f"no step finished for {self._timeout:g} s after step {step}"
+    self._limit = _Limit(time.monotonic() + self._timeout, what, "--peer-timeout", "waits for its input")
 
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Do not watch: for compilation, checkpoints, evaluation."""
-    armed, self._deadline = self._deadline is not None, None
-    try:
-      yield
-    finally:
-      if armed:
-        self._deadline = time.monotonic() + self._timeout
+  def phase(self, what: str) -> None:
+    """Say that all before is finished, and what begins now; it lasts until the next `phase` or `beat`."""
+    what = f"{what} did not end within {self._startup_timeout:g} s"
+    why = "this one takes that long by itself"
+    self._limit = _Limit(time.monotonic() + self._startup_timeout, what, "--startup-timeout", why)
+
+  def inputs(self, batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; who waits for one too long says so, and does not blame its peers."""
+    iterator, end = iter(batches), object()
+    while True:
+      self._waits_for_input = True
+      batch = next(iterator, end)
+      self._waits_for_input = False
+      if batch is end:
+        return
+      yield batch
 
   def _watch(self) -> None:
-    while not self._over.wait(min(self._timeout / 10, 1.0)):
-      deadline = self._deadline
-      if deadline is not None and time.monotonic() > deadline:
+    while not self._over.wait(min(self._timeout / 10, self._startup_timeout / 10, 1.0)):
+      limit = self._limit
+      if time.monotonic() > limit.deadline:
         self._ending = True
-        what = f"no step finished for {self._timeout:g} s after step {self._step} (--peer-timeout)"
-        _say(str(PeerLost(what)))
+        why = f"another process is dead or stuck, or {limit.why}; its own log says more"
+        if self._waits_for_input:
+          why = "this process waits for its next batch, so its input is stuck or too slow"
+        remedy = f", and with a larger {limit.flag} if all was well and only slow"
+        _say(str(PeerLost(f"{limit.what} ({limit.flag})", why, remedy)))
         _end(1, last=is_writer())
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import safetensors
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from mnemonic_jax.errors import MnemonicError
 
@@ -138,11 +139,12 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       files are refused.
     name: of the model, as `models.make` takes it.
     params, model_state: trees of arrays or `jax.ShapeDtypeStruct`, as `Model.init` returns them; those of scanned
-      "blocks" are stacked layer by layer.
+      "blocks" are stacked layer by layer. The weights go where the arrays lie, or the shapes' shardings say.
     new_head: leave the head as it is in `params` (arrays), for a data set with other classes.
 
   Returns:
-    (params, model_state), same structure, shapes and dtypes, read one array at a time.
+    (params, model_state), same structure, shapes, dtypes and shardings, read one array at a time: on a mesh each process
+    reads every array, and a device gets its own shards alone.
 
   Raises:
     MnemonicError: no such file, a damaged one, or one of another architecture, head or picture size; it names the array.
@@ -177,13 +179,15 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       top, *keys = (str(key.key) for key in path)
       if new_head and top == head:
         return leaf
+      placement = getattr(leaf, "sharding", None)
       if top == "blocks" and ".".join([top, *keys]) not in named:  # scanned: one leaf holds a param of every block
-        stacked = jax.numpy.zeros(leaf.shape, leaf.dtype)
+        stacked = jax.jit(partial(jax.numpy.zeros, leaf.shape, leaf.dtype), out_shardings=placement)()
         for index in range(len(stacked)):
           layer = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
-          stacked = jax.block_until_ready(_with_layer(stacked, index, layer))
+          on_devices = _placed(layer, leaf.dtype, _of_a_layer(placement))
+          stacked = jax.block_until_ready(_with_layer(stacked, index, on_devices))
         return stacked
-      value = jax.numpy.asarray(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype)
+      value = _placed(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype, placement)
       return jax.block_until_ready(value)  # else the copies of several arrays wait in host memory
 
     # The largest first: what is in memory beside an array while it is filled comes on top of the least.
@@ -233,10 +237,24 @@ def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarr
   return (vectors / lengths).astype(np.float32)
 
 
+def _placed(value: np.ndarray, dtype: Any, placement: Sharding | None) -> jax.Array:
+  """A host array on the devices, each its own part; on the default device where no placement is given."""
+  if placement is None:
+    return jax.numpy.asarray(value, dtype)
+  return jax.make_array_from_callback(value.shape, placement, lambda part: np.asarray(value[part], dtype))
+
+
+def _of_a_layer(placement: Sharding | None) -> Sharding | None:
+  """Where one layer of a stack goes, so that it is filled in where it lies; the stack itself is not split by layers."""
+  if isinstance(placement, NamedSharding):
+    return NamedSharding(placement.mesh, PartitionSpec(*placement.spec[1:]))
+  return placement
+
+
 @partial(jax.jit, donate_argnums=0)
 def _with_layer(stacked: jax.Array, index: int, layer: jax.Array) -> jax.Array:
   """Fill one layer in, in place."""
-  return stacked.at[index].set(layer.astype(stacked.dtype))
+  return stacked.at[index].set(layer)
 
 
 def _renamed(arrays: Mapping[str, Reader], source: _Source) -> dict[str, Reader]:

@@ -6,6 +6,7 @@ import argparse
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,10 @@ def main() -> int:
   parser.add_argument("--peer-timeout", type=float, default=60)
   parser.add_argument("--steps", type=int, default=4)
   parser.add_argument("--seconds", type=float, default=0.0)
+  parser.add_argument("--fails", type=int, default=-1, help="the process that cannot read what all read")
+  parser.add_argument(
+    "--stuck", default="", help="where process 1 stops for ever, alive: start-up, input or checkpoint"
+  )
   options = parser.parse_args()
   try:
     signals.exit_at_once()
@@ -44,14 +49,31 @@ def main() -> int:
       startup_timeout=options.startup_timeout,
       peer_timeout=options.peer_timeout,
     )
-    train(options)
+    with distributed.Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+      train(options, watchdog)
     return 0
   except MnemonicError as error:
     print(f"mnemonic: {error}", file=sys.stderr, flush=True)
     return error.exit_code
 
 
-def train(options: argparse.Namespace) -> None:
+def pass_or_stick(options: argparse.Namespace, where: str) -> None:
+  if options.stuck == where and jax.process_index() == 1:
+    time.sleep(1000)
+
+
+def read_or_fail(options: argparse.Namespace) -> None:
+  if options.fails == jax.process_index():
+    raise MnemonicError(f"file: no such file on host {options.fails}")
+
+
+def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[jax.Array]:
+  while True:
+    yield jax.make_array_from_process_local_data(sharding, np.full(jax.local_device_count(), GROWTH, np.float32))
+    pass_or_stick(options, "input")
+
+
+def train(options: argparse.Namespace, watchdog: distributed.Watchdog) -> None:
   run = RunFolder.create(options.run, configs.load("digits"))
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -69,28 +91,28 @@ def train(options: argparse.Namespace) -> None:
       params["w"].sum(), whole
     )
 
+  pass_or_stick(options, "start-up")
+  distributed.together(lambda: read_or_fail(options))
   state, codes = first()
-  batch = jax.make_array_from_process_local_data(split, np.full(jax.local_device_count(), GROWTH, np.float32))
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
     if checkpoints.latest_step() is not None:
       state, codes = checkpoints.restore(state, codes)
     assert state.params["w"].sharding.is_equivalent_to(split, 1)
     done = int(state.step)
     run.rewind_metrics(done)
-    with (
-      run.metric_log(done) as log,
-      distributed.Watchdog(options.peer_timeout) as watchdog,
-      signals.deferred() as stop,
-    ):
+    inputs = watchdog.inputs(batches(options, split))
+    with run.metric_log(done) as log, signals.deferred() as stop:
       while done < options.steps:
+        batch = next(inputs)
         state, total = one_step(state, batch)
         done = int(state.step)
         log({"step": done, "total": float(total)})
         watchdog.beat(done)
         if (asked := stop.asked(done)) or done == options.steps:
-          with watchdog.paused():
-            checkpoints.save(state, codes)
-            checkpoints.wait()
+          watchdog.phase(f"the checkpoint of step {done}")
+          pass_or_stick(options, "checkpoint")
+          checkpoints.save(state, codes)
+          checkpoints.wait()
           if asked:
             stop.stop_if_asked(f"stopped after step {done}; the checkpoint is written.")
         time.sleep(options.seconds)

@@ -80,6 +80,32 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tm
     processes[lost].communicate()
 
 
+@pytest.mark.parametrize(
+  ("where", "said"),
+  [
+    pytest.param("start-up", "start-up did not end within 9 s (--startup-timeout)", marks=pytest.mark.long),
+    ("checkpoint", "the checkpoint of step 4 did not end within 9 s (--startup-timeout)"),
+  ],
+  ids=["start-up", "checkpoint"],
+)
+def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeout(where, said, tmp_path):
+  processes = start(tmp_path / "run", 2, "--stuck", where, "--startup-timeout", 9)
+  for outcome in finish_job(processes, seconds=40):
+    assert outcome.code == 1
+    assert said in (message := ours(outcome)) and "dead or stuck, or this one takes that long by itself" in message
+    assert message.endswith("and with a larger --startup-timeout if all was well and only slow.")
+
+
+def test_a_process_without_input_says_so_and_the_others_that_it_may_be_that(tmp_path):
+  waiting, stuck = finish_job(start(tmp_path / "run", 2, "--stuck", "input", "--peer-timeout", 3), seconds=40)
+  for outcome in (waiting, stuck):
+    assert outcome.code == 1
+    assert "no step finished for 3 s after step 1 (--peer-timeout)" in ours(outcome)
+    assert "with a larger --peer-timeout if all was well and only slow" in ours(outcome)
+  assert "another process is dead or stuck, or waits for its input; its own log says more" in ours(waiting)
+  assert "this process waits for its next batch, so its input is stuck or too slow" in ours(stuck)
+
+
 @pytest.mark.parametrize("signum", [SIGTERM, pytest.param(SIGINT, marks=pytest.mark.long)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step_after_a_checkpoint(signum, tmp_path):
   run = tmp_path / "run"
@@ -109,6 +135,11 @@ def test_what_process_0_cannot_do_fails_on_all(tmp_path):
   for outcome in finish_job(start(tmp_path, 2)):
     assert outcome.code == 1 and "is not empty and no run" in ours(outcome)
   assert snapshot(tmp_path) == before
+
+
+def test_what_one_process_cannot_read_fails_on_all(tmp_path):
+  for outcome in finish_job(start(tmp_path / "run", 2, "--fails", 1), seconds=40):
+    assert outcome.code == 1 and ours(outcome) == "mnemonic: file: no such file on host 1"
 
 
 def meet(*counts_and_ids, timeout=20.0):
@@ -190,23 +221,45 @@ def test_alone_nothing_is_needed(capfd):
   written = []
   distributed.on_writer(lambda: written.append(1))
   assert written == [1]
-  with pytest.raises(KeyError), distributed.Watchdog(0.01) as watchdog:
+  with pytest.raises(KeyError), distributed.Watchdog(0.01, 0.01) as watchdog:
     watchdog.beat(1)
     raise KeyError
   with pytest.raises(UsageError, match="--peer-timeout: got 0"):
-    distributed.Watchdog(0)
+    distributed.Watchdog(0, 1)
+  with pytest.raises(UsageError, match="--startup-timeout: got -1"):
+    distributed.Watchdog(1, -1)
 
 
-def test_the_watchdog_watches_only_between_the_first_step_and_a_pause(monkeypatch):
-  ended = []
+@pytest.fixture
+def watchdog(monkeypatch):
+  """One that waits 0.1 s for a step and 1 s for all else, and writes down what it would end the process with."""
+  said = []
   monkeypatch.setattr(distributed, "several", lambda: True)
-  monkeypatch.setattr(distributed, "_end", lambda code, last: (ended.append(code), watchdog._over.set()))
-  with distributed.Watchdog(0.05) as watchdog:
-    watchdog._over.wait(0.3)  # compiling
-    assert not ended
+  monkeypatch.setattr(distributed, "_say", said.append)
+  monkeypatch.setattr(distributed, "_end", lambda code, last: watchdog._over.set())
+  watchdog = distributed.Watchdog(0.1, startup_timeout=1.0)
+  watchdog.said = said
+  return watchdog
+
+
+def test_the_watchdog_gives_each_phase_its_time_and_each_batch_of_an_evaluation(watchdog):
+  with watchdog:
+    watchdog._over.wait(0.5)  # compiling
     watchdog.beat(1)
-    with watchdog.paused():
-      watchdog._over.wait(0.3)
-    assert not ended
-    watchdog._over.wait(0.3)
-  assert ended == [1]
+    watchdog.phase("the checkpoint of step 1")
+    watchdog._over.wait(0.5)
+    for number in range(6):
+      watchdog.phase(f"batch {number} of an evaluation")
+      watchdog._over.wait(0.25)
+    assert not watchdog.said
+    watchdog._over.wait(5)
+  (message,) = watchdog.said
+  assert "batch 5 of an evaluation did not end within 1 s (--startup-timeout): another process is" in message
+
+
+def test_the_watchdog_waits_less_for_a_step(watchdog):
+  with watchdog:
+    watchdog.beat(7)
+    watchdog._over.wait(0.8)
+  (message,) = watchdog.said
+  assert "no step finished for 0.1 s after step 7 (--peer-timeout)" in message

@@ -14,14 +14,18 @@ import jax
 import numpy as np
 import pytest
 from running import command, environment
+from safetensors.numpy import save_file
 from toys import assert_trees_close, host
+from weight_files import as_augreg, as_timm
 
 import mnemonic_jax as mj
 from mnemonic_jax import config as configs
-from mnemonic_jax import sharding
+from mnemonic_jax import models, pretrained, sharding, training
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.models import vit
+from mnemonic_jax.runs import setup
 
 pytest_plugins = ["stream_fixtures"]
 
@@ -226,15 +230,24 @@ def script(name, *arguments, devices):
   return json.loads(done.stdout)
 
 
-@pytest.mark.long
-def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
-  """Through real Orbax checkpoints and TFDS's own ImageNet, of a few pictures that are not ImageNet's."""
-  config = tmp_path / "tiny.toml"
+def write_config(folder, **train):
+  """The tiny config, for pictures of TFDS's, of which there are few."""
+  tables = TABLES | {"train": TABLES["train"] | {"batch_size": 8, "accumulate": 1} | train}
   table = lambda name, fields: (
     f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in fields.items())
   )
-  tables = TABLES | {"train": TABLES["train"] | {"steps": 4, "batch_size": 8, "accumulate": 1, "checkpoint_steps": 2}}
-  config.write_text("".join(table(name, fields) for name, fields in tables.items()))
+  (folder / "tiny.toml").write_text("".join(table(name, fields) for name, fields in tables.items()))
+  return folder / "tiny.toml"
+
+
+def metrics(run):
+  return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.long
+def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
+  """Through real Orbax checkpoints and TFDS's own ImageNet, of a few pictures that are not ImageNet's."""
+  config = write_config(tmp_path, steps=4, checkpoint_steps=2)
   arguments = (config, "--data-dir", prepared_sets, "--out")
   whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, "--profile", devices=8)
   assert whole["mesh"] == {"data": 1, "fsdp": 8} and whole["steps"] == 4
@@ -243,8 +256,7 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
   resumed = script("train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2)
   assert resumed["resumed_from_step"] == 2 and resumed["mesh"] == {"data": 2, "fsdp": 1}
-  read = lambda name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-  for ours, theirs in zip(read("resumed"), read("whole"), strict=True):
+  for ours, theirs in zip(*(metrics(tmp_path / name) for name in ("resumed", "whole")), strict=True):
     assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     assert {"images_per_second_per_device", "step_seconds", "input_seconds", "checkpoint_seconds"} <= set(ours)
   on_mesh = script("forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, devices=4)
@@ -255,8 +267,115 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   assert (tmp_path / "whole" / "forgets" / "0001" / "report.html").is_file()
 
 
-def test_a_pretrained_file_is_refused_rather_than_left_unread():
-  config = configs.build("tiny", TABLES, {"model.pretrained": "vit.npz"})
-  job = jobs.Job(config, synthetic(), sharding.make_mesh(1, 8), run=None)
-  with pytest.raises(MnemonicError, match=r"model\.pretrained: got 'vit\.npz', which this script cannot start from"):
-    train_script.train(job)
+def drawn():
+  """Params of the ViT of the config, unrolled, at random."""
+  model, generator = (
+    models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean"),
+    np.random.default_rng(0),
+  )
+  draw = lambda leaf: generator.normal(0, 0.02, leaf.shape).astype(np.float32)
+  return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])
+
+
+@pytest.fixture
+def weights_file(tmp_path, monkeypatch):
+  """A ViT of two blocks and 10 classes as timm would save it."""
+  monkeypatch.setitem(vit.SIZES, "ti", (192, 2, 3))
+  model = models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean")
+  generator = np.random.default_rng(0)
+  draw = lambda leaf: generator.standard_normal(leaf.shape, np.float32)
+  save_file(
+    as_timm(jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])), tmp_path / "timm.safetensors"
+  )
+  return tmp_path / "timm.safetensors"
+
+
+def program_from(weights_file, mesh, changed):
+  """A config that starts from a file, and its program."""
+  config = configs.build("tiny", TABLES, {"model.pretrained": str(weights_file)} | changed)
+  return config, train_script.make_program(config, synthetic(), mesh)
+
+
+def assert_same_bits(ours, theirs):
+  jax.tree.map(np.testing.assert_array_equal, host(ours), host(theirs))
+
+
+def assert_placed(tree, shardings):
+  for leaf, placed in zip(*map(jax.tree.leaves, (tree, shardings)), strict=True):
+    assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
+
+
+def first_state_from(weights_file, changed):
+  """That of train.py on eight devices, and the shards that all of it has by the table of rules."""
+  mesh = sharding.make_mesh(2, 4)
+  with jax.set_mesh(mesh):
+    config, program = program_from(weights_file, mesh, changed)
+    state, codes = train_script.first_state(config, program)
+  assert_placed(state, sharding.tree_shardings(mesh, state))
+  assert_same_bits(training.ema_params(state), state.params)
+  return config, state, codes
+
+
+def test_a_file_goes_to_the_shards_as_to_one_device(weights_file):
+  config, state, _ = first_state_from(weights_file, {"model.scan": False})
+  shapes, _ = jax.eval_shape(setup.make_model(config, synthetic()).init, jax.random.key(0))
+  assert_same_bits(state.params, pretrained.load(weights_file, "vit_ti16", shapes, {})[0])
+  kernel = state.params["block1"]["feed_forward"]["hidden"]["kernel"]
+  assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+
+def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
+  config, state, codes = first_state_from(weights_file, {"model.new_head": True})
+  fresh = setup.make(config, synthetic())
+  assert_same_bits(state.params, pretrained.load(weights_file, "vit_ti16", fresh.state.params, {}, new_head=True)[0])
+  assert_same_bits(state.params["head"], fresh.state.params["head"])
+  assert_same_bits(codes, fresh.codes)
+  assert_same_bits(*(jax.random.key_data(s.key) for s in (state, fresh.state)))
+  assert int(state.step) == 0
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_on(scan, weights_file):
+  mesh = sharding.make_mesh(1, 8)
+  model = models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean", scan=scan)
+  shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
+  placed = jobs.abstract(shapes, sharding.tree_shardings(mesh, shapes))
+  with jax.transfer_guard_device_to_device("disallow_explicit"):  # straight from the host to the shards
+    params, _ = pretrained.load(weights_file, "vit_ti16", placed, {})
+  assert_same_bits(params, pretrained.load(weights_file, "vit_ti16", shapes, {})[0])
+  assert_placed(params, jax.tree.map(lambda shape: shape.sharding, placed))
+
+
+@pytest.mark.parametrize(
+  ("changed", "said"),
+  [
+    (
+      {"model.name": "vit_s16"},
+      r"timm\.safetensors: .* has shape \(192, 768\) there; vit_s16 .* expects \(384, 1536\)",
+    ),
+    ({"model.name": "resnet18", "model.scan": False, "model.remat": False}, "holds no resnet18 that is known here"),
+    ({"model.pretrained": "absent.npz"}, r"absent\.npz: no such file"),
+  ],
+  ids=["another size", "another architecture", "no file"],
+)
+def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(changed, said, weights_file):
+  mesh = sharding.make_mesh(1, 8)
+  config, program = program_from(weights_file, mesh, changed)
+  shapes = lambda: (program.state, program.codes)  # nothing to compile
+  with jax.set_mesh(mesh), pytest.raises(MnemonicError, match=said):
+    train_script.first_state(config, program._replace(init=shapes))
+
+
+@pytest.mark.long
+def test_training_starts_from_a_file_as_mnemonic_train_does(tmp_path, prepared_sets):
+  """The 1,000 classes of the data set get a new head."""
+  np.savez(tmp_path / "augreg.npz", **as_augreg(drawn()))
+  config = write_config(tmp_path, steps=3, checkpoint_steps=1)
+  start = ("--model.pretrained", tmp_path / "augreg.npz", "--model.new_head", "true", "--data-dir", prepared_sets)
+  result = script("train", config, *start, "--out", tmp_path / "mesh", "--log-every", 1, devices=8)
+  assert result["mesh"] == {"data": 1, "fsdp": 8} and result["steps"] == 3
+  one = command("train", config, *start, "--out", tmp_path / "one", "--json").json
+  assert one["codes_sha256"] == result["codes_sha256"]
+  losses = [[record["loss"] for record in metrics(tmp_path / run)] for run in ("mesh", "one")]
+  assert len(losses[0]) == 3 and losses[0][0] != losses[0][2]
+  np.testing.assert_allclose(*losses, rtol=1e-5)

@@ -7,12 +7,14 @@ import pathlib
 from signal import SIGKILL, SIGTERM
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from jobs import ROOT, finish_job, start_job
 from running import snapshot, wait_for
+from weight_files import as_augreg
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _trees, models
 from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
 
 pytest_plugins = ["stream_fixtures"]
@@ -126,6 +128,24 @@ def test_four_processes_stop_together_and_two_go_on(lab, alone):
   (message,) = messages
   assert f"of {STEPS}; the checkpoint is written. Resume with the same command." in message
   assert_same(lab.train("four", 2), alone)
+
+
+def test_two_processes_start_from_a_file_as_one(lab):
+  model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, pool="mean")
+  file, rng = lab.folder / "augreg.npz", np.random.default_rng(0)
+  draw = lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(np.float32)
+  np.savez(file, **as_augreg(jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])))
+  flags = ("--model.pretrained", file, "--model.new_head", "true", "--train.steps", 1, "--log-every", 1)
+  losses = []
+  for count in (1, 2):
+    run = lab.folder / f"from a file, {count}"
+    outcomes = finish_job(lab.start("train", count, lab.config, "--out", run, *flags), seconds=400)
+    assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
+    losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])
+  assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+  flags = ("--model.pretrained", lab.folder / "absent.npz", "--peer-timeout", 20)
+  for outcome in finish_job(lab.start("train", 2, lab.config, "--out", lab.folder / "refused", *flags)):
+    assert outcome.code == 1 and "absent.npz: no such file" in outcome.err
 
 
 def test_two_processes_forget_as_one(lab, alone):

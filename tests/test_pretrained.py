@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import pickle
-import re
 from functools import cache
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from running import call
 from safetensors.numpy import save_file
+from weight_files import as_augreg
 
 from mnemonic_jax import models, pretrained
 from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
@@ -80,33 +80,6 @@ def test_logits_agree(name, where, theirs, tmp_path):
   logits = jax.jit(model.logits_fn(model_state))(params, images)
   assert np.std(wanted) > 0.05 and np.std(wanted[0] - wanted[1]) > 1e-3
   np.testing.assert_allclose(logits, wanted, atol=1e-4 * max(1.0, np.abs(wanted).max()))
-
-
-def as_augreg(params: dict) -> dict[str, np.ndarray]:
-  """Our ViT's params under the names and shapes of an AugReg file."""
-  heads, arrays = 3, {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    keys, value = [key.key for key in path], np.asarray(leaf)
-    name = "/".join(keys)
-    for pattern, replacement in (
-      (r"^class_token$", "cls"),
-      (r"^positions$", "Transformer/posembed_input/pos_embedding"),
-      (r"^patches/", "embedding/"),
-      (r"^norm/", "Transformer/encoder_norm/"),
-      (r"^block(\d+)/", lambda found: f"Transformer/encoderblock_{int(found[1]) - 1}/"),
-      (r"/norm1/", "/LayerNorm_0/"),
-      (r"/norm2/", "/LayerNorm_2/"),
-      (r"/feed_forward/hidden/", "/MlpBlock_3/Dense_0/"),
-      (r"/feed_forward/out/", "/MlpBlock_3/Dense_1/"),
-      (r"/attention/", "/MultiHeadDotProductAttention_1/"),
-    ):
-      name = re.sub(pattern, replacement, name)
-    if "/qkv/" in name:
-      for part, piece in zip(("query", "key", "value"), np.split(value, 3, axis=-1), strict=True):
-        arrays[name.replace("/qkv/", f"/{part}/")] = piece.reshape(*piece.shape[:-1], heads, -1)
-    else:
-      arrays[name] = value.reshape(heads, -1, value.shape[-1]) if name.endswith("_1/out/kernel") else value
-  return arrays
 
 
 @pytest.fixture(scope="module")

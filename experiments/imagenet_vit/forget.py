@@ -92,10 +92,12 @@ def forget(job: Job) -> dict[str, Any]:
   with run.locked():
     classes = forget_run.check_request(config, job.classes, num_classes, run.forgotten_classes())
     program = make_program(config, dataset, mesh)
+    job.watchdog.phase("restoring the checkpoint")
     trained = _restored(job, program)
     one_shot = lambda params: _one_shot(job, program, trained, params, classes)
     predict = lambda candidates, split: jobs.predict(job, program.model, candidates, trained.model_state, split)
     report, fill = forget_run.described(trained, config, dataset, job.classes, classes, one_shot, predict)
+    job.watchdog.phase("writing the forget")
     folder = run.add_forget(fill)
   return {**report, "mesh": dict(mesh.shape), "processes": jax.process_count(), "folder": str(folder)}
 
@@ -126,13 +128,16 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   tried = GRID if job.search else [(settings.lambda1, settings.lambda2)]
   lambdas = zip(*tried, strict=True) if job.search else tried[0]
   strength = mj.Strength(*(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas))
+  job.watchdog.phase("compiling the forget")
   fishers_of = program.fishers.lower(*arguments).compile()
   update = program.update.lower(*arguments, program.fisher, strength).compile()
+  job.watchdog.phase("the forget")
   compiled = time.perf_counter()
   fishers = jax.block_until_ready(fishers_of(*arguments))
   measured = time.perf_counter()
   moved, info = jax.block_until_ready(update(*arguments, fishers, strength))
   end = time.perf_counter()
+  job.watchdog.phase("what follows the forget")
   info = jax.device_get(info)
   found = info.strength.lambda1, info.strength.lambda2
   kept = next(pair for pair in tried if np.array_equal(np.float32(pair), found))  # not rounded to float32

@@ -23,6 +23,7 @@ from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.distributed import Watchdog
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import files, setup, signals
@@ -53,7 +54,7 @@ class Job:
   search: bool = False  # for the strength
   log_every: int = 50
   profile: bool = False
-  peer_timeout: float = 60.0
+  watchdog: Watchdog = dataclasses.field(default_factory=lambda: Watchdog(60.0, 300.0))
 
 
 def make_mesh(config: Config) -> jax.sharding.Mesh:
@@ -83,7 +84,13 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
   )
   parser.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
   parser.add_argument("--num-processes", type=int, metavar="N")
-  parser.add_argument("--startup-timeout", type=float, default=300.0, metavar="S", help="until all processes are there")
+  parser.add_argument(
+    "--startup-timeout",
+    type=float,
+    default=300.0,
+    metavar="S",
+    help="until all processes are there, and of all but steps: compilation, a checkpoint...",
+  )
   parser.add_argument("--peer-timeout", type=float, default=60.0, metavar="S", help="of a step, after the first one")
   overrides, rest = dotted_overrides(arguments)
   options = parser.parse_args(rest)
@@ -99,39 +106,44 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     )
     if forgets:
       signals.exit_at_once()  # also where several processes would agree on a step: there is none
-      run = RunFolder.open(options.run)
-      allowed = ("forget.", "execution.")
-      if wrong := [field for field in overrides if not field.startswith(allowed)]:
-        raise UsageError(f"--{wrong[0]}: a forget uses the run's own config; only {' and '.join(allowed)} may differ.")
-      config = configs.build(run.config.name, configs.as_dict(run.config), overrides)
-    else:
-      config = configs.load(options.config, overrides)
-    mesh = make_mesh(config)
-    settings = config.data
-    dataset = data.load(
-      settings.name,
-      options.data_dir or settings.data_dir,
-      side=settings.side,
-      augment=settings.augment,
-      normalization=settings.normalization,
-    )
-    if not isinstance(dataset.train, Stream):
-      raise UsageError(f"data.name: got {settings.name!r}; expected a streamed set, such as imagenet2012.")
-    if not forgets:
-      run = RunFolder.create(options.out, config)
-    job = Job(config, dataset, mesh, run)
-    if forgets:
-      job = dataclasses.replace(job, classes=tuple(options.classes), search=options.search)
-    else:
-      shown = {"log_every": options.log_every, "profile": options.profile}
-      job = dataclasses.replace(job, **shown, peer_timeout=options.peer_timeout)
-    with jax.set_mesh(mesh), distributed.Watchdog(options.peer_timeout):
-      result = work(job)
+    with Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+      job = _planned(options, overrides, watchdog)
+      with jax.set_mesh(job.mesh):
+        result = work(job)
   except (MnemonicError, ValueError) as error:
     print(f"mnemonic: {error}", file=sys.stderr, flush=True)
     distributed.leave(getattr(error, "exit_code", 1))
   if distributed.is_writer():
     print(files.dumps(result, indent=2))
+
+
+def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: Watchdog) -> Job:
+  """The job that the command line asks for; a training's run folder is made."""
+  forgets = hasattr(options, "classes")
+  if forgets:
+    run = RunFolder.open(options.run)
+    allowed = ("forget.", "execution.")
+    if wrong := [field for field in overrides if not field.startswith(allowed)]:
+      raise UsageError(f"--{wrong[0]}: a forget uses the run's own config; only {' and '.join(allowed)} may differ.")
+    config = configs.build(run.config.name, configs.as_dict(run.config), overrides)
+  else:
+    config = configs.load(options.config, overrides)
+  mesh = make_mesh(config)
+  settings = config.data
+  watchdog.phase(f"opening the data set {settings.name}")
+  dataset = data.load(
+    settings.name,
+    options.data_dir or settings.data_dir,
+    side=settings.side,
+    augment=settings.augment,
+    normalization=settings.normalization,
+  )
+  if not isinstance(dataset.train, Stream):
+    raise UsageError(f"data.name: got {settings.name!r}; expected a streamed set, such as imagenet2012.")
+  if forgets:
+    return Job(config, dataset, mesh, run, watchdog=watchdog, classes=tuple(options.classes), search=options.search)
+  run = RunFolder.create(options.out, config)
+  return Job(config, dataset, mesh, run, watchdog=watchdog, log_every=options.log_every, profile=options.profile)
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
@@ -148,12 +160,16 @@ def predict(job: Job, model: Model, candidates: Sequence[Any], model_state: Any,
   run = _predict_fn(model, job.dataset.preprocess, sharding.replicated(mesh))
   local, spread = size // processes, sharding.batch_sharding(mesh)
   rows = np.arange(-(-split.num_examples // size) * size).reshape(-1, processes, local)  # by batch and process
+  job.watchdog.phase("the first batch of an evaluation")
   mine = split.part(np.minimum(rows[:, jax.process_index()].ravel(), split.num_examples - 1))  # filled up by the last
   found: list[list[Any]] = [[] for _ in candidates]
-  for batch in mine.batches(local):
+  batches = mine.batches(local)
+  for number, batch in enumerate(job.watchdog.inputs(batches), start=1):
+    job.watchdog.phase(f"batch {number} of {len(rows)} of an evaluation")
     images, labels = (jax.make_array_from_process_local_data(spread, part) for part in batch)
     for params, seen in zip(candidates, found, strict=True):
       seen.append(jax.device_get(run(params, model_state, images, labels)))
+  job.watchdog.phase("what follows the evaluation")
   joined = (map(np.concatenate, zip(*seen, strict=True)) for seen in found)
   return [Predictions(*(values[: split.num_examples] for values in one)) for one in joined]
 

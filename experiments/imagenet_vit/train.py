@@ -2,8 +2,9 @@
 
 Command:  python experiments/imagenet_vit/train.py imagenet_vit_s16_90ep --data-dir DIR --out RUN [--execution.fsdp 8]
 
-Any config of a streamed set will do, and any of its fields can be overridden. The run folder is that of `mnemonic train`, and
-the data order too: stop it, and go on with another number of devices or processes. Forget with forget.py beside this file.
+Any config of a streamed set will do, and any of its fields can be overridden; the weights of `model.pretrained` go from the
+file straight to the shards. The run folder is that of `mnemonic train`, and the data order too: stop it, and go on with
+another number of devices or processes. Forget with forget.py beside this file.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import distributed, sharding, training
+from mnemonic_jax import distributed, pretrained, sharding, training
 from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset, augmentation
@@ -33,6 +35,7 @@ class Program(NamedTuple):
 
   model: Model
   init: Any  # () -> (state, codes), each device its own shards
+  restart: Any  # (params, model_state, key) -> the state before the first step; params are donated
   step: Any  # (state, codes, images, labels, rows, epoch) -> (state, metrics); the state is donated
   state: TrainState
   codes: jax.ShapeDtypeStruct
@@ -54,6 +57,9 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   placements = sharding.tree_shardings(mesh, state)
   augment = augmentation.NAMES[config.data.augment]
 
+  def restart(params: Any, model_state: Any, key: Any) -> TrainState:
+    return training.init_train_state(params, model_state, optimizer, key)
+
   def step(state: TrainState, codes: Any, images: Any, labels: Any, rows: Any, epoch: Any) -> tuple[TrainState, Any]:
     one_step = setup.make_step(config, model, optimizer, codes)
     return training.make_batch_step(one_step, dataset.preprocess, augment)(state, images, labels, rows, epoch)
@@ -63,6 +69,7 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   return Program(
     model,
     jax.jit(first, out_shardings=(placements, copied)),
+    jax.jit(restart, out_shardings=placements, donate_argnums=0),
     jax.jit(
       step,
       in_shardings=(placements, copied, batch, batch, batch, copied),
@@ -77,21 +84,31 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   )
 
 
+def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array]:
+  """State and codes before the first step, with the weights of the pretrained file if there is one; as in `mnemonic train`."""
+  state, codes = program.init()
+  if config.model.pretrained:
+    params, model_state, key = state.params, state.model_state, state.key
+    del state  # the optimizer's makes room for the weights
+    settings = config.model
+    params, model_state = distributed.together(
+      partial(pretrained.load, settings.pretrained, settings.name, params, model_state, new_head=settings.new_head)
+    )
+    state = program.restart(params, model_state, key)
+  return state, codes
+
+
 def train(job: Job) -> dict[str, Any]:
   """Train to the last step from wherever the run is; see `mnemonic_jax.runs.train` for what a checkpoint promises."""
   config, mesh, run, dataset = job.config, job.mesh, job.run, job.dataset
   settings = config.train
-  if config.model.pretrained:
-    raise MnemonicError(
-      f"model.pretrained: got {config.model.pretrained!r}, which this script cannot start from. Pass --model.pretrained '' to "
-      "train from scratch, or fine-tune on one device with mnemonic train."
-    )
   program = make_program(config, dataset, mesh, run.prng_impl)
   with ExitStack() as stack:
     stack.enter_context(run.locked())
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
+    job.watchdog.phase("making or restoring the first state")
     if checkpoints.latest_step() is None:
-      state, codes = program.init()
+      state, codes = first_state(config, program)
     else:
       state, codes = checkpoints.restore(program.state, program.codes)
     first, total = int(state.step), program.total_steps
@@ -107,14 +124,15 @@ def train(job: Job) -> dict[str, Any]:
         process=(jax.process_index(), jax.process_count()),
       )
     )
-    watchdog = stack.enter_context(distributed.Watchdog(job.peer_timeout))
     stop = stack.enter_context(signals.deferred())
     meter = jobs.Meter(job, 3 * jobs.forward_flops(config, dataset))
     every_epoch = settings.checkpoint_every * program.steps_per_epoch
     traced = range(min(first + 5, total - 1), min(first + 10, total)) if job.profile else range(0)
+    placed = meter.waiting(job.watchdog.inputs(_placed(batches, mesh)))
+    job.watchdog.phase("the first step, with its compilation,")
     epoch: Any = None
     running: Any = None
-    for step, (images, labels, rows) in zip(range(first, total), meter.waiting(_placed(batches, mesh)), strict=True):
+    for step, (images, labels, rows) in zip(range(first, total), placed, strict=True):
       if epoch is None or step % program.steps_per_epoch == 0:
         epoch = jax.device_put(np.int32(step // program.steps_per_epoch), sharding.replicated(mesh))
       if traced and step == traced.start:
@@ -126,7 +144,7 @@ def train(job: Job) -> dict[str, Any]:
         jax.profiler.stop_trace()
       if running is not None:  # the step before: this one runs meanwhile
         jax.block_until_ready(running)
-        watchdog.beat(step)
+        job.watchdog.beat(step)
       running, done = metrics, step + 1
       last = done == total
       asked = stop.asked(done)
@@ -141,7 +159,8 @@ def train(job: Job) -> dict[str, Any]:
           )
         log({"epoch": done / program.steps_per_epoch, "step": done, **values, **meter.read(done, total, values)})
       if saved:
-        with watchdog.paused(), meter.paused("checkpoint"):
+        job.watchdog.phase(f"the checkpoint of step {done}")
+        with meter.paused("checkpoint"):
           checkpoints.save(state, codes)
           if asked or last:
             checkpoints.wait()
@@ -149,7 +168,8 @@ def train(job: Job) -> dict[str, Any]:
           stop.stop_if_asked(
             f"stopped after step {done} of {total}; the checkpoint is written. Resume with the same command."
           )
-    stack.enter_context(watchdog.paused())
+        if not last:
+          job.watchdog.beat(done)  # a step is waited for again
     (test,) = jobs.predict(job, program.model, [state.params], state.model_state, dataset.test)
   return {
     "run": str(run.path),
