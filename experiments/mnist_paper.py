@@ -29,12 +29,14 @@ def main() -> None:
   arguments = parser.parse_args()
   dataset = data.load("mnist", arguments.data_dir)
   runs = {kind: arguments.runs / kind for kind in ("codes", "retrain")}
-  zero = paper_tables.one_class(runs, dataset, configs.load("mnist_mlp"), SEEDS)
+  config = configs.load("mnist_mlp")
+  zero = paper_tables.one_class(runs, dataset, config, [paper_tables.strength_of(config)], SEEDS)
   paper_tables.print_one_class("class 0, 3 seeds", zero)
   classes = {}
   for distribution, folder in (("uniform", runs["codes"] / "0"), ("normal", arguments.runs / "normal" / "0")):
     config = configs.load("mnist_mlp", {"codes.distribution": distribution})
-    classes[distribution] = paper_tables.every_class(paper_tables.trained(folder, dataset, config), dataset, config)
+    model = paper_tables.trained(folder, dataset, config)
+    classes[distribution] = paper_tables.every_class(model, dataset, paper_tables.strength_of(config))
   print(
     "\n| class | A_R before | U(0,1): A_R | E_F | N(0,1): A_R before | A_R | E_F | head edit A_R |\n" + "|---" * 8 + "|"
   )

@@ -1,9 +1,10 @@
 """The paper's two tables for any config: one class forgotten over training seeds, and every class alone from one model.
 
-Command:  python experiments/paper_tables.py CONFIG --data-dir DIR [--seeds 0 1 2]
+Command:  python experiments/paper_tables.py CONFIG --data-dir DIR [--seeds 0 1 2] [--also 1e-3 1]
 
 Trains what is missing (a training that was stopped resumes, one that is done is not repeated): with codes, without them, and
-without the forgotten class, each seed. Strength, class and recipe are the config's; figures are on the test split.
+without the forgotten class, each seed. Strength, class and recipe are the config's, `--also` adds another strength (one that
+strength_grid.py chose, say); figures are on the test split.
 """
 
 from __future__ import annotations
@@ -65,11 +66,10 @@ def probe(model: Trained, params: Any, dataset: Dataset) -> np.ndarray:
 
 
 def one_class(
-  runs: dict[str, pathlib.Path], dataset: Dataset, config: Config, seeds: list[int]
+  runs: dict[str, pathlib.Path], dataset: Dataset, config: Config, strengths: list[mj.Strength], seeds: list[int]
 ) -> dict[str, list[tuple[float, float, float]]]:
   """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
   (index,) = config.forget.classes
-  strength = mj.Strength(config.forget.lambda1, config.forget.lambda2)
   rows: dict[str, list[tuple[float, float, float]]] = {}
 
   def add(name: str, model: Trained, params: Any) -> None:
@@ -81,9 +81,9 @@ def one_class(
     seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": seed})
     model = trained(runs["codes"] / str(seed), dataset, seeded)
     add("Before", model, model.params)
-    add(
-      "Mnemonic code", model, mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength).params
-    )
+    for strength in strengths:
+      result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
+      add("Mnemonic code" + (f" {shown(strength)}" if len(strengths) > 1 else ""), model, result.params)
     add("Head edit", model, head_edit(model.params, model.model.head, [index]))
     again = trained(runs["retrain"] / str(seed), dataset.without((index,)), seeded)
     add("Retrain", again, again.params)
@@ -94,9 +94,18 @@ def one_class(
   return rows
 
 
-def every_class(model: Trained, dataset: Dataset, config: Config) -> list[dict[str, float]]:
-  """Each class forgotten alone from one model, at the strength of the config."""
-  strength = mj.Strength(config.forget.lambda1, config.forget.lambda2)
+def strength_of(config: Config) -> mj.Strength:
+  """The strength of a config."""
+  return mj.Strength(config.forget.lambda1, config.forget.lambda2)
+
+
+def shown(strength: mj.Strength) -> str:
+  """A strength in a table."""
+  return f"({strength.lambda1:g}, {strength.lambda2:g})"
+
+
+def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list[dict[str, float]]:
+  """Each class forgotten alone from one model."""
   rows = []
   for index in range(len(dataset.class_names)):
     result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
@@ -131,6 +140,7 @@ def main() -> None:
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
   parser.add_argument("--runs", type=pathlib.Path, help="where the run folders go (default: runs/CONFIG)")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+  parser.add_argument("--also", type=float, nargs=2, metavar=("LAMBDA1", "LAMBDA2"), help="a second strength")
   parser.add_argument("--plain", action="store_true", help="also train without codes")
   arguments = parser.parse_args()
   config = configs.load(arguments.config)
@@ -138,14 +148,19 @@ def main() -> None:
   folder = arguments.runs or pathlib.Path("runs") / config.name
   kinds = ("codes", "retrain", "plain") if arguments.plain else ("codes", "retrain")
   runs = {kind: folder / kind for kind in kinds}
-  rows = one_class(runs, dataset, config, arguments.seeds)
+  strengths = [strength_of(config)]
+  strengths += [mj.Strength(*arguments.also)] if arguments.also else []
+  rows = one_class(runs, dataset, config, strengths, arguments.seeds)
   print_one_class(f"{config.name}, class {config.forget.classes[0]}, {len(arguments.seeds)} seeds", rows)
   seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": arguments.seeds[0]})
-  classes = every_class(trained(runs["codes"] / str(arguments.seeds[0]), dataset, seeded), dataset, config)
-  print("\n| class | A_R before | A_R | E_F | head edit A_R |\n" + "|---" * 5 + "|")
-  for row in classes:
-    cells = (row[key] for key in ("retain_before", "retain_after", "forget_error", "head_edit_retain"))
-    print(f"| {dataset.class_names[int(row['class'])]} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+  model = trained(runs["codes"] / str(arguments.seeds[0]), dataset, seeded)
+  classes = {}
+  for strength in strengths:
+    classes[shown(strength)] = every_class(model, dataset, strength)
+    print(f"\n| class, {shown(strength)} | A_R before | A_R | E_F | head edit A_R |\n" + "|---" * 5 + "|")
+    for row in classes[shown(strength)]:
+      cells = (row[key] for key in ("retain_before", "retain_after", "forget_error", "head_edit_retain"))
+      print(f"| {dataset.class_names[int(row['class'])]} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
   common.save(
     f"paper_tables_{config.name}",
     {"seeds": arguments.seeds, "columns": ["A_R", "E_F", "probe"], "one_class": rows, "every_class": classes},
