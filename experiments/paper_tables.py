@@ -150,6 +150,8 @@ def main() -> None:
   runs = {kind: folder / kind for kind in kinds}
   strengths = [strength_of(config)]
   strengths += [mj.Strength(*arguments.also)] if arguments.also else []
+  if len(set(map(shown, strengths))) < len(strengths):
+    parser.error(f"--also: got {shown(strengths[0])}, the strength of the config; expected another one.")
   rows = one_class(runs, dataset, config, strengths, arguments.seeds)
   print_one_class(f"{config.name}, class {config.forget.classes[0]}, {len(arguments.seeds)} seeds", rows)
   seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": arguments.seeds[0]})

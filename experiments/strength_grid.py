@@ -22,8 +22,8 @@ from mnemonic_jax import config as configs
 from mnemonic_jax import data
 from mnemonic_jax.data.split import Split
 
-LAMBDA1 = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
-LAMBDA2 = (0.01, 0.03, 0.1, 0.3, 1.0)
+LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+LAMBDA2 = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
 JUDGED = 4000  # training pictures
 
 

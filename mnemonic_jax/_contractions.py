@@ -28,6 +28,8 @@ _SMALL = 2**17
 _FEW = 4
 # Examples a step of a matrix product whose groups each visit their own examples.
 _STEP = 128
+# Multiplications up to which that is not worth its loop.
+_LITTLE = 2**25
 
 
 class Spread(NamedTuple):
@@ -282,10 +284,11 @@ def _squared_products(
     return _weighted_outer_products(groups.weights, inputs, cotangents)
 
   def by_group(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
-    """The largest group in one product over all examples; the others visit their own, some at a time."""
+    """Each group visits its own examples, some at a time; one that holds nearly all has one product over all examples."""
     counts = groups.stops - groups.starts  # type: ignore[operator]
     largest = jnp.argmax(counts)
-    steps = jnp.where(jnp.arange(len(counts)) == largest, 0, -(-counts // _STEP))
+    whole = 4 * jnp.max(counts) >= 3 * num
+    steps = jnp.where((jnp.arange(len(counts)) == largest) & whole, 0, -(-counts // _STEP))
     ends = jnp.sum(jnp.where(jnp.tri(len(steps), dtype=bool), steps, 0), axis=1)  # of each group's steps among all
     taken = lambda x, rows: x.at[rows].get(mode="promise_in_bounds")
 
@@ -297,8 +300,12 @@ def _squared_products(
       added = at_once(taken(data, rows), taken(g, rows), Groups(weights[None]))
       return _with_row(total, _row(total, group) + added, group)
 
-    of_largest = at_once(data, g, Groups(_row(groups.weights, largest)))
-    return jax.lax.fori_loop(0, ends[-1], add, _with_row(zeros(len(groups.weights)), of_largest, largest))
+    of_largest = lambda: at_once(data, g, Groups(_row(groups.weights, largest)))
+    empty = zeros(len(groups.weights))
+    once = jax.lax.fori_loop(
+      0, whole.astype(jnp.int32), lambda _, total: _with_row(total, of_largest(), largest), empty
+    )
+    return jax.lax.fori_loop(0, ends[-1], add, once)
 
   def squares(data: jax.Array, g: jax.Array) -> jax.Array:
     """Of each example's gradient, (n, *shape)."""
@@ -328,8 +335,8 @@ def _squared_products(
     add = lambda total, part: (total + _weighted_sum(part[2].T, squares(part[0], part[1])), None)
     return jax.lax.scan(add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T)))[0]
 
-  few = num <= _STEP or len(groups.weights) * math.prod(shape) <= _SMALL
-  if positions == 1 and (few or groups.order is None or len(groups.weights) == 1):
+  little = num <= _STEP or num * len(groups.weights) * math.prod(shape) <= _LITTLE
+  if positions == 1 and (little or groups.order is None or len(groups.weights) == 1):
     return at_once(data, g, groups)
   cpu, default = (by_group, at_once) if positions == 1 else (by_example, in_chunks)
   if groups.platform is None:
@@ -340,7 +347,10 @@ def _squared_products(
 def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """sum_n w_gn a_nbk b_nbo: (G, N), (N, B, K), (N, B, O) -> (G, B, K, O), in the layout it is computed in."""
   product = lambda a, b: jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
-  weighted = weights.T[:, None, :, None] * a[:, :, None]  # (N, B, G, K)
+  weigh = lambda x: weights.T[:, None, :, None] * x[:, :, None]  # (N, B, G, ...)
+  if b.shape[2] < a.shape[2]:  # weigh the smaller one
+    return jnp.moveaxis(jax.vmap(product, 1)(a, weigh(b)), 2, 0)
+  weighted = weigh(a)
   if a.shape[1] == 1:
     return product(weighted[:, 0], b[:, 0])[:, None]
   return jnp.swapaxes(jax.vmap(product, 1)(weighted, b), 0, 1)

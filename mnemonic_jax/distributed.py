@@ -221,8 +221,10 @@ class Watchdog:
     iterator, end = iter(batches), object()
     while True:
       self._waits_for_input = True
-      batch = next(iterator, end)
-      self._waits_for_input = False
+      try:
+        batch = next(iterator, end)
+      finally:
+        self._waits_for_input = False
       if batch is end:
         return
       yield batch

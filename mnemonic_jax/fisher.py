@@ -70,7 +70,8 @@ def diagonal_fisher(
   Edge cases:
     range: returned values are plain float32, so squares of gradients below 1e-19 come out as 0, above 1e19 as inf;
       `forget` works on gradients brought into range and has no such limit.
-    non-finite gradients propagate; half precision is squared and summed in float32.
+    non-finite gradients propagate, one example's to every group perhaps; half precision is squared and summed in float32.
+    derivatives of a Fisher are not promised: where groups are known to share no example there are loops without one.
     explicit meshes: a batch sharded over axes of `AxisType.Explicit` is computed with these axes automatic, and the loss
       may not close over arrays on that mesh. Concrete params give a result that is sharded like them, traced ones a
       replicated one.
@@ -113,7 +114,7 @@ def diagonal_fisher(
     loss_fn,
     chosen,
     precision,
-    disjoint=_disjoint(weights),
+    disjoint=_disjoint(weights, group_weights),
     placements=_passes.placements_of(execution.shardings, chosen),
     platform=_passes.platform_of(params),
   )
@@ -123,11 +124,14 @@ def diagonal_fisher(
   return treedef.unflatten([next(filled) if takes_part else None for takes_part in chosen])
 
 
-def _disjoint(weights: Any) -> bool:
-  """Whether each example is known to have a weight in one group at most; of weights as given: jit traces all others."""
-  if weights is None or np.ndim(weights) == 1 or len(weights) == 1:
+def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
+  """Whether each example is known to have a weight in one group at most; of the weights as given: jit traces all others."""
+  if len(group_weights) == 1:
     return True
-  return _validation.is_concrete(weights) and bool(np.all(np.count_nonzero(np.asarray(weights), axis=0) <= 1))
+  if not _validation.is_concrete(weights):
+    return False
+  with jax.ensure_compile_time_eval():
+    return bool(np.all(np.count_nonzero(np.asarray(jnp.asarray(weights)), axis=0) <= 1))
 
 
 def require_execution(execution: Execution | None) -> Execution:

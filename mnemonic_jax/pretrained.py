@@ -179,7 +179,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       top, *keys = (str(key.key) for key in path)
       if new_head and top == head:
         return leaf
-      placement = getattr(leaf, "sharding", None)
+      uncommitted = not getattr(leaf, "committed", True)  # such an array may go anywhere, and so may its weights
+      placement = None if uncommitted else getattr(leaf, "sharding", None)
       if top == "blocks" and ".".join([top, *keys]) not in named:  # scanned: one leaf holds a param of every block
         stacked = jax.jit(partial(jax.numpy.zeros, leaf.shape, leaf.dtype), out_shardings=placement)()
         for index in range(len(stacked)):

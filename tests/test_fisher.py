@@ -70,12 +70,28 @@ def test_groups_come_from_one_pass_each_with_its_own_weights():
 
 
 def test_concrete_weights_inside_jit_are_known_to_share_no_example():
-  # Then only the largest group takes all examples, the others theirs in a loop; where they may share, all take all.
+  # Then each group visits its own examples in a loop; where they may share, all take all at once.
   together, x = np.ones((2, 300)), jax.ShapeDtypeStruct((300, 70_000), jnp.float32)
   apart = together * (np.arange(300) < [[150], [300]]) * (np.arange(300) >= [[0], [150]])
   for weights, loops in ((apart, True), (together, False)):
     fisher = lambda w, x, weights=weights: mj.diagonal_fisher(lambda w, x, y: (x @ w) ** 2, w, x, x[:, 0], weights)
     assert ("while" in str(jax.make_jaxpr(fisher)(jax.ShapeDtypeStruct((70_000,), jnp.float32), x))) == loops
+
+
+def test_weights_may_be_a_list_of_traced_rows():
+  loss = lambda w, x, y: (x @ w - y) ** 2
+  arrays, rows = (jnp.zeros(2), jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.ones(2)), (jnp.array([1.0, 0]), jnp.ones(2))
+  fisher = jax.jit(lambda *rows: mj.diagonal_fisher(loss, *arrays, list(rows)))
+  np.testing.assert_array_equal(fisher(*rows), mj.diagonal_fisher(loss, *arrays, jnp.stack(rows)))
+
+
+def test_a_small_leaf_and_many_examples_take_little_memory():
+  many, wide, groups = 20_000, 1000, 10
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)
+  objective = _passes.Objective(lambda w, x, y: jnp.sum((x @ w) ** 2, axis=1), (True,), "highest", disjoint=True)
+  arguments = shape(wide, 10), (shape(many, wide), shape(many)), shape(groups, many), 0
+  memory = _passes.jitted_program.lower(objective, many, *arguments).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * (4 * many * wide)  # four times the inputs, whatever the number of groups
 
 
 def test_never_the_square_of_a_batch_gradient():

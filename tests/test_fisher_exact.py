@@ -139,11 +139,11 @@ def test_microbatch_changes_rounding_only(name, microbatch):
     np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6 * np.max(wanted, initial=0))
 
 
-@pytest.mark.parametrize("sizes", [None, (140, 152, 3), (150, 0, 140), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [None, (140, 152, 3), (3, 280, 5), (150, 0, 140), (2, 1, 0)], ids=str)
 def test_many_examples(sizes):
   """More than the engine takes at once, some of them in no group; every param meets its data in one position.
 
-  Groups that share examples, and groups of some sizes that share none: the largest goes another way than the others.
+  Groups that share examples, and groups of some sizes that share none: one that holds nearly all goes another way.
   """
   many, draw = 300, exact_cases.Draw("many")
 

@@ -244,3 +244,10 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   params = trained("new head", "--model.new_head", "true")
   np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
   assert params["head"]["kernel"].shape == (4, 10)
+
+
+def test_weights_go_where_uncommitted_arrays_may_go(small_vit, tmp_path):
+  _, params, model_state = small_vit
+  np.savez(tmp_path / "augreg.npz", **as_augreg(params))
+  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", params, model_state)
+  assert not any(leaf.committed for leaf in jax.tree.leaves((params, read)))

@@ -128,8 +128,9 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   tried = GRID if job.search else [(settings.lambda1, settings.lambda2)]
   lambdas = zip(*tried, strict=True) if job.search else tried[0]
   strength = mj.Strength(*(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas))
-  job.watchdog.phase("compiling the forget")
+  job.watchdog.phase("compiling the Fishers")
   fishers_of = program.fishers.lower(*arguments).compile()
+  job.watchdog.phase("compiling the update")
   update = program.update.lower(*arguments, program.fisher, strength).compile()
   job.watchdog.phase("the forget")
   compiled = time.perf_counter()

@@ -138,6 +138,7 @@ def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: W
     augment=settings.augment,
     normalization=settings.normalization,
   )
+  watchdog.phase("opening the run folder and planning the work")
   if not isinstance(dataset.train, Stream):
     raise UsageError(f"data.name: got {settings.name!r}; expected a streamed set, such as imagenet2012.")
   if forgets:
@@ -165,11 +166,10 @@ def predict(job: Job, model: Model, candidates: Sequence[Any], model_state: Any,
   found: list[list[Any]] = [[] for _ in candidates]
   batches = mine.batches(local)
   for number, batch in enumerate(job.watchdog.inputs(batches), start=1):
-    job.watchdog.phase(f"batch {number} of {len(rows)} of an evaluation")
     images, labels = (jax.make_array_from_process_local_data(spread, part) for part in batch)
     for params, seen in zip(candidates, found, strict=True):
       seen.append(jax.device_get(run(params, model_state, images, labels)))
-  job.watchdog.phase("what follows the evaluation")
+    job.watchdog.phase(f"what follows batch {number} of {len(rows)} of an evaluation")
   joined = (map(np.concatenate, zip(*seen, strict=True)) for seen in found)
   return [Predictions(*(values[: split.num_examples] for values in one)) for one in joined]
 
