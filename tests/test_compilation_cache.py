@@ -59,6 +59,7 @@ def test_programs_cut_short_by_a_kill_are_made_again_without_a_word(tmp_path, tr
   assert sizes and min(sizes) > 100
 
 
+@pytest.mark.long
 def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path, trained):
   (tmp_path / "file").write_text("")
   done = command("forget", trained, "--classes", 0, "--json", **with_cache(tmp_path / "file"))

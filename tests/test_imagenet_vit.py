@@ -126,8 +126,8 @@ def share(mesh):
 
 
 def test_each_device_has_less_the_longer_the_axis_fsdp():
-  shares = np.array([share(sharding.make_mesh(*shape)) for shape in MESHES])  # fsdp 1, 2, 4, 8
-  assert np.all(shares[1:] < 0.52 * shares[:-1])
+  shares = np.array([share(sharding.make_mesh(*shape)) for shape in ((8, 1), (2, 4), (1, 8))])
+  assert np.all(shares[1] < 0.27 * shares[0]) and np.all(shares[2] < 0.52 * shares[1])
 
 
 def memory(function, *arguments):
@@ -324,6 +324,7 @@ def test_a_file_goes_to_the_shards_as_to_one_device(weights_file):
   assert kernel.addressable_shards[0].data.size == kernel.size // 4
 
 
+@pytest.mark.long
 def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
   config, state, codes = first_state_from(weights_file, {"model.new_head": True})
   fresh = setup.make(config, synthetic())

@@ -167,7 +167,7 @@ def test_scanned_blocks_are_the_same_blocks_stacked(make_vit):
   chex.assert_trees_all_close(stages(scanned, stacked), stages(plain, params), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_remat_changes_no_gradient_and_computes_again(make_vit, scan):
   plain, again = make_vit(scan=scan), make_vit(scan=scan, remat=True)
   params, _ = plain.init(jax.random.key(0))
