@@ -11,8 +11,8 @@ Every row times in one process, on the same codes and params (random weights; ti
   one by one       a jitted gradient of one code at a time, called from Python
 Seconds are medians of interleaved repetitions. Compile: trace, lowering and compilation with JAX's caches emptied, the
 median of three rounds over all ways, after one round that is not counted (the first compilation of a process pays for
-all). Memory is the compiled program's temporary memory (of the microbatch program). `--torch` adds a PyTorch loop over single codes (the `torch` extra) for the
-CIFAR ResNet-18.
+all). Memory is the compiled program's temporary memory (of the microbatch program). `--torch` adds a PyTorch loop over
+single codes (the `torch` extra) for the CIFAR ResNet-18.
 """
 
 from __future__ import annotations

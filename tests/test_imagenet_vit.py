@@ -269,10 +269,8 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
 
 def drawn():
   """Params of the ViT of the config, unrolled, at random."""
-  model, generator = (
-    models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean"),
-    np.random.default_rng(0),
-  )
+  model = models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean")
+  generator = np.random.default_rng(0)
   draw = lambda leaf: generator.normal(0, 0.02, leaf.shape).astype(np.float32)
   return jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])
 
@@ -281,12 +279,7 @@ def drawn():
 def weights_file(tmp_path, monkeypatch):
   """A ViT of two blocks and 10 classes as timm would save it."""
   monkeypatch.setitem(vit.SIZES, "ti", (192, 2, 3))
-  model = models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean")
-  generator = np.random.default_rng(0)
-  draw = lambda leaf: generator.standard_normal(leaf.shape, np.float32)
-  save_file(
-    as_timm(jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])), tmp_path / "timm.safetensors"
-  )
+  save_file(as_timm(drawn()), tmp_path / "timm.safetensors")
   return tmp_path / "timm.safetensors"
 
 
