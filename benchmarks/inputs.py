@@ -6,11 +6,11 @@ First table, images per second:
   loader alone   stored sets: rows gathered and augmented on the device; streamed: `Stream.training_batches`, decoded and
                  cut to 224 x 224 by as many workers (0: threads of this process), its first batches not counted
   step alone     the jitted step of `mnemonic train` on one batch that is repeated
-  cost of input  seconds of steps with the loader over seconds of as many on the repeated batch, minus 1: medians of
-                 pairs run one after the other, so that load on the machine cancels. MLPs run whole epochs in one call,
-                 the others step by step, as `mnemonic train` does on CPU
-Second table: a jitted step that mixes codes (rate 0.3) against the same step without, in pairs too, quartiles in brackets;
-and the seconds of `mix` by itself over those of the step without.
+  cost of input  seconds of steps with the loader over seconds of as many on the repeated batch, minus 1: the median of
+                 pairs run one after the other, so that load on the machine cancels, and in brackets its 95 % interval.
+                 MLPs run whole epochs in one call, the others step by step, as `mnemonic train` does on CPU
+Second table: a jitted step that mixes codes (rate 0.3) against the same step without, in pairs too; and the seconds of
+`mix` by itself, called from Python, over those of the step without.
 
 Pixels of the MNIST and CIFAR shapes are random (synthetic). Streamed pictures are the JPEGs in DIR, or 100 JPEGs of
 500 x 375 from scikit-learn's two photographs (synthetic too: two contents), kept in memory. "cold" is the first call,
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from PIL import Image
+from scipy.stats import binom
 from sklearn.datasets import load_sample_images
 
 from mnemonic_jax import config as configs
@@ -103,32 +104,32 @@ def rows(pictures: pathlib.Path | None, quick: bool) -> list[Row]:
   large = configs.load("cub_resnet18", {"train.batch_size": batch, "model.pretrained": "", "model.new_head": False})
   few = lambda number: 2 if quick else number
   return [
-    Row("digits, MLP, 32", data.load("digits"), configs.load("digits"), few(60), 0, few(200), few(20)),
+    Row("digits, MLP, 32", data.load("digits"), configs.load("digits"), few(600), 0, few(200), few(20)),
     Row(
       "MNIST shapes, MLP, 128",
       synthetic("MNIST", mnist_size, (28, 28, 1)),
       configs.load("mnist_mlp"),
-      few(7),
+      few(40),
       0,
-      few(150),
+      few(1000),
       few(10),
     ),
     Row(
       f"CIFAR-10 shapes, ResNet-10 small width 8, {8 if quick else 128}",
       synthetic("CIFAR-10", cifar_size, (32, 32, 3)),
       configs.load("cifar10_cpu", cifar),
-      few(11),
+      few(25),
       few(8),
-      few(80),
+      few(150),
       1,
     ),
     Row(
       f"pictures, ResNet-18 at {side}, {batch}",
       streamed(encoded(pictures), side),
       large,
-      few(3),
-      few(3),
       few(11),
+      few(3),
+      few(25),
       1,
     ),
   ]
@@ -178,9 +179,15 @@ def in_pairs(first: Callable[[], float], second: Callable[[], float], pairs: int
   return seconds
 
 
-def quartiles(first: list[float], second: list[float]) -> list[float]:
-  """Of first over second, pair by pair, minus 1, in percent."""
-  return [100 * (q - 1) for q in statistics.quantiles([a / b for a, b in zip(first, second, strict=True)], n=4)]
+def cost(first: list[float], second: list[float]) -> str:
+  """First over second, pair by pair, minus 1: the median, and an interval that holds it in 95 of 100 runs.
+
+  The interval lies between two of the ratios in order (a sign test); of fewer than six pairs it is all.
+  """
+  ratios = sorted(100 * (a / b - 1) for a, b in zip(first, second, strict=True))
+  low = max(int(binom.ppf(0.025, len(ratios), 0.5)), 1)
+  bounds = ratios[low - 1], ratios[-low]
+  return f"{statistics.median(ratios):+.2f} % ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
 
 
 def repeated_batch(row: Row) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -279,10 +286,8 @@ def measure_streamed(row: Row) -> Iterator[str]:
 
 def line(row: Row, kind: str, first_batch, loader, alone, cold, loaded, plain) -> str:
   """A row of the first table."""
-  low, middle, high = quartiles(loaded, plain)
   return (
-    f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | "
-    f"{middle:+.1f} % ({low:+.1f} to {high:+.1f}) |"
+    f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | {cost(loaded, plain)} |"
   )
 
 
@@ -297,7 +302,6 @@ def measure_mixing(row: Row) -> str:
   plain = Runner(row, jax.jit(make_plain_step(start.model.apply, start.optimizer), donate_argnums=0))
   batches = lambda: itertools.repeat((images, labels), row.mixing_steps)
   with_codes, without = in_pairs(lambda: mixed(batches()), lambda: plain(batches()), row.mixing_pairs)
-  low, middle, high = quartiles(with_codes, without)
   mix = jax.jit(lambda index: mixing.mix(jax.random.fold_in(start.state.key, index), images, labels, start.codes, RATE))
 
   def mix_alone(index: int) -> float:
@@ -309,7 +313,7 @@ def measure_mixing(row: Row) -> str:
   alone = statistics.median(mix_alone(index) for index in range(100))
   seconds = [1000 * statistics.median(values) / row.mixing_steps for values in (with_codes, without)]
   return (
-    f"| {row.name} | {size} | {seconds[0]:.4g} | {seconds[1]:.4g} | {middle:+.2f} % ({low:+.2f} to {high:+.2f}) | "
+    f"| {row.name} | {size} | {seconds[0]:.4g} | {seconds[1]:.4g} | {cost(with_codes, without)} | "
     f"{1000 * alone:.3g} | {100_000 * alone / seconds[1]:.2g} % |"
   )
 

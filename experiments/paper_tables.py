@@ -19,12 +19,12 @@ import numpy as np
 
 import mnemonic_jax as mj
 from mnemonic_jax import config as configs
-from mnemonic_jax import data
 from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.folder import RunFolder
@@ -144,7 +144,7 @@ def main() -> None:
   parser.add_argument("--plain", action="store_true", help="also train without codes")
   arguments = parser.parse_args()
   config = configs.load(arguments.config)
-  dataset = data.load(config.data.name, arguments.data_dir, augment=config.data.augment)
+  dataset = setup.load_data(config, arguments.data_dir)
   folder = arguments.runs or pathlib.Path("runs") / config.name
   kinds = ("codes", "retrain", "plain") if arguments.plain else ("codes", "retrain")
   runs = {kind: folder / kind for kind in kinds}

@@ -19,8 +19,8 @@ import paper_tables
 
 import mnemonic_jax as mj
 from mnemonic_jax import config as configs
-from mnemonic_jax import data
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.runs import setup
 
 LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LAMBDA2 = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
@@ -35,7 +35,7 @@ def main() -> None:
   parser.add_argument("--runs", type=pathlib.Path, help="where the run folders are (default: runs/CONFIG)")
   arguments = parser.parse_args()
   config = configs.load(arguments.config)
-  dataset = data.load(config.data.name, arguments.data_dir, augment=config.data.augment)
+  dataset = setup.load_data(config, arguments.data_dir)
   folder = arguments.runs or pathlib.Path("runs") / config.name
   model = paper_tables.trained(folder / "codes" / "0", dataset, config)
   judged = Split(dataset.train.images[:JUDGED], dataset.train.labels[:JUDGED])

@@ -58,7 +58,7 @@ def class_fishers(
   logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
 ) -> PyTree:
   """(f_F, f_R) along a leading axis of every leaf, in units of one power of two, which their ratio does not see."""
-  objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, forget, remain)
+  objective, batch, weights = fisher_problem(logits_fn, options, params, codes, forget, remain)
   sums = _passes.squared_gradients(objective, params, batch, weights, options.execution.microbatch).sums
   return _as_fishers(sums, options, params)
 
@@ -72,7 +72,7 @@ def class_fishers_in_range(
   seconds: dict[str, float],
 ) -> PyTree:
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
-  objective, batch, weights = _fisher_problem(logits_fn, options, params, codes, *sides)
+  objective, batch, weights = fisher_problem(logits_fn, options, params, codes, *sides)
   microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
   first = _passes.take(batch, weights, 0, microbatch)
   start = time.perf_counter()
@@ -100,7 +100,7 @@ def class_fishers_in_range(
   return _as_fishers(best, options, params)
 
 
-def _fisher_problem(
+def fisher_problem(
   logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
 ) -> tuple[_passes.Objective, tuple[jax.Array, jax.Array], jax.Array]:
   """What is differentiated, the codes with their classes, and the weights (2, N) of the two sides."""

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from mnemonic_jax import _contractions, _loss_checks, _taps, _trees, _uses, _validation
 
 PyTree = Any
+Function = Callable[[PyTree, PyTree, PyTree], jax.Array]
 
 # Bytes that one backward pass may take when no microbatch is given and the device does not tell its memory.
 _PASS_BYTES = 2**31
@@ -30,7 +31,7 @@ class Objective:
   With a `loss`, the cotangents of `function` are brought into range by a power of two before they are pulled back.
   """
 
-  function: Callable[[PyTree, PyTree, PyTree], jax.Array]  # (params, inputs, labels) -> (N,) losses, or (N, ...) values
+  function: Function  # (params, inputs, labels) -> (N,) losses, or (N, ...) values
   chosen: tuple[bool, ...]  # one per leaf of params: whether it takes part
   precision: str | None
   loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
@@ -242,7 +243,7 @@ def examples_at_once(
   if microbatch is not None:
     return min(microbatch, num_examples)
   shapes, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, batch)))
-  activations, copies, convolves = _bytes_per_example(objective, tuple(shapes), treedef)
+  activations, copies, convolves = _bytes_per_example(objective.function, objective.chosen, tuple(shapes), treedef)
   if convolves and jax.default_backend() == "cpu" and not _validation.is_concrete((params, batch, weights)):
     return num_examples
   stats = jax.devices()[0].memory_stats() or {}
@@ -258,21 +259,23 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 @lru_cache(maxsize=64)
-def _bytes_per_example(objective: Objective, shapes: tuple[Any, ...], treedef: Any) -> tuple[int, int, bool]:
+def _bytes_per_example(
+  function: Function, chosen: tuple[bool, ...], shapes: tuple[Any, ...], treedef: Any
+) -> tuple[int, int, bool]:
   """What a pass holds for each example, about: activations, gradients of leaves that are not contracted; convolutions?"""
   params, batch = treedef.unflatten(shapes)
-  closed = _trace_one(objective, params, batch)
+  closed = _trace_one(function, params, batch)
   convolves = any(
     equation.primitive.name == "conv_general_dilated" for equation in _loss_checks.equations_in(closed.jaxpr)
   )
-  copies = sum(use.bytes for use in _uses_in(closed, objective.chosen) if use.rule == "per example")
+  copies = sum(use.bytes for use in _uses_in(closed, chosen) if use.rule == "per example")
   # XLA fuses about half of what the equations compute, or more, and never stores it.
   return _uses.activation_bytes(closed.jaxpr) // 2, copies, convolves
 
 
 def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[_uses.Use]:
   """How the function of one example uses the leaves that take part; arrays may be abstract."""
-  return _uses_in(_trace_one(objective, params, batch), objective.chosen)
+  return _uses_in(_trace_one(objective.function, params, batch), objective.chosen)
 
 
 def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[_uses.Use]:
@@ -280,9 +283,9 @@ def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[_uses.Use]:
   return _uses.survey(closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds)))
 
 
-def _trace_one(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
+def _trace_one(function: Function, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
   example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch)
-  return jax.make_jaxpr(objective.function)(params, *example)
+  return jax.make_jaxpr(function)(params, *example)
 
 
 def spread_of(shardings: tuple[Any, ...] | None) -> _contractions.Spread | None:

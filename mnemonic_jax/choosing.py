@@ -122,9 +122,11 @@ def _score(
   remain: jax.Array,
 ) -> CodeScores:
   """How a candidate does on the codes of both sides."""
-  inputs, labels = _code_fishers.flatten_codes(codes)
-  spread = _passes.spread_of(options.execution.shardings)
-  microbatch = min(options.execution.microbatch or len(inputs), len(inputs))
+  objective, (inputs, labels), weights = _code_fishers.fisher_problem(logits_fn, options, params, codes, forget, remain)
+  spread, microbatch = objective.spread, options.execution.microbatch
+  if spread is None:  # as many codes at a time as in the Fisher
+    microbatch = _passes.examples_at_once(objective, params, (inputs, labels), weights, microbatch)
+  microbatch = min(microbatch or len(inputs), len(inputs))
   with _loss_checks.matmul_precision(options.precision):
     if spread is not None:
       count = -(-len(inputs) // microbatch)

@@ -90,6 +90,15 @@ def evaluate(
   return scores_from_counts(right, total, classes)
 
 
+def predicted_classes(logits: jax.Array) -> jax.Array:
+  """(N, C) logits -> (N,) predicted classes; -1, which is no class, where a logit is NaN.
+
+  >>> predicted_classes(jnp.array([[0.0, 1.0], [jnp.nan, 1.0]]))
+  Array([ 1, -1], dtype=int32)
+  """
+  return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, jnp.argmax(logits, axis=-1))
+
+
 def scores_from_counts(right: np.ndarray, total: np.ndarray, classes: Iterable[int]) -> Scores:
   """Make `Scores` from the (C,) counts of right predictions and of examples of each class."""
   forgotten = np.isin(np.arange(len(total)), list(classes))
@@ -104,13 +113,14 @@ def scores_from_counts(right: np.ndarray, total: np.ndarray, classes: Iterable[i
 
 
 def confusion_matrix(labels: Any, predictions: Any, num_classes: int) -> np.ndarray:
-  """Count (C, C) examples by true class (row) and predicted class (column).
+  """Count (C, C) examples by true class (row) and predicted class (column); a prediction of -1 is in no column.
 
   >>> confusion_matrix([0, 1, 1], [0, 0, 1], 2)
   array([[1, 0],
          [1, 1]])
   """
-  cells = np.asarray(labels, np.int64) * num_classes + np.asarray(predictions, np.int64)
+  labels, predictions = np.asarray(labels, np.int64), np.asarray(predictions, np.int64)
+  cells = (labels * num_classes + predictions)[predictions >= 0]
   return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 
@@ -138,10 +148,4 @@ def _num_classes(logits_fn: Any, params: PyTree, inputs: Any, size: int) -> int:
   return int(shape[1])
 
 
-def _predictions(logits_fn: Any, params: PyTree, inputs: Any) -> jax.Array:
-  """(N,) predicted classes; -1 where a logit is NaN."""
-  logits = logits_fn(params, inputs)
-  return jnp.where(jnp.any(jnp.isnan(logits), axis=-1), -1, jnp.argmax(logits, axis=-1))
-
-
-_predict = jax.jit(_predictions, static_argnums=0)
+_predict = jax.jit(lambda logits_fn, params, inputs: predicted_classes(logits_fn(params, inputs)), static_argnums=0)

@@ -22,7 +22,8 @@ class Execution:
 
   Attributes:
     microbatch: examples per backward pass; None takes as many as fit in 2 GiB, or a quarter of the accelerator's memory.
-      Inside a caller's `jit` on CPU, where a loop around a convolution is slow, None takes all.
+      Inside a caller's `jit` on CPU, where a loop around a convolution is slow, None takes all; so does, there and on a
+      mesh, the choice of the direction in `forget`, which needs no backward pass.
     shardings: a tree like params of NamedSharding, for traced calls on a mesh; concrete params tell their own. Examples
       are then spread over all axes of the mesh, and sums over devices go straight to the shards of the params: nothing
       as large as all params is ever on one device. Kept as a tuple, in leaf order.

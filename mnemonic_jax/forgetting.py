@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _code_fishers, _loss_checks, _trees, _validation, choosing, perturbation
+from mnemonic_jax import _code_fishers, _loss_checks, _passes, _trees, _validation, choosing, perturbation
 from mnemonic_jax._code_fishers import LogitsFn, PerExampleLoss
 from mnemonic_jax.choosing import ForgetInfo
 from mnemonic_jax.fisher import Execution
@@ -114,14 +114,14 @@ def forget(
     )
   codes = _beside(jnp.asarray(codes), params)
   strength = Strength(float(strength.lambda1), float(strength.lambda2))
-  _check_finite(logits_fn, params, codes)
+  indices = np.arange(num_classes)
+  sides = jnp.asarray(np.isin(indices, chosen)), jnp.asarray(~np.isin(indices, chosen + earlier))
+  _check_finite(logits_fn, options, params, codes, sides)
   inputs, labels = _code_fishers.flatten_codes(codes)
   _loss_checks.check_loss(
     _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
   )
 
-  indices = np.arange(num_classes)
-  sides = jnp.asarray(np.isin(indices, chosen)), jnp.asarray(~np.isin(indices, chosen + earlier))
   seconds = {"compile": 0.0}
   fishers = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, seconds)
   moved, info = _timed(seconds, "perturb", _update_jit, (logits_fn, options), params, codes, *sides, fishers, strength)
@@ -342,7 +342,13 @@ def _check_masks(forget: Any, remain: Any, num_classes: int) -> tuple[jax.Array,
   return jnp.asarray(forget), jnp.asarray(remain)
 
 
-def _check_finite(logits_fn: LogitsFn, params: PyTree, codes: jax.Array) -> None:
+def _check_finite(
+  logits_fn: LogitsFn,
+  options: _code_fishers.Options,
+  params: PyTree,
+  codes: jax.Array,
+  sides: tuple[jax.Array, jax.Array],
+) -> None:
   """Refuse NaN and inf in params, codes and the logits on the codes."""
   if not bool(_all_finite(codes)):
     raise ValueError("codes: got NaN or inf; expected finite codes, those that the model was trained with.")
@@ -352,7 +358,11 @@ def _check_finite(logits_fn: LogitsFn, params: PyTree, codes: jax.Array) -> None
     raise ValueError(
       f"params: NaN or inf in {', '.join(bad[:3])}; expected finite params. Restore an earlier checkpoint."
     )
-  if not bool(_all_finite(_logits_jit(logits_fn, params, _code_fishers.flatten_codes(codes)[0]))):
+  objective, (inputs, labels), weights = _code_fishers.fisher_problem(logits_fn, options, params, codes, *sides)
+  objective = dataclasses.replace(objective, placements=None)  # on a mesh too, each device computes all of a part
+  size = _passes.examples_at_once(objective, params, (inputs, labels), weights, options.execution.microbatch)
+  parts = (_passes.take(inputs, weights, start, size)[0] for start in range(0, len(inputs), size))
+  if not all(bool(_all_finite(_logits_jit(logits_fn, params, part))) for part in parts):
     raise ValueError("logits_fn: NaN or inf in the logits on the codes; expected finite logits from finite params.")
 
 

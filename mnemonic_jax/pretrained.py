@@ -131,6 +131,19 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
 _BUFFERS = re.compile(r"(num_batches_tracked|relative_position_index|attn_mask)$")
 
 
+def check(file: str | pathlib.Path, name: str) -> None:
+  """Tell early whether a file can be opened and holds weights of such a model; shapes are left to `load`.
+
+  Args:
+    file, name: as `load` takes them.
+
+  Raises:
+    MnemonicError: no such file, a damaged one, or one of another architecture.
+  """
+  with _weights_of(file, name):
+    pass
+
+
 def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTree, *, new_head: bool = False) -> Any:
   """Fill params and running statistics with the weights in a file.
 
@@ -149,17 +162,8 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
   Raises:
     MnemonicError: no such file, a damaged one, or one of another architecture, head or picture size; it names the array.
   """
-  family = "resnet" if name.startswith(("resnet", "resnext")) else name.split("_")[0]
-  head = "output" if family == "mlp" else "head"
-  remedy = "in PyTorch, save with safetensors.torch.save_file(model.state_dict(), FILE)."
-  with _opened(pathlib.Path(file), "model.pretrained", (".safetensors", ".npz"), remedy) as arrays:
-    source = next((s for s in _SOURCES.get(family, ()) if s.marker in arrays), None)
-    if source is None:
-      raise MnemonicError(
-        f"{file}: holds no {name} that is known here: expected one of the arrays "
-        f"{', '.join(s.marker for s in _SOURCES.get(family, ())) or '(none for this model)'}; found {_few(arrays)}."
-      )
-    named = _renamed(arrays, source)
+  head = "output" if name == "mlp" else "head"
+  with _weights_of(file, name) as named:
     used: set[str] = set()
 
     def read(ours: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -305,6 +309,22 @@ def _joined_heads(read: Reader, ours: str) -> np.ndarray:
   """The projection after attention comes as (heads, F / heads, F)."""
   x = read()
   return x.reshape(-1, x.shape[-1]) if ours.endswith("attention.out.kernel") and x.ndim == 3 else x
+
+
+@contextmanager
+def _weights_of(file: str | pathlib.Path, name: str) -> Iterator[dict[str, Reader]]:
+  """Our dotted path -> reader in our layout, of all weights in a file."""
+  family = "resnet" if name.startswith(("resnet", "resnext")) else name.split("_")[0]
+  sources = _SOURCES.get(family, ())
+  remedy = "in PyTorch, save with safetensors.torch.save_file(model.state_dict(), FILE)."
+  with _opened(pathlib.Path(file), "model.pretrained", (".safetensors", ".npz"), remedy) as arrays:
+    source = next((source for source in sources if source.marker in arrays), None)
+    if source is None:
+      raise MnemonicError(
+        f"{file}: holds no {name} that is known here: expected one of the arrays "
+        f"{', '.join(source.marker for source in sources) or '(none for this model)'}; found {_few(arrays)}."
+      )
+    yield _renamed(arrays, source)
 
 
 @contextmanager

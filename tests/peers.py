@@ -21,6 +21,7 @@ from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.runs import files, signals
 from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.watchdog import Watchdog
 
 GROWTH = 0.5  # of a weight, per step and device
 
@@ -49,7 +50,7 @@ def main() -> int:
       startup_timeout=options.startup_timeout,
       peer_timeout=options.peer_timeout,
     )
-    with distributed.Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+    with Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
       train(options, watchdog)
     return 0
   except MnemonicError as error:
@@ -73,7 +74,7 @@ def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[ja
     pass_or_stick(options, "input")
 
 
-def train(options: argparse.Namespace, watchdog: distributed.Watchdog) -> None:
+def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
   run = RunFolder.create(options.run, configs.load("digits"))
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())

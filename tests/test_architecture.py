@@ -36,6 +36,7 @@ EDGES = (
   "user_cache",
   "roll_call",
   "distributed",
+  "watchdog",
   "paths",
   "sharding",
   "models",

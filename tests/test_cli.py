@@ -89,8 +89,21 @@ def test_each_verb_prints_one_json_object(forgotten):
 def test_a_class_without_test_examples_has_no_error(forgotten):
   report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
   unknown = dict.fromkeys(("forget_error_before", "forget_error_after"), float("nan"))
-  text = commands._forget_text({**report, "report": "page", **unknown})
+  text = commands._forget_text({**report, "report": "page", "verdicts": {"params": "Not measured"}, **unknown})
   assert re.search(r"error, forgotten classes +none +none\n", text) and "nan" not in text
+  assert text.startswith("tried to forget 3 in ") and "\n  verdict  Not measured\n" in text
+
+
+def test_a_class_that_was_not_forgotten_is_not_called_so(forgotten):
+  report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
+  assert report["verdicts"] == {"params": "Not forgotten"} and report["forget_error_after"] < 0.95
+  text = commands._forget_text({**report, "report": "page"})
+  assert text.startswith("tried to forget 3 in ") and "\n  verdict  Not forgotten\n" in text
+  text = commands._forget_text({**report, "report": "page", "verdicts": {"params": "Forgotten"}})
+  assert text.startswith("forgot 3 in ") and "\n  verdict  Forgotten\n" in text
+  verdicts = {"params": "Forgotten", "ema": "Not forgotten"}
+  text = commands._forget_text({**report, "report": "page", "verdicts": verdicts})
+  assert text.startswith("tried to forget 3 in ") and "verdict  Forgotten; their average: Not forgotten\n" in text
 
 
 def test_each_verb_prints_text_for_people(forgotten):
@@ -100,7 +113,7 @@ def test_each_verb_prints_text_for_people(forgotten):
   everything = call("evaluate", forgotten, "--classes", *range(10))
   assert (everything.code, "accuracy of kept none" in everything.out, "nan" in everything.out) == (0, True, False)
   again = call("forget", forgotten, "--classes", 5, "--forget.lambda1", 0.5)
-  assert re.match(r"forgot 3, 5 in \d+\.\d\d s", again.out) and again.err == ""
+  assert re.match(r"tried to forget 3, 5 in \d+\.\d\d s", again.out) and again.err == ""  # three epochs are too few
   assert json.loads((forgotten / "forgets" / "0002" / "report.json").read_text())["lambda1"] == 0.5
   trained = call("train", "digits", "--out", forgotten, *TINY)
   assert trained.out.startswith("trained digits: 3 epochs")

@@ -156,6 +156,13 @@ def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
     data.load("mnist")
 
 
+def test_what_does_not_train_needs_no_training_example(monkeypatch):
+  """The pictures of a class to forget may be gone."""
+  split = Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 2, 2, 0], np.int32))
+  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  assert data.load("mnist", training=False).train is split
+
+
 def test_a_set_is_decoded_once(tmp_path, monkeypatch):
   draw, calls = np.random.default_rng(0), []
   source, cache = tmp_path / "source", tmp_path / "cache" / "mnemonic_jax" / "decoded"

@@ -16,6 +16,7 @@ from running import snapshot, wait_for
 from mnemonic_jax import distributed
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.roll_call import roll_call
+from mnemonic_jax.watchdog import Watchdog
 
 PEERS = pathlib.Path(__file__).with_name("peers.py")
 
@@ -221,13 +222,13 @@ def test_alone_nothing_is_needed(capfd):
   written = []
   distributed.on_writer(lambda: written.append(1))
   assert written == [1]
-  with pytest.raises(KeyError), distributed.Watchdog(0.01, 0.01) as watchdog:
+  with pytest.raises(KeyError), Watchdog(0.01, 0.01) as watchdog:
     watchdog.beat(1)
     raise KeyError
   with pytest.raises(UsageError, match="--peer-timeout: got 0"):
-    distributed.Watchdog(0, 1)
+    Watchdog(0, 1)
   with pytest.raises(UsageError, match="--startup-timeout: got -1"):
-    distributed.Watchdog(1, -1)
+    Watchdog(1, -1)
 
 
 @pytest.fixture
@@ -235,9 +236,13 @@ def watchdog(monkeypatch):
   """One that waits 0.1 s for a step and 1 s for all else, and writes down what it would end the process with."""
   said = []
   monkeypatch.setattr(distributed, "several", lambda: True)
-  monkeypatch.setattr(distributed, "_say", said.append)
-  monkeypatch.setattr(distributed, "_end", lambda code, last: watchdog._over.set())
-  watchdog = distributed.Watchdog(0.1, startup_timeout=1.0)
+
+  def end(code, *, last, message):
+    said.append(message)
+    watchdog._over.set()
+
+  monkeypatch.setattr(distributed, "end", end)
+  watchdog = Watchdog(0.1, startup_timeout=1.0)
   watchdog.said = said
   return watchdog
 

@@ -113,6 +113,11 @@ def test_confusion_matrix():
   np.testing.assert_array_equal(matrix, [[1, 1, 0], [0, 1, 0], [1, 0, 0]])
 
 
+def test_no_class_is_in_no_column_of_the_confusion_matrix():
+  matrix = evaluation.confusion_matrix([0, 1, 1, 2], [-1, 1, -1, -1], 3)
+  np.testing.assert_array_equal(matrix, [[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+
+
 @pytest.mark.lenient_numerics
 def test_golden_run_on_the_digits():
   """Codes, mixing, training, forgetting, evaluation: the whole pipeline, from the core alone."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import mnemonic_jax as mj
-from mnemonic_jax import _passes
+from mnemonic_jax import _passes, forgetting
 
 GROUPS, EXAMPLES, CLASSES = 2, 16, 10
 
@@ -85,3 +85,26 @@ def test_a_pass_holds_a_batch_gradient_and_the_sums(name, disjoint):
   if name in ("rematerialised transformer", "mlp"):
     plain = temporary(square, params, inputs, labels, shaped(GROUPS, EXAMPLES))
     assert plain > batch + 2 * GROUPS * size + EXAMPLES * per_example + slack
+
+
+def test_candidates_are_judged_within_the_budget_of_a_pass(monkeypatch):
+  """Also without a convolution, which stands in no loop on CPU; and a few codes at a time are judged as all at once."""
+  codes = jax.random.uniform(jax.random.key(0), (256, 1, 16))
+  wide = jax.random.normal(jax.random.key(1), (16, 1024))
+  params = {"wide": wide, "head": jnp.linalg.pinv(jax.nn.relu(codes[:, 0] @ wide))}  # tells all codes
+  logits_fn = lambda p, x: jax.nn.relu(x @ p["wide"]) @ p["head"]
+  forget = jnp.arange(256) < 3
+
+  def update():
+    jax.clear_caches()
+    step = lambda p, c, f: forgetting.update_step(logits_fn, p, c, forget, ~forget, f, mj.Strength(1e-3, 1.0))[1]
+    fishers = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) ** 2, params)
+    return temporary(step, params, codes, fishers), jax.jit(step)(params, codes, fishers)
+
+  memory, whole = update()
+  activations = 4 * 256 * (1024 + 256)
+  monkeypatch.setattr(_passes, "_PASS_BYTES", activations // 8)
+  less, parts = update()
+  assert less < memory - activations / 2
+  assert jax.tree.map(float, parts) == jax.tree.map(float, whole)
+  assert 0 < whole.code_retain_accuracy <= 1

@@ -8,9 +8,11 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import command, environment
@@ -182,6 +184,26 @@ def test_a_forget_fits_into_five_shares_of_the_params():
     assert used <= 5 * one_share + 3 * layer + activations
 
 
+def test_a_forget_that_ends_in_nan_is_refused_there_too():
+  """With stand-ins for the compiled halves, which `mnemonic_jax.forgetting` tests."""
+  info = mj.ForgetInfo(np.int32(1), mj.Strength(np.float32(1e-5), np.float32(1e4)), np.float32(np.nan), np.float32(1))
+
+  class Compiled:
+    lower = compile = lambda self, *_: self
+    __call__ = lambda self, *_: ({"w": jnp.ones(2)}, info)
+
+  mesh = sharding.make_mesh(1, 8)
+  config = configs.build("tiny", TABLES, {"forget.lambda1": 1e-5, "forget.lambda2": 1e4})
+  codes = jax.ShapeDtypeStruct((8, 1, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
+  program = types.SimpleNamespace(
+    fishers=Compiled(), update=Compiled(), fisher=None, arguments=(None, None, codes, None, None)
+  )
+  job = jobs.Job(config, types.SimpleNamespace(class_names=("a", "b")), mesh, None)
+  trained = types.SimpleNamespace(model_state={}, codes=np.zeros((2, 1, 2), np.float32))
+  with pytest.raises(MnemonicError, match=r"\(1e-05, 10000\.0\) drives .* NaN or inf"):
+    forget_script._one_shot(job, program, trained, {}, [0])
+
+
 @pytest.mark.parametrize(
   ("sizes", "said"),
   [
@@ -341,21 +363,27 @@ def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_
 
 
 @pytest.mark.parametrize(
-  ("changed", "said"),
+  ("changed", "said", "compiled"),
   [
     (
       {"model.name": "vit_s16"},
       r"timm\.safetensors: .* has shape \(192, 768\) there; vit_s16 .* expects \(384, 1536\)",
+      True,
     ),
-    ({"model.name": "resnet18", "model.scan": False, "model.remat": False}, "holds no resnet18 that is known here"),
-    ({"model.pretrained": "absent.npz"}, r"absent\.npz: no such file"),
+    (
+      {"model.name": "resnet18", "model.scan": False, "model.remat": False},
+      "holds no resnet18 that is known here",
+      False,
+    ),
+    ({"model.pretrained": "absent.npz"}, r"absent\.npz: no such file", False),
   ],
   ids=["another size", "another architecture", "no file"],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(changed, said, weights_file):
+def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(changed, said, compiled, weights_file):
+  """And before anything is compiled, where its names alone tell it."""
   mesh = sharding.make_mesh(1, 8)
   config, program = program_from(weights_file, mesh, changed)
-  shapes = lambda: (program.state, program.codes)  # nothing to compile
+  shapes = lambda: (program.state, program.codes) if compiled else pytest.fail("the first state was made")
   with jax.set_mesh(mesh), pytest.raises(MnemonicError, match=said):
     train_script.first_state(config, program._replace(init=shapes))
 

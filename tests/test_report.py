@@ -134,6 +134,36 @@ class TestVerdict:
     assert (verdict.kind, verdict.label) == ("unknown", "Not measured")
     assert "Whether it worked is not known" in verdict.meaning and "What it cost is not known" in verdict.meaning
 
+  def test_one_class_that_stayed_is_not_hidden_by_others_that_went(self) -> None:
+    report = make_report(100, list(range(20)))
+    report["per_class_accuracy_after"][7] = 0.98  # the others' error is 1: together 0.951
+    verdict = told(
+      tuple(range(20)), 100, forget_error_after=0.951, per_class_accuracy_after=report["per_class_accuracy_after"]
+    )
+    assert (verdict.kind, verdict.label) == ("failed", "Not forgotten")
+    assert (
+      "It did not work for class 7 (kind 7): the model still gets 98.0 % of its test examples right." in verdict.meaning
+    )
+
+  def test_several_that_stayed_are_named(self) -> None:
+    accuracies = make_report(10, [0, 3, 5])["per_class_accuracy_after"]
+    accuracies[3], accuracies[5] = 0.3, 0.0501
+    verdict = told((0, 3, 5), forget_error_after=0.88, per_class_accuracy_after=accuracies)
+    expected = "for classes 3 (three) and 5 (five): the model still gets up to 30.0 % of their test examples right."
+    assert verdict.kind == "failed" and expected in verdict.meaning
+    accuracies[3], accuracies[5] = 0.05, 0.05
+    assert told((0, 3, 5), forget_error_after=0.967, per_class_accuracy_after=accuracies).kind == "good"
+
+  @pytest.mark.parametrize("missing", [None, math.nan])
+  def test_a_class_without_test_examples_is_not_hidden_by_others(self, missing: float | None) -> None:
+    accuracies = make_report(10, [0, 3])["per_class_accuracy_after"]
+    accuracies[3] = missing
+    verdict = told((0, 3), per_class_accuracy_after=accuracies)
+    assert (verdict.kind, verdict.label) == ("unknown", "Not all measured")
+    assert "Whether it worked for class 3 (three) is not known" in verdict.meaning
+    accuracies[0] = 0.5
+    assert told((0, 3), forget_error_after=0.5, per_class_accuracy_after=accuracies).kind == "failed"
+
   def test_bounds_are_inclusive_and_free_of_rounding(self) -> None:
     assert told(forget_error_after=0.95, retain_accuracy_after=0.956).kind == "good"  # 0.976 - 0.956 > 0.02 in floats
     assert told(forget_error_after=0.9499).kind == "failed"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import os
 import pathlib
 import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -17,13 +19,15 @@ from running import FORGET_KEYS, TINY, call, snapshot
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mnemonic_jax import config as configs
-from mnemonic_jax import forgetting, models
+from mnemonic_jax import data, forgetting, models
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import Interrupted, MnemonicError
 from mnemonic_jax.progress import Progress
-from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs import files, inference, signals
 from mnemonic_jax.runs import forget as forget_run
+from mnemonic_jax.runs import train as train_run
+from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.folder import RunFolder
 
 pytest_plugins = ["run_fixtures"]
@@ -320,6 +324,58 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   with pytest.raises(MnemonicError, match=r"a\.json: cannot be written: No space left on device\."):
     files.write_text(path, "three")
   assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+  """And its name is on disk before the forget counts as done."""
+  seen = []
+  real_fsync, real_rename = os.fsync, os.rename
+
+  def fsync(descriptor):
+    seen.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+    real_fsync(descriptor)
+
+  def rename(old, new):
+    seen.append("renamed")
+    real_rename(old, new)
+
+  def fill(folder):
+    (folder / "params").mkdir()
+    (folder / "params" / "data").write_bytes(b"weights")
+    (folder / "report.json").write_text("{}")
+
+  monkeypatch.setattr(files.os, "fsync", fsync)
+  monkeypatch.setattr(files.os, "rename", rename)
+  files.make_folder(tmp_path / "0001", fill)
+  at = seen.index("renamed")
+  inside = {name.partition("/")[2] for name in seen[:at]}
+  assert inside == {"", "params", "params/data", "report.json"}
+  assert seen[at + 1 :] == ["."]
+  seen.clear()
+  files.write_text(tmp_path / "a.json", "{}")
+  assert seen == [".a.json.unfinished", "."]
+
+
+def test_a_run_that_became_another_while_it_waited_is_not_trained(tmp_path):
+  run = RunFolder.create(tmp_path / "run", configs.load("digits"))
+  RunFolder.create(tmp_path / "run", configs.load("digits", {"train.epochs": 5}))  # nothing is there yet: allowed
+  with pytest.raises(MnemonicError, match=r"another command has made it .*train\.epochs 5 there, \d+ here"):
+    train_run.train(run, data.load("digits"))
+  assert not run.checkpoints.exists()
+
+
+def test_a_model_that_answers_nan_names_no_class(trained_once):
+  """What overflows on real pictures alone is wrong on all of them, and no picture counts as class 0."""
+  run = RunFolder.open(trained_once)
+  dataset = data.load("digits")
+  model = trained_run.restore(run, dataset)
+  broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params)
+  seen = inference.predict(model.logits_fn, broken, dataset.test, dataset.preprocess)
+  assert set(seen.predictions.tolist()) == {-1}
+  predict = lambda candidates, split: inference.predict_each(model.logits_fn, candidates, split, dataset.preprocess)
+  (scored,) = forget_run._scored(predict, [broken], dataset, [3])
+  assert (scored.scores.retain_accuracy, scored.scores.forget_error) == (0.0, 1.0)
+  assert scored.scores.per_class.tolist() == [0.0] * 10
 
 
 def test_a_file_is_never_written_through_a_planted_link(tmp_path):

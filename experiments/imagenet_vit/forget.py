@@ -24,6 +24,7 @@ import mnemonic_jax as mj
 from mnemonic_jax import forgetting, sharding
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
+from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import setup
@@ -140,6 +141,11 @@ def _one_shot(job: Job, program: Program, trained: Trained, params: Any, classes
   end = time.perf_counter()
   job.watchdog.phase("what follows the forget")
   info = jax.device_get(info)
+  if not np.isfinite(info.code_retain_accuracy):
+    raise MnemonicError(
+      f"forget: {tried[0] if len(tried) == 1 else 'every strength tried'} drives params or logits on the codes to NaN or inf "
+      "in both directions, or they were so before. Use a smaller forget.lambda2, or another checkpoint."
+    )
   found = info.strength.lambda1, info.strength.lambda2
   kept = next(pair for pair in tried if np.array_equal(np.float32(pair), found))  # not rounded to float32
   seconds = {

@@ -17,18 +17,18 @@ from chips import CHIPS
 from etils import epath
 
 from mnemonic_jax import config as configs
-from mnemonic_jax import data, distributed, losses, sharding
+from mnemonic_jax import distributed, evaluation, losses, sharding
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.stream import Stream
-from mnemonic_jax.distributed import Watchdog
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import files, setup, signals
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import Predictions
+from mnemonic_jax.watchdog import Watchdog
 
 # Dense bfloat16 FLOP/s of a device, from the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
@@ -129,18 +129,11 @@ def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: W
   else:
     config = configs.load(options.config, overrides)
   mesh = make_mesh(config)
-  settings = config.data
-  watchdog.phase(f"opening the data set {settings.name}")
-  dataset = data.load(
-    settings.name,
-    options.data_dir or settings.data_dir,
-    side=settings.side,
-    augment=settings.augment,
-    normalization=settings.normalization,
-  )
+  watchdog.phase(f"opening the data set {config.data.name}")
+  dataset = setup.load_data(config, options.data_dir, training=not forgets)
   watchdog.phase("opening the run folder and planning the work")
   if not isinstance(dataset.train, Stream):
-    raise UsageError(f"data.name: got {settings.name!r}; expected a streamed set, such as imagenet2012.")
+    raise UsageError(f"data.name: got {config.data.name!r}; expected a streamed set, such as imagenet2012.")
   if forgets:
     return Job(config, dataset, mesh, run, watchdog=watchdog, classes=tuple(options.classes), search=options.search)
   run = RunFolder.create(options.out, config)
@@ -177,7 +170,7 @@ def predict(job: Job, model: Model, candidates: Sequence[Any], model_state: Any,
 def _predict_fn(model: Model, preprocess: Any, copied: Any) -> Any:
   def run(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
     logits = model.logits_fn(model_state)(params, preprocess(images))
-    return jnp.argmax(logits, axis=-1), losses.softmax_cross_entropy(logits, labels), labels
+    return evaluation.predicted_classes(logits), losses.softmax_cross_entropy(logits, labels), labels
 
   return jax.jit(run, out_shardings=copied)
 

@@ -86,11 +86,13 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
 
 def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array]:
   """State and codes before the first step, with the weights of the pretrained file if there is one; as in `mnemonic train`."""
+  settings = config.model
+  if settings.pretrained:  # a wrong file is told before anything is compiled
+    distributed.together(partial(pretrained.check, settings.pretrained, settings.name))
   state, codes = program.init()
-  if config.model.pretrained:
+  if settings.pretrained:
     params, model_state, key = state.params, state.model_state, state.key
     del state  # the optimizer's makes room for the weights
-    settings = config.model
     params, model_state = distributed.together(
       partial(pretrained.load, settings.pretrained, settings.name, params, model_state, new_head=settings.new_head)
     )
@@ -105,6 +107,7 @@ def train(job: Job) -> dict[str, Any]:
   program = make_program(config, dataset, mesh, run.prng_impl)
   with ExitStack() as stack:
     stack.enter_context(run.locked())
+    run.require_config()
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
     job.watchdog.phase("making or restoring the first state")
     if checkpoints.latest_step() is None:

@@ -12,14 +12,13 @@ from typing import Any
 from etils import epath
 
 from mnemonic_jax import config as configs
-from mnemonic_jax import data
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import is_checkpoint, restore_codes
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.errors import UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
 from mnemonic_jax.runs import export as export_run
-from mnemonic_jax.runs import files
+from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs.folder import RunFolder
@@ -43,7 +42,7 @@ def _leave_stderr_to_us() -> None:
 
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
-  dataset = _dataset(config, options)
+  dataset = setup.load_data(config, options.data_dir)
   forget_run.check_request(config, config.forget.classes, len(dataset.class_names))
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   trained = train_run.train(folder, dataset)
@@ -54,7 +53,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
   folder = RunFolder.create(options.out, config)
-  result = train_run.train(folder, _dataset(config, options))
+  result = train_run.train(folder, setup.load_data(config, options.data_dir))
   return result, _train_text(result)
 
 
@@ -73,7 +72,8 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
   folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
-  result = forget_run.forget(folder, _dataset(folder.config, options), options.classes)
+  dataset = setup.load_data(folder.config, options.data_dir, training=False)
+  result = forget_run.forget(folder, dataset, options.classes)
   return result, _forget_text(result)
 
 
@@ -86,7 +86,8 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     raise UsageError(f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}")
   _require_sections(options.overrides, "forget", "execution", "data", "model")
   config = configs.load(options.config, options.overrides)
-  result = forget_run.forget_plain(options.run, options.out, config, _dataset(config, options), options.classes)
+  dataset = setup.load_data(config, options.data_dir, training=False)
+  result = forget_run.forget_plain(options.run, options.out, config, dataset, options.classes)
   return result, _forget_text(result)
 
 
@@ -107,10 +108,13 @@ def _forget_text(result: dict[str, Any]) -> str:
         before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
         rows.append((f"{name}{of_average}", before, after))
   table = "\n".join(f"  {name:<36}{before:>9}{after:>9}" for name, before, after in rows)
+  verdicts = result["verdicts"]
+  done = "forgot" if all(verdict.startswith("Forgotten") for verdict in verdicts.values()) else "tried to forget"
+  told = verdicts["params"] + (f"; their average: {verdicts['ema']}" if len(set(verdicts.values())) > 1 else "")
   return (
-    f"forgot {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
+    f"{done} {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
     f"(compile {seconds['compile']:.2f}, Fisher {seconds['fisher']:.3f}, perturb {seconds['perturb']:.3f})\n{table}\n"
-    f"  report  {result['report']}"
+    f"  verdict  {told}\n  report   {result['report']}"
   )
 
 
@@ -120,7 +124,7 @@ def _percent(share: float) -> str:
 
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
-  dataset = _dataset(folder.config, options)
+  dataset = setup.load_data(folder.config, options.data_dir, training=False)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
   lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
   shown = {"trained": "trained", "trained_ema": "its average", "forgotten": "forgotten", "forgotten_ema": "its average"}
@@ -164,14 +168,6 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   if options.name not in known:
     raise UsageError(f"config {options.name!r}: no such named config. {nearest(options.name, known)}")
   return configs.as_dict(configs.load(options.name)), configs.text(options.name).rstrip()
-
-
-def _dataset(config: configs.Config, options: argparse.Namespace) -> data.Dataset:
-  settings = config.data
-  where = options.data_dir or settings.data_dir
-  return data.load(
-    settings.name, where, side=settings.side, augment=settings.augment, normalization=settings.normalization
-  )
 
 
 _VERBS = {

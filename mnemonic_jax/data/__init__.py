@@ -59,7 +59,13 @@ NORMALIZATIONS = ("dataset", "half")
 
 
 def load(
-  name: str, data_dir: str = "", *, side: int = 224, augment: str = "none", normalization: str = "dataset"
+  name: str,
+  data_dir: str = "",
+  *,
+  side: int = 224,
+  augment: str = "none",
+  normalization: str = "dataset",
+  training: bool = True,
 ) -> Dataset:
   """Load a data set by name: "digits" ships with scikit-learn, the others are read from prepared TFDS folders.
 
@@ -69,6 +75,8 @@ def load(
     side: of streamed pictures.
     augment: of `augmentation.NAMES`; a streamed set then cuts random crops itself.
     normalization: "dataset", by the set's own channels; "half": to [-1, 1], as AugReg's ViTs expect.
+    training: refuse a set where a class has no training example. What only scores a model, or forgets, needs none: the
+      pictures of a class to forget may be gone.
   """
   if name not in ("digits", *prepared.NAMES):
     raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}")
@@ -81,17 +89,17 @@ def load(
     return Dataset(name, *digits.load(), 16, *channels)
   parts = prepared.load(name, data_dir, side=side, crop=augment in augmentation.STREAMED)
   dataset = Dataset(name, *parts, 255, *channels)
-  _check_classes(dataset)
+  _check_classes(dataset, training)
   return dataset
 
 
-def _check_classes(dataset: Dataset) -> None:
-  """Refuse labels outside the classes, and classes that have nothing to train on, where the labels are known."""
+def _check_classes(dataset: Dataset, training: bool) -> None:
+  """Refuse labels outside the classes and, for training, classes without any, where the labels are known."""
   labels, num_classes = dataset.train.labels, len(dataset.class_names)
   if labels is None:
     return
   require_labels(repr(dataset.name), labels, num_classes)
-  if len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
+  if training and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
     raise MnemonicError(
       f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "
       "would never be seen. Prepare the set again, whole."

@@ -29,6 +29,8 @@ class Copy(TypedDict):
   retain_accuracy_after: float | None
   forget_error_before: float | None
   forget_error_after: float | None
+  per_class_accuracy_before: list[float | None]  # C values
+  per_class_accuracy_after: list[float | None]  # C values
   params_sha256_before: str
   params_sha256_after: str
 
@@ -156,10 +158,8 @@ def _validate_report_values(report: Mapping[str, Any], num_classes: int) -> None
   for key in _FRACTIONS:
     _require_fraction(f"report[{key!r}]", report[key])
   if "copies" in report:
-    _validate_average(report["copies"])
-  for key in ("per_class_accuracy_before", "per_class_accuracy_after"):
-    for value in _require_list(f"report[{key!r}]", report[key], num_classes):
-      _require_fraction(f"report[{key!r}]", value)
+    _validate_average(report["copies"], num_classes)
+  _validate_per_class("report", report, num_classes)
   for key in ("lambda1", "lambda2"):
     _require(f"report[{key!r}]", report[key], Real, "a number")
   if report["sign"] not in (1, -1):
@@ -171,12 +171,19 @@ def _validate_report_values(report: Mapping[str, Any], num_classes: int) -> None
   _require("report['versions']", report["versions"], Mapping, "an object of name: version")
 
 
-def _validate_average(copies: Any) -> None:
+def _validate_per_class(name: str, values: Mapping[str, Any], num_classes: int) -> None:
+  for key in ("per_class_accuracy_before", "per_class_accuracy_after"):
+    for value in _require_list(f"{name}[{key!r}]", values[key], num_classes):
+      _require_fraction(f"{name}[{key!r}]", value)
+
+
+def _validate_average(copies: Any, num_classes: int) -> None:
   name = "report['copies']['ema']"
   _require("report['copies']", copies, Mapping, "an object")
   _require_keys(name, copies.get("ema"), Copy)
   for key in _FRACTIONS:
     _require_fraction(f"{name}[{key!r}]", copies["ema"][key])
+  _validate_per_class(name, copies["ema"], num_classes)
   for key in ("params_sha256_before", "params_sha256_after"):
     _require(f"{name}[{key!r}]", copies["ema"][key], str, "a string")
 

@@ -104,19 +104,26 @@ def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> 
 
 
 def verdict(report: Mapping[str, Any], names: Sequence[str]) -> Verdict:
-  """Judge a forget by its error on the forgotten classes and its loss on the kept ones."""
+  """Judge a forget by its error on each of the forgotten classes and its loss on the kept ones together."""
   error = number(report["forget_error_after"])
+  errors = {c: round(1 - number(report["per_class_accuracy_after"][c]), 9) for c in sorted(report["classes"])}
+  remembered = [c for c, of_class in errors.items() if of_class < ENOUGH_ERROR]
+  unmeasured = [c for c, of_class in errors.items() if math.isnan(of_class)]
   loss = round(number(report["retain_accuracy_before"]) - number(report["retain_accuracy_after"]), 9)
   costly = loss > CHEAP_LOSS
   if math.isnan(error):
     kind, symbol, label = "unknown", "?", "Not measured"
-  elif error < ENOUGH_ERROR:
+  elif error < ENOUGH_ERROR or remembered:
     kind, symbol, label = "failed", "✕", "Not forgotten"
+  elif unmeasured:
+    kind, symbol, label = "unknown", "?", "Not all measured"
   else:
     kind, symbol, label = ("costly", "!", "Forgotten") if costly else ("good", "✓", "Forgotten")
   if costly:
     label += ", at a high cost" if kind == "costly" else ", and at a high cost"
-  meaning = f"{_meaning_of_error(report, error)} {_meaning_of_loss(loss)}"
+  most = max((1 - errors[c] for c in remembered), default=0.0)
+  of_error = _meaning_of_error(report, names, error, remembered, most, unmeasured)
+  meaning = f"{of_error} {_meaning_of_loss(loss)}"
   return Verdict(kind, symbol, label, sentence(report, names), meaning)
 
 
@@ -146,17 +153,32 @@ def _change(before: float, after: float) -> str:
   return f"went from {percent(before)} to {percent(after)}"
 
 
-def _meaning_of_error(report: Mapping[str, Any], error: float) -> str:
+def _meaning_of_error(
+  report: Mapping[str, Any],
+  names: Sequence[str],
+  error: float,
+  remembered: Sequence[int],
+  most: float,  # of the test examples of one of these that are still right
+  unmeasured: Sequence[int],
+) -> str:
   one = len(report["classes"]) == 1
   if math.isnan(error):
     return (
       f"Whether it worked is not known: the test set has no examples of the {'class' if one else 'classes'} to forget."
+    )
+  if remembered and not one:
+    up_to, whose = ("", "its") if len(remembered) == 1 else ("up to ", "their")
+    return (
+      f"It did not work for {class_list(remembered, names)}: the model still gets {up_to}{percent(most)} of {whose} test "
+      f"examples right. The error of each class should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
     )
   if error < ENOUGH_ERROR:
     return (
       f"It did not work: the model still gets {percent(1 - error)} of the test examples of "
       f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
     )
+  if unmeasured:
+    return f"Whether it worked for {class_list(unmeasured, names)} is not known: the test set has no examples of it."
   meaning = f"By its outputs the model has forgotten the {'class' if one else 'classes'}."
   if number(report["forget_error_before"]) >= ENOUGH_ERROR:
     meaning += (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import json
@@ -40,9 +41,9 @@ def written(path: epath.PathLike) -> Iterator[epath.Path]:
     with _failing_as(path):
       temporary.unlink(missing_ok=True)
       yield temporary
-      with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
+      _to_disk(temporary)
       os.replace(temporary, path)
+      _to_disk(path.parent)
   finally:
     with contextlib.suppress(OSError):
       temporary.unlink()
@@ -120,9 +121,26 @@ def _fill(temporary: epath.Path, final: epath.Path, fill: Callable[[epath.Path],
     with _failing_as(final):
       fill(temporary)
       os.chmod(temporary, 0o755)
+      for folder, _, names in os.walk(temporary):
+        for name in names:
+          _to_disk(epath.Path(folder) / name)
+        _to_disk(epath.Path(folder))
       os.rename(temporary, final)
+      _to_disk(final.parent)
   finally:
     _remove(temporary)
+
+
+def _to_disk(path: epath.Path) -> None:
+  """Flush a file, or the names in a folder, so that they outlive a power cut."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  except OSError as error:
+    if not (path.is_dir() and error.errno == errno.EINVAL):  # a file system that has no such thing for folders
+      raise
+  finally:
+    os.close(descriptor)
 
 
 def _remove(folder: epath.Path) -> None:

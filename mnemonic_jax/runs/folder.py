@@ -82,6 +82,15 @@ class RunFolder:
       }
       files.write_json(path / "config.json", record)
 
+  def require_config(self) -> None:
+    """Refuse to train when the folder meanwhile belongs to another config; call with the run locked."""
+    there = RunFolder.open(self.path).config
+    if _identity(there) != _identity(self.config):
+      raise MnemonicError(
+        f"{self.path}: another command has made it a run with other settings ({_difference(there, self.config)}). Nothing "
+        "was changed; choose another --out."
+      )
+
   @classmethod
   def open(cls, path: epath.PathLike) -> RunFolder:
     """Open an existing run."""

@@ -23,6 +23,7 @@ from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.perturbation import Strength
+from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.folder import RunFolder, versions
@@ -122,6 +123,11 @@ def described(
   if average is not None:
     ema_scored = dict(zip(("before", "after"), of_average, strict=True))
     report["copies"] = {"params": _outcome(before, result, scored), "ema": _outcome(average, ema, ema_scored)}
+  # Of each copy, in words, from the test data.
+  report["verdicts"] = {
+    name: wording.verdict(report | copy, dataset.class_names).label
+    for name, copy in report.get("copies", {"params": {}}).items()
+  }
   evidence = {
     "class_names": list(dataset.class_names),
     "config": config.name,
@@ -190,7 +196,8 @@ def _scored(predict: Predict, candidates: list[Any], dataset: Dataset, classes: 
   found = []
   for test, train in zip(on_test, on_train, strict=True):
     confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
-    scores = evaluation.scores_from_counts(confusion.diagonal(), confusion.sum(axis=1), classes)
+    counts = np.bincount(test.labels, minlength=num_classes)
+    scores = evaluation.scores_from_counts(confusion.diagonal(), counts, classes)
     losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
     found.append(_Scored(confusion, scores, losses, train.losses))
   return found

@@ -7,10 +7,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import losses
+from mnemonic_jax import evaluation, losses
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.progress import Progress
@@ -23,7 +22,7 @@ _LEAST_ROWS = 32
 class Predictions(NamedTuple):
   """Per example: the predicted class, the loss on the true one, and the true one."""
 
-  predictions: np.ndarray  # (N,) int
+  predictions: np.ndarray  # (N,) int; -1 where a logit is NaN
   losses: np.ndarray  # (N,) float32, nats
   labels: np.ndarray  # (N,) int32
 
@@ -66,4 +65,4 @@ def _predict(
   logits_fn: Any, preprocess: Any, params: Any, images: jax.Array, labels: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   logits = logits_fn(params, preprocess(images))
-  return jnp.argmax(logits, axis=-1), losses.softmax_cross_entropy(logits, labels)
+  return evaluation.predicted_classes(logits), losses.softmax_cross_entropy(logits, labels)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import blending, models, pretrained, training
+from mnemonic_jax import blending, data, models, pretrained, training
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax.config import Config, TrainConfig
 from mnemonic_jax.data import Dataset
@@ -31,6 +31,19 @@ class Setup(NamedTuple):
   codes: jax.Array
   steps_per_epoch: int
   total_steps: int
+
+
+def load_data(config: Config, data_dir: str = "", *, training: bool = True) -> Dataset:
+  """The data set of a config, from `data_dir` if given, else from the config's own; see `data.load`."""
+  settings = config.data
+  return data.load(
+    settings.name,
+    data_dir or settings.data_dir,
+    side=settings.side,
+    augment=settings.augment,
+    normalization=settings.normalization,
+    training=training,
+  )
 
 
 def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setup:

@@ -41,6 +41,7 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
   start = setup.make(config, dataset, run.prng_impl)
   with ExitStack() as stack:
     stack.enter_context(run.locked())
+    run.require_config()
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
     state, codes = _first_state(config, start, checkpoints)
     first, steps, total = int(state.step), start.steps_per_epoch, start.total_steps
