@@ -90,7 +90,7 @@ def test_pixels_come_from_the_example_or_the_next_one():
   np.testing.assert_allclose(weights[own, own] + weights[own, (own + 1) % 30], 1, rtol=1e-6)
 
 
-@BOTH
+@pytest.mark.parametrize("blend", [blending.mixup, pytest.param(blending.cutmix, marks=pytest.mark.long)])
 def test_the_key_decides_and_jit_vmap_and_dtype_do_not(blend):
   images, targets = digits(16)
   call_it = partial(blend, alpha=1.0)

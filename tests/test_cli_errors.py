@@ -324,7 +324,9 @@ def test_the_disk_is_full_from_the_start(free, disk):
   assert call(*train(disk.path / "run")).json["epochs"] == 3
 
 
-@pytest.mark.parametrize("free", [0, 12, 40, 72, 100])
+@pytest.mark.parametrize(
+  "free", [0, pytest.param(12, marks=pytest.mark.long), 40, pytest.param(72, marks=pytest.mark.long), 100]
+)
 def test_the_disk_is_full_while_forgetting(free, disk, forgotten_once):
   run = pathlib.Path(shutil.copytree(forgotten_once, disk.path / "run"))
   before = snapshot(run)

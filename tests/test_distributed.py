@@ -97,6 +97,7 @@ def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeou
     assert message.endswith("and with a larger --startup-timeout if all was well and only slow.")
 
 
+@pytest.mark.long
 def test_a_process_without_input_says_so_and_the_others_that_it_may_be_that(tmp_path):
   waiting, stuck = finish_job(start(tmp_path / "run", 2, "--stuck", "input", "--peer-timeout", 3), seconds=40)
   for outcome in (waiting, stuck):

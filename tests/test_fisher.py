@@ -390,7 +390,14 @@ def sharded_problem():
 
 @pytest.mark.parametrize("spec", [(), ("data",)], ids=["replicated", "sharded"])
 @pytest.mark.parametrize(
-  ("devices", "axis_type"), [(1, "Auto"), (2, "Auto"), (4, "Auto"), (8, "Auto"), (2, "Explicit"), (4, "Explicit")]
+  ("devices", "axis_type"),
+  [
+    *(pytest.param(n, "Auto", marks=pytest.mark.long) for n in (1, 4)),
+    (2, "Auto"),
+    (8, "Auto"),
+    (2, "Explicit"),
+    (4, "Explicit"),
+  ],
 )
 def test_jit_with_named_sharding_equals_one_device(devices, spec, axis_type):
   params, inputs, labels, weights, single = sharded_problem()

@@ -66,7 +66,9 @@ def temporary(function, *arguments):
   return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("disjoint", [False, True], ids=["shared", "disjoint"])
+@pytest.mark.parametrize(
+  "disjoint", [pytest.param(False, marks=pytest.mark.long, id="shared"), pytest.param(True, id="disjoint")]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_holds_a_batch_gradient_and_the_sums(name, disjoint):
   loss, params, shape = MODELS[name]

@@ -61,9 +61,7 @@ def sharded_like(params, mesh):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-@pytest.mark.parametrize(
-  "devices", [pytest.param(1, marks=pytest.mark.long), 2, pytest.param(4, marks=pytest.mark.long), 8]
-)
+@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
 def test_params_and_batch_on_a_mesh(devices, sharded):
   params, images, labels, weights, single = problem()
   mesh = cpu_mesh(devices)

@@ -471,7 +471,14 @@ def test_traced_nan_in_params_gives_nan_scores():
 
 
 @pytest.mark.parametrize(
-  ("devices", "axis_type"), [(1, "Auto"), (2, "Auto"), (4, "Auto"), (8, "Auto"), (4, "Explicit")]
+  ("devices", "axis_type"),
+  [
+    pytest.param(1, "Auto", marks=pytest.mark.long),
+    (2, "Auto"),
+    pytest.param(4, "Auto", marks=pytest.mark.long),
+    (8, "Auto"),
+    (4, "Explicit"),
+  ],
 )
 def test_any_device_count_gives_the_same_result_and_keeps_shardings(devices, axis_type):
   params, codes = make_params("mlp", features=8, hidden=8, classes=4), make_codes(features=8)
