@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import pytest
 
@@ -28,9 +30,11 @@ def pytest_configure(config: pytest.Config) -> None:
   # A warning that our own code causes is an error.
   config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
   config.addinivalue_line("markers", "lenient_numerics: without the strict numerics of the core tests")
-  # Compiling is most of what the suite takes, and this spares a quarter of it. The long tests and all commands that tests
-  # start compile as users do.
-  jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not long")
+  # Compiling is most of what the suite takes, and this spares a quarter of it, also in the commands that tests start. The
+  # long tests compile as users do.
+  quick = config.option.markexpr == "not long"
+  jax.config.update("jax_disable_most_optimizations", quick)
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
 
 @pytest.fixture(autouse=True)

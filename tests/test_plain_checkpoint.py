@@ -81,6 +81,15 @@ def test_fields_of_the_config_can_be_overridden(tree, tmp_path):
     assert f"--{field}: a forget takes only" in call(*forget(checkpoint, tmp_path / "no", f"--{field}", 1)).refusal(2)
 
 
+def test_where_the_data_set_is_gone(tree, forgotten_once, tmp_path):
+  checkpoint = save(tmp_path / "plain", tree)
+  result = call(*forget(checkpoint, tmp_path / "out", "--unscored", "--data.name", "mnist", "--json")).json
+  expected = json.loads((forgotten_once / "forgets" / "0001" / "report.json").read_text())
+  assert result["params_sha256_after"] == expected["params_sha256_after"] and result["retain_accuracy_after"] is None
+  other = save(tmp_path / "no codes", {name: part for name, part in tree.items() if name != "codes"})
+  assert "holds no codes" in call(*forget(other, tmp_path / "no", "--unscored")).refusal()
+
+
 def test_a_step_of_a_checkpoint_manager(trained_once, forgotten_once, tmp_path):
   default = trained_once / "checkpoints" / "132" / "default"
   result = call(*forget(default, tmp_path / "out", "--json")).json

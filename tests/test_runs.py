@@ -356,6 +356,39 @@ def test_a_folder_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
   assert seen == [".a.json.unfinished", "."]
 
 
+def test_a_forget_without_the_data_set(trained, tmp_path):
+  """The same params as with it, and no word on how well it went."""
+  elsewhere = pathlib.Path(shutil.copytree(trained, tmp_path / "elsewhere"))
+  record = json.loads((elsewhere / "config.json").read_text())
+  record["config"]["data"]["name"] = "mnist"  # which is not there
+  (elsewhere / "config.json").write_text(json.dumps(record))
+  assert "--data-dir" in call("forget", elsewhere, "--classes", 3).refusal()
+  unscored = call("forget", elsewhere, "--classes", 3, "--unscored", "--json").json
+  scored = call("forget", trained, "--classes", 3, "--json").json
+  same = ("params_sha256_before", "params_sha256_after", "codes_sha256", "sign", "code_forget_error", "classes")
+  assert {key: unscored[key] for key in same} == {key: scored[key] for key in same}
+  assert unscored["verdicts"] == {"params": "Not measured"} and unscored["forget_error_after"] is None
+  page = (elsewhere / "forgets" / "0001" / "report.html").read_text()
+  assert "Whether it worked is not known" in page
+  text = call("forget", elsewhere, "--classes", 4, "--unscored")
+  assert text.out.startswith("tried to forget 3, 4 in ") and "verdict  Not measured" in text.out and text.err == ""
+  assert "forgets/0002" in call("export", elsewhere, "--out", tmp_path / "a.safetensors", "--json").json["forget"]
+
+
+def test_without_the_data_set_a_training_that_is_not_finished_is_known_by_its_record(trained):
+  record = json.loads((trained / "config.json").read_text())
+  record["config"]["train"]["epochs"] = 5
+  (trained / "config.json").write_text(json.dumps(record))
+  assert "training stands at epoch 3 of 5" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  record["config"]["train"] |= {"epochs": 3, "steps": 140}
+  (trained / "config.json").write_text(json.dumps(record))
+  assert "training stands at step 132 of 140" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  record["config"]["train"]["steps"] = 0
+  (trained / "config.json").write_text(json.dumps(record))
+  (trained / "metrics.jsonl").unlink()
+  assert "has no line of step 132" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+
+
 def test_a_run_that_became_another_while_it_waited_is_not_trained(tmp_path):
   run = RunFolder.create(tmp_path / "run", configs.load("digits"))
   RunFolder.create(tmp_path / "run", configs.load("digits", {"train.epochs": 5}))  # nothing is there yet: allowed

@@ -13,7 +13,7 @@ from etils import epath
 
 from mnemonic_jax import config as configs
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import is_checkpoint, restore_codes
+from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_codes
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.errors import UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
@@ -21,6 +21,7 @@ from mnemonic_jax.runs import export as export_run
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
+from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.folder import RunFolder
 
 
@@ -72,7 +73,10 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
   folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
-  dataset = setup.load_data(folder.config, options.data_dir, training=False)
+  if options.unscored:
+    dataset = trained_run.without_data(folder.config, newest(folder.checkpoints))
+  else:
+    dataset = setup.load_data(folder.config, options.data_dir, training=False)
   result = forget_run.forget(folder, dataset, options.classes)
   return result, _forget_text(result)
 
@@ -86,7 +90,10 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     raise UsageError(f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}")
   _require_sections(options.overrides, "forget", "execution", "data", "model")
   config = configs.load(options.config, options.overrides)
-  dataset = setup.load_data(config, options.data_dir, training=False)
+  if options.unscored:
+    dataset = trained_run.without_data(config, options.run)
+  else:
+    dataset = setup.load_data(config, options.data_dir, training=False)
   result = forget_run.forget_plain(options.run, options.out, config, dataset, options.classes)
   return result, _forget_text(result)
 

@@ -65,6 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
   forget.add_argument("--config", help="of a checkpoint that is no run: a named config or a TOML file with its model")
   forget.add_argument("--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result")
 
+  forget.add_argument("--unscored", action="store_true", help="where the data set is gone: forget, and score nothing")
+
   evaluate = _verb(
     verbs, "evaluate", "score the trained and the forgotten model on test data", "mnemonic evaluate runs/a"
   )

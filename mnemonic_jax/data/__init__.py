@@ -93,6 +93,12 @@ def load(
   return dataset
 
 
+def absent(name: str, shape: Sequence[int], num_classes: int) -> Dataset:
+  """Stand in for a set of which nothing is at hand: no examples, images of `shape` (H, W, C), classes named by number."""
+  nothing = Split(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
+  return Dataset(name, nothing, nothing, tuple(map(str, range(num_classes))), 255)
+
+
 def _check_classes(dataset: Dataset, training: bool) -> None:
   """Refuse labels outside the classes and, for training, classes without any, where the labels are known."""
   labels, num_classes = dataset.train.labels, len(dataset.class_names)

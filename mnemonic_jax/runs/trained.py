@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from mnemonic_jax import _trees, paths
+from mnemonic_jax import _trees, data, paths
 from mnemonic_jax.checkpoints import Checkpoints, restore_parts, stored_shapes
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
@@ -40,18 +40,47 @@ def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any],
   resume = f"Finish it first: mnemonic train {run.config.name} --out {run.path}"
   if not run.checkpoints.is_dir():
     raise MnemonicError(f"{run.path}: has no checkpoint yet. {resume}")
-  model, optimizer, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
+  model = setup.make_model(run.config, dataset)
+  optimizer = setup.make_optimizer(run.config.train, steps=1)  # whatever the steps, its state has the same structure
   first = jax.eval_shape(lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl))
   with Checkpoints(run.checkpoints, create=False) as checkpoints:
     if checkpoints.latest_step() is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
     state, codes = checkpoints.restore(*(place or _on_first_device)(*first))
-  if (step := int(state.step)) < total_steps:
-    epoch, last = (f"{number / steps_per_epoch:.4g}" for number in (step, total_steps))
-    raise MnemonicError(f"{run.path}: training stands at epoch {epoch} of {last}. {resume}")
+  done, asked, unit = _progress(run, dataset, int(state.step))
+  if done < asked:
+    raise MnemonicError(f"{run.path}: training stands at {unit} {done:.4g} of {asked:.4g}. {resume}")
   checkpoint = run.checkpoints / str(int(state.step))
   logits_fn = model.logits_fn(state.model_state)
   return Trained(model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
+
+
+def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float, str]:
+  """How far a training is, how far it was to go, and what is counted; from its own records where the data is absent."""
+  train = run.config.train
+  if dataset.train.num_examples:
+    _, _, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
+    return step / steps_per_epoch, total_steps / steps_per_epoch, "epoch"
+  if train.steps:
+    return step, train.steps, "step"
+  epochs = [record["epoch"] for record in run.metrics() if record.get("step") == step]
+  if not epochs:
+    raise MnemonicError(
+      f"{run.path / 'metrics.jsonl'}: has no line of step {step}, so whether the training is finished cannot be told without "
+      "its data set."
+    )
+  return epochs[-1], train.epochs, "epoch"
+
+
+def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
+  """A stand-in for a config's data set, from the codes in a checkpoint."""
+  codes = stored_shapes(checkpoint).get("codes")
+  if len(getattr(codes, "shape", ())) != 5:
+    raise MnemonicError(
+      f"{checkpoint}: holds no codes (C, K, H, W, channels), from which the images' shape could be told."
+    )
+  num_classes, _, *shape = codes.shape
+  return data.absent(config.data.name, shape, num_classes)
 
 
 def _on_first_device(state: TrainState, codes: Any) -> Any:
