@@ -4,7 +4,7 @@ VENV ?= .venv
 TPU_VENV ?= .venv-tpu
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-long check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments tpu-check tpu-check-small clean
+.PHONY: help demo test test-long test-all check smoke-newest soak benchmark benchmark-fisher benchmark-inputs benchmark-pretrained experiments tpu-check tpu-check-small clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /	/'
@@ -27,6 +27,9 @@ test: $(VENV)/.full ## install and run the whole test suite
 
 test-long: $(VENV)/.full ## install and run the tests that the suite leaves out
 	$(BIN)/python -m pytest -n 2 -m long
+
+test-all: $(VENV)/.full ## install and run all tests, compiled as users' programs are
+	$(BIN)/python -m pytest -n 2 -m ""
 
 check: $(VENV)/.full ## lint, format check, type check, architecture test
 	$(BIN)/ruff check .

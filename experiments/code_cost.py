@@ -72,7 +72,7 @@ def main() -> None:
     print(
       f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | {mean[0]:.2f} ± {spread[0]:.2f} | {told} |"
     )
-  common.save(name, {"seeds": arguments.seeds, "columns": ["accuracy", "codes"], "rows": rows})
+  common.save(name, {"overrides": overrides, "seeds": arguments.seeds, "columns": ["accuracy", "codes"], "rows": rows})
 
 
 if __name__ == "__main__":

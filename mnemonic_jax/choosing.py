@@ -124,7 +124,8 @@ def _score(
   """How a candidate does on the codes of both sides."""
   objective, (inputs, labels), weights = _code_fishers.fisher_problem(logits_fn, options, params, codes, forget, remain)
   spread, microbatch = objective.spread, options.execution.microbatch
-  if spread is None:  # as many codes at a time as in the Fisher
+  explicit = any(jax.typeof(codes).sharding.spec)  # split over axes that no loop can cut
+  if spread is None and not explicit:  # as many codes at a time as in the Fisher
     microbatch = _passes.examples_at_once(objective, params, (inputs, labels), weights, microbatch)
   microbatch = min(microbatch or len(inputs), len(inputs))
   with _loss_checks.matmul_precision(options.precision):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from toys import MODELS, assert_trees_close, cpu_mesh, host, make_codes, make_params, mlp, place, regression
 
 import mnemonic_jax as mj
-from mnemonic_jax import forgetting
+from mnemonic_jax import _passes, forgetting
 from mnemonic_jax.choosing import CodeScores
 
 LARGEST = float(np.finfo(np.float32).max)
@@ -492,6 +492,18 @@ def test_any_device_count_gives_the_same_result_and_keeps_shardings(devices, axi
     assert result.sign == single.sign
     assert_trees_close(result.params, host(single.params), rtol=1e-4, atol=1e-5)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, result.params, placed))
+
+
+def test_codes_split_over_an_explicit_mesh_are_judged_without_a_loop(monkeypatch):
+  params, codes, sides = make_params("mlp"), make_codes(), masks([0], 4)
+  single = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
+  fishers = forgetting.code_fishers(mlp, params, codes, *sides)
+  monkeypatch.setattr(_passes, "_PASS_BYTES", 1)  # a loop over single codes, if there were one
+  mesh = cpu_mesh(4, "Explicit")
+  step = jax.jit(lambda params, codes, fishers: forgetting.update_step(mlp, params, codes, *sides, fishers, STRENGTH)[0])
+  with jax.set_mesh(mesh):
+    moved = step(place(params, mesh), place(codes, mesh, "data"), place(fishers, mesh))
+  assert_trees_close(moved, host(single.params), rtol=1e-4, atol=1e-5)
 
 
 def test_forget_step_inside_shard_map():

@@ -88,6 +88,9 @@ def test_where_the_data_set_is_gone(tree, forgotten_once, tmp_path):
   assert result["params_sha256_after"] == expected["params_sha256_after"] and result["retain_accuracy_after"] is None
   other = save(tmp_path / "no codes", {name: part for name, part in tree.items() if name != "codes"})
   assert "holds no codes" in call(*forget(other, tmp_path / "no", "--unscored")).refusal()
+  assert (
+    "holds no codes" in call(*forget(save(tmp_path / "list", [np.ones(3)]), tmp_path / "no", "--unscored")).refusal()
+  )
 
 
 def test_a_step_of_a_checkpoint_manager(trained_once, forgotten_once, tmp_path):

@@ -182,6 +182,20 @@ class TestVerdict:
     assert "✕ Not forgotten, and at a high cost" in tree.text
     assert "◆ to forget" in tree.text and "◆ forgotten" not in tree.text
 
+  def test_answers_that_are_not_numbers_are_called_out(self) -> None:
+    report, evidence = make_report(10, [0]), make_evidence(10, [0])
+    shown = lambda number: Tree(render(report, evidence | {"unanswered": {"before": 0, "after": number}}, None)).text
+    assert "no answer" not in shown(0) and "no answer" not in Tree(render(report, evidence, None)).text
+    assert "One test example gets no answer after the forget: the outputs are not numbers (NaN)." in shown(1)
+    assert "1,234 test examples get no answer" in shown(1234)
+
+  def test_many_classes_to_forget_of_which_nothing_was_measured(self) -> None:
+    """As where a forget is not scored: no warning, and no figure of nothing."""
+    classes = list(range(30))
+    nothing = {"per_class_accuracy_after": [None] * 40, "forget_error_after": None, "retain_accuracy_after": None}
+    text = page(40, tuple(classes), **nothing).text
+    assert "more classes to forget, without test examples" in text and "no examples or less" not in text
+
   def test_equal_hashes_are_called_out(self) -> None:
     assert "Nothing was changed." in page(params_sha256_after="be40" * 16).text
     assert "Nothing was changed." not in page().text

@@ -375,6 +375,15 @@ def test_a_forget_without_the_data_set(trained, tmp_path):
   assert "forgets/0002" in call("export", elsewhere, "--out", tmp_path / "a.safetensors", "--json").json["forget"]
 
 
+def test_pictures_that_are_gone_do_not_make_a_training_look_finished(trained, monkeypatch):
+  record = json.loads((trained / "config.json").read_text())
+  record["config"]["train"]["epochs"] = 4
+  (trained / "config.json").write_text(json.dumps(record))
+  real = data.load
+  monkeypatch.setattr(data, "load", lambda *arguments, **options: real("digits").without(range(1, 10)))
+  assert "training stands at epoch 3 of 4" in call("forget", trained, "--classes", 3).refusal()
+
+
 def test_without_the_data_set_a_training_that_is_not_finished_is_known_by_its_record(trained):
   record = json.loads((trained / "config.json").read_text())
   record["config"]["train"]["epochs"] = 5
@@ -386,7 +395,7 @@ def test_without_the_data_set_a_training_that_is_not_finished_is_known_by_its_re
   record["config"]["train"]["steps"] = 0
   (trained / "config.json").write_text(json.dumps(record))
   (trained / "metrics.jsonl").unlink()
-  assert "has no line of step 132" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  assert "has no line up to step 132" in call("forget", trained, "--classes", 3, "--unscored").refusal()
 
 
 def test_a_run_that_became_another_while_it_waited_is_not_trained(tmp_path):

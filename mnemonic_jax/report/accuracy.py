@@ -74,7 +74,9 @@ def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tup
   parts = []
   if len(forgotten) > FORGOTTEN_SHOWN:
     hidden = least_forgotten[FORGOTTEN_SHOWN:]
-    parts.append(f"{count(len(hidden))} more classes to forget, each at {percent(np.nanmax(after[hidden]))} or less")
+    measured = after[hidden][~np.isnan(after[hidden])]
+    highest = f", each at {percent(measured.max())} or less" if len(measured) else ", without test examples"
+    parts.append(f"{count(len(hidden))} more classes to forget{highest}")
   if rest:
     change = after[rest] - before[rest]
     parts.append(

@@ -54,7 +54,7 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
     seconds=tables.time_rows(report["seconds"]),
     facts=tables.facts(report, evidence),
     fingerprints=tables.fingerprints(report),
-    alarms=_alarms(report, verdict, names),
+    alarms=_alarms(report, evidence, verdict, names),
   )
 
 
@@ -75,14 +75,22 @@ def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, s
   ]
 
 
-def _alarms(report: Mapping[str, Any], verdict: wording.Verdict, names: Sequence[str]) -> list[str]:
-  """What must not be overlooked: copies of the params that are as they were, or came out unlike what the badge says."""
+def _alarms(
+  report: Mapping[str, Any], evidence: Mapping[str, Any], verdict: wording.Verdict, names: Sequence[str]
+) -> list[str]:
+  """What must not be overlooked: params that are as they were, or came out unlike what the badge says, or answer NaN."""
   average, alarms = moving_average(report), []
   for whose, copy in ("", report), (" of the moving average", average):
     if copy is not None and copy["params_sha256_before"] == copy["params_sha256_after"]:
       alarms.append(
         f"The weights{whose} after are the weights{whose} before: both have the same SHA-256. Nothing was changed."
       )
+  unanswered = evidence.get("unanswered", {}).get("after", 0)
+  if unanswered:
+    alarms.append(
+      f"{wording.count(unanswered).capitalize()} test {'example gets' if unanswered == 1 else 'examples get'} no answer after "
+      "the forget: the outputs are not numbers (NaN). They count as wrong, and are not in the table of answers."
+    )
   if average is not None:
     its = wording.verdict({**report, **average}, names)
     if its.kind != verdict.kind:

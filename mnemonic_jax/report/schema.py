@@ -91,7 +91,10 @@ class Control(TypedDict):
 
 
 class Evidence(TypedDict):
-  """What the page shows beyond the forget JSON."""
+  """What the page shows beyond the forget JSON.
+
+  "unanswered" may be there too, {"before": n, "after": n}: test examples that got NaN for an answer, in no column.
+  """
 
   class_names: list[str]  # C names
   config: str
@@ -194,6 +197,10 @@ def _validate_evidence_values(evidence: Mapping[str, Any], num_classes: int) -> 
   _require("evidence['num_test_examples']", evidence["num_test_examples"], Integral, "an integer")
   for key in ("confusion_before", "confusion_after"):
     _require_counts(f"evidence[{key!r}]", evidence[key], num_classes)
+  if "unanswered" in evidence:
+    _require("evidence['unanswered']", evidence["unanswered"], Mapping, "an object")
+    for name, value in evidence["unanswered"].items():
+      _require(f"evidence['unanswered'][{name!r}]", value, Integral, "an integer")
   for key in Losses.__annotations__:
     for value in _require_list(f"evidence['losses'][{key!r}]", evidence["losses"][key], None):
       _require_number(f"evidence['losses'][{key!r}]", value)

@@ -164,7 +164,7 @@ def _meaning_of_error(
   one = len(report["classes"]) == 1
   if math.isnan(error):
     return (
-      f"Whether it worked is not known: the test set has no examples of the {'class' if one else 'classes'} to forget."
+      f"Whether it worked is not known: there were no test examples of the {'class' if one else 'classes'} to forget."
     )
   if remembered and not one:
     up_to, whose = ("", "its") if len(remembered) == 1 else ("up to ", "their")
@@ -178,7 +178,7 @@ def _meaning_of_error(
       f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
     )
   if unmeasured:
-    return f"Whether it worked for {class_list(unmeasured, names)} is not known: the test set has no examples of it."
+    return f"Whether it worked for {class_list(unmeasured, names)} is not known: there were no test examples."
   meaning = f"By its outputs the model has forgotten the {'class' if one else 'classes'}."
   if number(report["forget_error_before"]) >= ENOUGH_ERROR:
     meaning += (
@@ -192,7 +192,7 @@ def _meaning_of_error(
 def _meaning_of_loss(loss: float) -> str:
   lost = points(loss).lstrip("+−")
   if math.isnan(loss):
-    return "What it cost is not known: the test set has no examples of the kept classes."
+    return "What it cost is not known: there were no test examples of the kept classes."
   if loss > CHEAP_LOSS:
     return (
       f"It cost a lot: the kept classes lost {lost} points of accuracy. At most {100 * CHEAP_LOSS:.0f} would be cheap."

@@ -20,6 +20,8 @@ from etils import epath
 from mnemonic_jax import distributed, paths
 from mnemonic_jax.errors import MnemonicError
 
+# What a folder that cannot be flushed, or not be read, answers.
+_NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 UNFINISHED = ".unfinished-"  # what the names of folders start with that are not whole yet
 
 
@@ -81,6 +83,7 @@ def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> No
   with contextlib.ExitStack() as lock:
     with _failing_as(parent):
       parent.mkdir(parents=True, exist_ok=True)
+      _to_disk(parent.parent)
       for leftover in paths.children(parent, f"{UNFINISHED}{glob.escape(final.name)}-*"):
         with contextlib.suppress(OSError), _lock(leftover) as got:  # what is not ours, or no folder, stays
           if got:
@@ -132,15 +135,17 @@ def _fill(temporary: epath.Path, final: epath.Path, fill: Callable[[epath.Path],
 
 
 def _to_disk(path: epath.Path) -> None:
-  """Flush a file, or the names in a folder, so that they outlive a power cut."""
-  descriptor = os.open(path, os.O_RDONLY)
+  """Flush a file, or the names in a folder where its file system has that, so that they outlive a power cut."""
+  is_folder = path.is_dir()
   try:
-    os.fsync(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
   except OSError as error:
-    if not (path.is_dir() and error.errno == errno.EINVAL):  # a file system that has no such thing for folders
+    if not (is_folder and error.errno in _NO_FLUSH):
       raise
-  finally:
-    os.close(descriptor)
 
 
 def _remove(folder: epath.Path) -> None:

@@ -84,12 +84,16 @@ class RunFolder:
 
   def require_config(self) -> None:
     """Refuse to train when the folder meanwhile belongs to another config; call with the run locked."""
-    there = RunFolder.open(self.path).config
-    if _identity(there) != _identity(self.config):
-      raise MnemonicError(
-        f"{self.path}: another command has made it a run with other settings ({_difference(there, self.config)}). Nothing "
-        "was changed; choose another --out."
-      )
+
+    def check() -> None:
+      there = RunFolder.open(self.path).config
+      if _identity(there) != _identity(self.config):
+        raise MnemonicError(
+          f"{self.path}: another command has made it a run with other settings ({_difference(there, self.config)}). Nothing "
+          "was changed; choose another --out."
+        )
+
+    distributed.on_writer(check)
 
   @classmethod
   def open(cls, path: epath.PathLike) -> RunFolder:

@@ -136,6 +136,7 @@ def described(
     "num_test_examples": dataset.test.num_examples,
     "confusion_before": scored["before"].confusion,
     "confusion_after": scored["after"].confusion,
+    "unanswered": {name: int(s.counts.sum() - s.confusion.sum()) for name, s in scored.items()},
     "losses": {
       f"{split}_{name}": getattr(s, f"{split}_losses") for split in ("train", "test") for name, s in scored.items()
     },
@@ -183,6 +184,7 @@ class _Scored(NamedTuple):
   """One set of params on the real data: scores and confusion on test, losses of the forgotten classes on both splits."""
 
   confusion: np.ndarray
+  counts: np.ndarray  # of test examples of each class, those without an answer (NaN) too
   scores: Scores
   test_losses: np.ndarray
   train_losses: np.ndarray
@@ -199,7 +201,7 @@ def _scored(predict: Predict, candidates: list[Any], dataset: Dataset, classes: 
     counts = np.bincount(test.labels, minlength=num_classes)
     scores = evaluation.scores_from_counts(confusion.diagonal(), counts, classes)
     losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
-    found.append(_Scored(confusion, scores, losses, train.losses))
+    found.append(_Scored(confusion, counts, scores, losses, train.losses))
   return found
 
 

@@ -56,30 +56,33 @@ def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any],
 
 
 def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float, str]:
-  """How far a training is, how far it was to go, and what is counted; from its own records where the data is absent."""
+  """How far a training is, how far it was to go, and what is counted.
+
+  By its own records where there are some: of the data set it was trained on, pictures may be gone since.
+  """
   train = run.config.train
-  if dataset.train.num_examples:
-    _, _, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
-    return step / steps_per_epoch, total_steps / steps_per_epoch, "epoch"
   if train.steps:
     return step, train.steps, "step"
-  epochs = [record["epoch"] for record in run.metrics() if record.get("step") == step]
-  if not epochs:
+  if records := [record for record in run.metrics() if record.get("epoch") and record.get("step", step + 1) <= step]:
+    return records[-1]["epoch"] * step / records[-1]["step"], train.epochs, "epoch"
+  if not dataset.train.num_examples:
     raise MnemonicError(
-      f"{run.path / 'metrics.jsonl'}: has no line of step {step}, so whether the training is finished cannot be told without "
+      f"{run.path / 'metrics.jsonl'}: has no line up to step {step}, so whether the training is finished cannot be told without "
       "its data set."
     )
-  return epochs[-1], train.epochs, "epoch"
+  _, _, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
+  return step / steps_per_epoch, total_steps / steps_per_epoch, "epoch"
 
 
 def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
   """A stand-in for a config's data set, from the codes in a checkpoint."""
-  codes = stored_shapes(checkpoint).get("codes")
+  stored = stored_shapes(checkpoint)
+  codes = stored.get("codes") if isinstance(stored, dict) else None
   if len(getattr(codes, "shape", ())) != 5:
     raise MnemonicError(
       f"{checkpoint}: holds no codes (C, K, H, W, channels), from which the images' shape could be told."
     )
-  num_classes, _, *shape = codes.shape
+  num_classes, _, *shape = codes.shape  # type: ignore[union-attr]
   return data.absent(config.data.name, shape, num_classes)
 
 
