@@ -500,7 +500,9 @@ def test_codes_split_over_an_explicit_mesh_are_judged_without_a_loop(monkeypatch
   fishers = forgetting.code_fishers(mlp, params, codes, *sides)
   monkeypatch.setattr(_passes, "_PASS_BYTES", 1)  # a loop over single codes, if there were one
   mesh = cpu_mesh(4, "Explicit")
-  step = jax.jit(lambda params, codes, fishers: forgetting.update_step(mlp, params, codes, *sides, fishers, STRENGTH)[0])
+  step = jax.jit(
+    lambda params, codes, fishers: forgetting.update_step(mlp, params, codes, *sides, fishers, STRENGTH)[0]
+  )
   with jax.set_mesh(mesh):
     moved = step(place(params, mesh), place(codes, mesh, "data"), place(fishers, mesh))
   assert_trees_close(moved, host(single.params), rtol=1e-4, atol=1e-5)
