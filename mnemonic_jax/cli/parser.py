@@ -64,7 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
   forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
   forget.add_argument("--config", help="of a checkpoint that is no run: a named config or a TOML file with its model")
   forget.add_argument("--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result")
-
   forget.add_argument("--unscored", action="store_true", help="where the data set is gone: forget, and score nothing")
 
   evaluate = _verb(
