@@ -209,8 +209,23 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   assert set(after["output"]) == {"bias", "log_scale", "projection"}
   evaluated = call("evaluate", run, "--json").json
   assert evaluated["forgotten"]["forget_error"] == forgotten["forget_error_after"]
+
+
+def test_its_file_may_be_gone_when_a_class_is_forgotten(tmp_path):
+  """The vectors that the model was trained against are in its checkpoints."""
+  np.save(tmp_path / "text.npy", vectors(10, 16))
+  run, settings = tmp_path / "run", ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 8)
+  call("train", "digits", "--out", run, *settings, "--train.epochs", 1)
+  checkpoint = newest(run / "checkpoints")
+  plain = ("--config", "digits", *settings, "--classes", 3, "--json")
+  expected = call("forget", checkpoint, *plain, "--out", tmp_path / "there").json
   (tmp_path / "text.npy").unlink()
-  assert "text.npy: no such file" in call("evaluate", run).refusal()
+  of_run = call("forget", run, "--classes", 3, "--json").json
+  of_plain = call("forget", checkpoint, *plain, "--out", tmp_path / "gone").json
+  for name in ("params_sha256_after", "retain_accuracy_after", "forget_error_after"):
+    assert of_run[name] == of_plain[name] == expected[name]
+  assert call("evaluate", run, "--json").json["forgotten"]["forget_error"] == expected["forget_error_after"]
+  assert "text.npy: no such file" in call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
 
 
 def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):

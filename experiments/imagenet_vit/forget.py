@@ -48,9 +48,9 @@ class Program(NamedTuple):
   fisher: Any  # abstract
 
 
-def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh) -> Program:
-  """Plan the forgetting of a config on a mesh; computes nothing and takes no memory."""
-  model = setup.make_model(config, dataset)
+def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, model: Model | None = None) -> Program:
+  """Plan the forgetting of a config's model, or of `model`, on a mesh; computes nothing and takes no memory."""
+  model = model or setup.make_model(config, dataset)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   placed, state_placed = sharding.tree_shardings(mesh, params), sharding.tree_shardings(mesh, model_state)
   copied = sharding.replicated(mesh)
@@ -92,9 +92,9 @@ def forget(job: Job) -> dict[str, Any]:
   num_classes = len(dataset.class_names)
   with run.locked():
     classes = forget_run.check_request(config, job.classes, num_classes, run.forgotten_classes())
-    program = make_program(config, dataset, mesh)
     job.watchdog.phase("restoring the checkpoint")
-    trained = _restored(job, program)
+    trained = _restored(job)
+    program = make_program(config, dataset, mesh, trained.model)
     one_shot = lambda params: _one_shot(job, program, trained, params, classes)
     predict = lambda candidates, split: jobs.predict(job, program.model, candidates, trained.model_state, split)
     report, fill = forget_run.described(trained, config, dataset, job.classes, classes, one_shot, predict)
@@ -103,7 +103,7 @@ def forget(job: Job) -> dict[str, Any]:
   return {**report, "mesh": dict(mesh.shape), "processes": jax.process_count(), "folder": str(folder)}
 
 
-def _restored(job: Job, program: Program) -> Trained:
+def _restored(job: Job) -> Trained:
   """The finished training of a run, each device its own shards."""
 
   place = lambda tree: jobs.abstract(tree, sharding.tree_shardings(job.mesh, tree))

@@ -85,13 +85,17 @@ def first_state(
   return init_train_state(params, model_state, optimizer, train_key), codes
 
 
-def make_model(config: Config, dataset: Dataset) -> Model:
-  """Build the model of a config for the images and classes of a data set."""
+def make_model(config: Config, dataset: Dataset, text: np.ndarray | None = None) -> Model:
+  """Build the model of a config for the images and classes of a data set.
+
+  `text` stands for what is in the config's file of text embeddings, which then is not read.
+  """
   settings = dataclasses.asdict(config.model) | {"dtype": jnp.dtype(config.model.dtype)}
   del settings["pretrained"], settings["new_head"]  # what training starts from
   num_classes = len(dataset.class_names)
   text_file = settings.pop("text_embeddings")
-  text = pretrained.load_text_embeddings(text_file, num_classes) if text_file else None
+  if text_file and text is None:
+    text = pretrained.load_text_embeddings(text_file, num_classes)
   try:
     return models.make(**settings, text=text, shape=dataset.shape, num_classes=num_classes)
   except ValueError as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from mnemonic_jax import _trees, data, paths
@@ -40,12 +41,12 @@ def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any],
   resume = f"Finish it first: mnemonic train {run.config.name} --out {run.path}"
   if not run.checkpoints.is_dir():
     raise MnemonicError(f"{run.path}: has no checkpoint yet. {resume}")
-  model = setup.make_model(run.config, dataset)
   optimizer = setup.make_optimizer(run.config.train, steps=1)  # whatever the steps, its state has the same structure
-  first = jax.eval_shape(lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl))
   with Checkpoints(run.checkpoints, create=False) as checkpoints:
-    if checkpoints.latest_step() is None:
+    if (newest := checkpoints.latest_step()) is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
+    model = _make_model(run.config, dataset, run.checkpoints / str(newest) / "default")
+    first = jax.eval_shape(lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl))
     state, codes = checkpoints.restore(*(place or _on_first_device)(*first))
   done, asked, unit = _progress(run, dataset, int(state.step))
   if done < asked:
@@ -53,6 +54,17 @@ def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any],
   checkpoint = run.checkpoints / str(int(state.step))
   logits_fn = model.logits_fn(state.model_state)
   return Trained(model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
+
+
+def _make_model(config: Config, dataset: Dataset, checkpoint: epath.PathLike) -> Model:
+  """Build the model of a config; the vectors that its head scores against are the checkpoint's, and need no file."""
+  if not config.model.text_embeddings:
+    return setup.make_model(config, dataset)
+  stored = _trees.by_path(stored_shapes(checkpoint))
+  found = (getattr(leaf, "shape", ()) for path, leaf in stored.items() if path.endswith(".text"))
+  shape = next((shape for shape in found if len(shape) == 2), None)
+  # Ones until the model state is restored.
+  return setup.make_model(config, dataset, None if shape is None else np.ones(shape, np.float32))
 
 
 def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float, str]:
@@ -97,7 +109,7 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one and "ema_params"
   where a moving average of the params is kept; what else it holds is not read.
   """
-  model = setup.make_model(config, dataset)
+  model = _make_model(config, dataset, folder)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   stored = stored_shapes(folder)
   if not isinstance(stored, dict) or not {"params", "codes"} <= set(stored):
