@@ -254,7 +254,6 @@ def lookup(data: jax.Array, g: jax.Array, groups: Groups, shape: Sequence[int]) 
     return total.at[:, taken].add(weights[:, None, None] * squares, mode="drop"), None
 
   weights, rows, width = groups.weights, shape[0], math.prod(shape[1:])
-  data = jnp.where((data >= 0) & (data < rows), data, rows)  # a row that is not there has no gradient
   g = g.reshape(*data.shape, width).astype(weights.dtype)
   total, _ = jax.lax.scan(
     add, _trees.zeros((len(weights), rows, width), weights.dtype, (weights, g)), (data, g, weights.T)
@@ -280,8 +279,8 @@ def _squared_products(
   zeros = lambda num_groups: _trees.zeros((num_groups, *shape), wide, (groups, data, g))
 
   def at_once(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
-    inputs, cotangents = (jnp.square(x[:, :, 0].astype(wide)) for x in (inputs_of(data), g))
-    return _weighted_outer_products(groups.weights, inputs, cotangents)
+    inputs, cotangents = _of_like_size(*(x[:, :, 0].astype(wide) for x in (inputs_of(data), g)))
+    return _weighted_outer_products(groups.weights, jnp.square(inputs), jnp.square(cotangents))
 
   def by_group(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
     """Each group visits its own examples, some at a time; one that holds nearly all has one product over all examples."""
@@ -342,6 +341,23 @@ def _squared_products(
   if groups.platform is None:
     return jax.lax.platform_dependent(data, g, groups, cpu=cpu, default=default)
   return (cpu if groups.platform == "cpu" else default)(data, g, groups)  # half the tracing
+
+
+def _of_like_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """a (N, B, K) and b (N, B, O), each example's times a power of two and over it, so that the squares of both are in range.
+
+  Their products stay as they are. Where one is all zero the other comes to about one, were it so large that its square
+  is not finite.
+  """
+
+  def exponent(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
+    return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0), largest == 0
+
+  (of_a, no_a), (of_b, no_b) = exponent(a), exponent(b)
+  of_a, of_b = jnp.where(no_a, -of_b, of_a), jnp.where(no_b, -of_a, of_b)
+  half = jnp.clip((of_b - of_a) // 2, -126, 126)
+  return a * _trees.power_of_two(half, a.dtype), b * _trees.power_of_two(-half, b.dtype)
 
 
 def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -98,6 +98,22 @@ def check_loss(
       )
 
 
+def of_one(function: Callable[..., Any], params: PyTree, inputs: PyTree, labels: PyTree) -> jax.Array:
+  """What a loss, or a model, returns for a batch of one example, whose axis must still be there."""
+  remedy = "A squeeze without its axis takes the axis of examples too when there is one: name the axes to squeeze."
+  try:
+    values = function(params, inputs, labels)
+  except Exception as error:
+    error.add_note(f"mnemonic_jax called it with a batch of one example. {remedy}")
+    raise
+  if jnp.shape(values)[:1] != (1,):
+    expected = "(1,)" if jnp.ndim(values) < 2 else "(1, ...)"
+    raise ValueError(
+      f"loss_fn, logits_fn: returned shape {jnp.shape(values)} for a batch of one example; expected {expected}. {remedy}"
+    )
+  return values
+
+
 @partial(jax.jit, static_argnums=0)
 def _dependence(
   loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, rows: jax.Array, absolute: float
@@ -107,7 +123,7 @@ def _dependence(
   def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
     inputs, labels = jax.tree.map(lambda x: x[rows], batch)
     together = loss_fn(params, inputs, labels)
-    alone = jax.vmap(lambda x, y: loss_fn(params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
+    alone = jax.vmap(lambda x, y: of_one(loss_fn, params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
     larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
     beyond = jnp.abs(together - alone) - absolute
     relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)

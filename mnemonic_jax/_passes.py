@@ -126,7 +126,7 @@ def _add(a: SquaredGradients, b: SquaredGradients) -> SquaredGradients:
   exponent = jnp.maximum(a.exponent, b.exponent)
 
   def shrunk(x: jax.Array, by: jax.Array) -> jax.Array:
-    factor = _power_of_two(jnp.maximum(by, jnp.finfo(x.dtype).minexp), x.dtype)
+    factor = _trees.power_of_two(jnp.maximum(by, jnp.finfo(x.dtype).minexp), x.dtype)
     return x * factor * factor
 
   sums = [
@@ -203,7 +203,7 @@ def _one_pass(
   def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:
     replacements = iter(live_leaves)
     params = treedef.unflatten([next(replacements) if c else leaf for c, leaf in zip(chosen, leaves, strict=True)])
-    return objective.function(params, *jax.tree.map(lambda x: x[None], example))[0]
+    return _loss_checks.of_one(objective.function, params, *jax.tree.map(lambda x: x[None], example))[0]
 
   def cotangents(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     if objective.loss is None:
@@ -217,22 +217,23 @@ def _one_pass(
     wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
     largest = jnp.max(jnp.abs(wide), initial=0.0)
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0) - target
-    exponent = jnp.where(largest == 0, _LOWEST_EXPONENT, jnp.maximum(exponent, _LOWEST_EXPONENT))
-    return (wide * _power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
+    exponent = jnp.where(largest == 0, _LOWEST_EXPONENT, jnp.clip(exponent, _LOWEST_EXPONENT, -_LOWEST_EXPONENT))
+    return (wide * _trees.power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
 
   with _loss_checks.matmul_precision(objective.precision):
-    return SquaredGradients(
-      *_taps.squared_gradients(
-        function,
-        cotangents,
-        live,
-        batch,
-        weights,
-        disjoint=objective.disjoint,
-        platform=objective.platform,
-        spread=objective.spread,
-      )
+    sums, exponent = _taps.squared_gradients(
+      function,
+      cotangents,
+      live,
+      batch,
+      weights,
+      disjoint=objective.disjoint,
+      platform=objective.platform,
+      spread=objective.spread,
     )
+  # Where all are without weight there is none to stand in: neither their values nor their range may count.
+  some = jnp.any(active)
+  return SquaredGradients([jnp.where(some, x, 0) for x in sums], jnp.where(some, exponent, _LOWEST_EXPONENT))
 
 
 def examples_at_once(
@@ -285,7 +286,7 @@ def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[_uses.Use]:
 
 def _trace_one(function: Function, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
   example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch)
-  return jax.make_jaxpr(function)(params, *example)
+  return jax.make_jaxpr(partial(_loss_checks.of_one, function))(params, *example)
 
 
 def spread_of(shardings: tuple[Any, ...] | None) -> _contractions.Spread | None:
@@ -316,11 +317,3 @@ def platform_of(tree: PyTree) -> str | None:
 def _on_one_device(tree: PyTree) -> bool:
   arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
   return all(isinstance(array.sharding, jax.sharding.SingleDeviceSharding) for array in arrays)
-
-
-def _power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
-  """Exactly 2**exponent for an exponent in the normal range, built from bits (exp2 rounds on some backends)."""
-  info = jnp.finfo(dtype)
-  integer = jnp.int64 if info.bits == 64 else jnp.int32
-  biased = exponent.astype(integer) + (info.maxexp - 1)
-  return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)

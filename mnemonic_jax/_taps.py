@@ -131,7 +131,8 @@ def _evaluate_equation(jaxpr: Any, equation: Any, args: list[Any], groups: Group
   if name in _uses.IDENTITIES:
     return [params[0]._replace(value=run(params[0].value)[0])]
   if name in _uses.REARRANGING or name == "broadcast_in_dim":
-    squares = jax.vmap(_bind(equation))(*(param.squares for param in params))
+    wide = max((param.squares.dtype for param in params), key=lambda dtype: dtype.itemsize)
+    squares = jax.vmap(_bind(equation))(*(param.squares.astype(wide) for param in params))
     values = run(*(param.value for param in params))
     return list(map(Param, values, squares))
   if name in ("mul", "div") and len(params) == 1 and not any(isinstance(arg, Data) for arg in args):
@@ -161,9 +162,11 @@ def _contracted(equation: Any, run: Callable[..., Any], args: list[Any], groups:
   if 0 in (data.size, output.value.size, *shape):
     return output  # without a tap, the dummy's cotangent is zero
   if rule == "lookup":
-    data = data.reshape(len(data), -1).astype(jnp.int32)
-    if equation.params["mode"] == jax.lax.GatherScatterMode.CLIP:
-      data = jnp.clip(data, 0, shape[0] - 1)
+    data = data.reshape(len(data), -1)
+    clipped = jnp.clip(data, 0, min(shape[0] - 1, int(jnp.iinfo(data.dtype).max)))
+    if equation.params["mode"] != jax.lax.GatherScatterMode.CLIP:  # a row that is not there has no gradient
+      clipped = jnp.where(data == clipped, clipped.astype(jnp.int32), shape[0])
+    data = clipped.astype(jnp.int32)
   contract = lambda data, g, groups: _CONTRACTIONS[rule](data, g, groups, shape, *settings)
   summed = partial(_contractions.summed, contract, param.squares.shape)
   return Data(_contractions.tap(summed, output.value, data, param.squares, groups))

@@ -23,6 +23,14 @@ def at_least_float32(dtype: Any) -> Any:
   return dtype if jnp.dtype(dtype).itemsize >= 4 else jnp.dtype(jnp.float32)
 
 
+def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
+  """Exactly 2**exponent for an exponent in the normal range, built from bits (exp2 rounds on some backends)."""
+  info = jnp.finfo(dtype)
+  integer = jnp.int64 if info.bits == 64 else jnp.int32
+  biased = exponent.astype(integer) + (info.maxexp - 1)
+  return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)
+
+
 def leaf_paths(tree: PyTree) -> list[str]:
   """The path of every leaf as `jax.tree_util.keystr` writes it, in leaf order."""
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -97,8 +97,9 @@ def _keeps_elements(equation: Any, operands: Sequence[Kind]) -> bool:
     return bool(jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating))
   if name in ("mul", "div"):
     factor = equation.invars[0 if name == "mul" and isinstance(operands[1], frozenset) else 1]
-    moderate = isinstance(factor, jex.Literal) and _SMALLEST_FACTOR <= abs(factor.val) <= _LARGEST_FACTOR
-    return moderate and jnp.shape(factor.val) == ()
+    if not isinstance(factor, jex.Literal) or jnp.shape(factor.val):
+      return False
+    return _SMALLEST_FACTOR <= abs(float(factor.val)) <= _LARGEST_FACTOR
   return name in REARRANGING and all(isinstance(kind, frozenset) for kind in operands)
 
 

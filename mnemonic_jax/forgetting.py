@@ -102,6 +102,9 @@ def forget(
   """
   started = time.perf_counter()
   perturbation.require_strength(strength)
+  for name, value in (("params", params), ("codes", codes), ("strength", strength)):
+    if not _validation.is_concrete(value):
+      raise TypeError(f"{name}: got traced values; forget looks at them. Inside jit, vmap or grad call forget_step.")
   options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
   chosen = _validation.require_classes("classes", classes, num_classes)
@@ -270,6 +273,7 @@ def update_step(
   options, codes, forget, remain = _checked(
     logits_fn, params, codes, forget, remain, loss, mask, layer_axis, precision, execution
   )
+  _check_fishers(fishers, params, options.mask)
   concrete = _validation.is_concrete((params, codes, forget, remain, fishers, strength))
   update = _update_jit if concrete else choosing.update
   return update(logits_fn, options, params, codes, forget, remain, fishers, strength)
@@ -325,6 +329,23 @@ def _check_arguments(logits_fn: Any, params: PyTree, codes: Any, loss: Any) -> i
       f"{codes.shape} hold {num_classes} classes of {per_class}."
     )
   return num_classes
+
+
+def _check_fishers(fishers: PyTree, params: PyTree, mask: tuple[bool, ...]) -> None:
+  """Refuse Fishers that are not those of two sides for these params under this mask."""
+  leaves, treedef = _trees.flatten(params)
+  live = treedef.unflatten([leaf if takes_part else None for leaf, takes_part in zip(leaves, mask, strict=True)])
+  remedy = "Pass what code_fishers returned for the same params and mask."
+  try:
+    found = _trees.require_like("fishers", fishers, "params under mask", live)
+  except ValueError as error:
+    raise ValueError(f"{error} {remedy}") from None
+  for path, leaf, fisher in zip(_trees.leaf_paths(live), jax.tree.leaves(live), found, strict=True):
+    if jnp.shape(fisher) != (2, *jnp.shape(leaf)):
+      raise ValueError(
+        f"fishers{path}: got shape {jnp.shape(fisher)}; expected {(2, *jnp.shape(leaf))}, those to forget and those to "
+        f"keep. {remedy}"
+      )
 
 
 def _check_masks(forget: Any, remain: Any, num_classes: int) -> tuple[jax.Array, jax.Array]:

@@ -179,6 +179,7 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
 
   def scale(leaf: jax.Array, axis: int | None) -> jax.Array:
     leaf = jnp.asarray(leaf)
+    leaf = leaf.astype(_trees.at_least_float32(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
     lambda1, lambda2 = (jnp.asarray(x, leaf.dtype) for x in (strength.lambda1, strength.lambda2))
     largest = _layer_max(leaf, axis)
     return jnp.where(largest == 0, lambda1, jnp.minimum(lambda1, lambda2 / largest))

@@ -512,6 +512,14 @@ def lookup_take_filled(draw):
 
 
 @case
+def lookup_by_numbers_beyond_int32(draw):
+  filled = lambda b, x: jnp.take(b, x, axis=0, mode="fill", fill_value=0)
+  model = lambda p, x: jnp.concatenate([jnp.take(p["a"], x, axis=0, mode="clip"), filled(p["b"], x)], -1)
+  indices = np.array([[1, 2**32 - 1], [0, 2**31], [3, 4], [2**31 + 2, 1], [2, 2]], np.uint32)
+  return scored(model), {"a": draw(4, 2), "b": draw(4, 2)}, indices, draw.labels
+
+
+@case
 def lookup_take_wrapped(draw):
   return scored(lambda p, x: jnp.take(p, x, axis=0, mode="wrap")), draw(4, 2), draw.ints(9, N, 4, low=-6), draw.labels
 

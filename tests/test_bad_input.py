@@ -11,6 +11,7 @@ import pytest
 from toys import make_batch, make_codes, make_params, mlp, mlp_loss, regression
 
 import mnemonic_jax as mj
+from mnemonic_jax import forgetting
 
 KEY = jax.random.key(0)
 PARAMS, CODES = make_params("regression"), make_codes()
@@ -48,6 +49,14 @@ def step_with(**change):
     "logits_fn": regression, "params": PARAMS, "codes": CODES, "forget": HALF, "remain": ~HALF, "strength": STRENGTH,
   } | change  # fmt: skip
   return lambda: mj.forget_step(**arguments)
+
+
+def update_with(**change):
+  arguments = {
+    "logits_fn": regression, "params": PARAMS, "codes": CODES, "forget": HALF, "remain": ~HALF, "strength": STRENGTH,
+    "fishers": jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape)), PARAMS),
+  } | change  # fmt: skip
+  return lambda: forgetting.update_step(**arguments)
 
 
 def evaluate_with(*batch, batches=None, logits_fn=regression, classes=(0,), params=PARAMS):
@@ -226,6 +235,11 @@ CASES = [
   ("forget loss a scalar", forget_with(loss=lambda logits, labels: logits.mean()), ValueError, r"loss.*: returned shape \(\).*expected floating losses of shape \(4,\)"),
   ("forget loss not a function", forget_with(loss="ce"), TypeError, r"loss: got 'ce' of type str; expected a function"),
   ("forget logits that depend on the batch", forget_with(logits_fn=lambda p, x: regression(p, x - x.mean(0, keepdims=True))), ValueError, r"examples depend on each other.*BatchNorm"),
+  ("forget inside jit", lambda: jax.jit(lambda p: forget_with(params=p)())(PARAMS), TypeError, r"params: got traced values.*forget_step"),
+  ("forget with a traced strength", lambda: jax.jit(lambda s: forget_with(strength=mj.Strength(s, 1.0))())(1.0), TypeError, r"strength: got traced values.*forget_step"),
+  ("Fishers of other params", update_with(fishers={"kernel": jnp.ones((2, 5, 4))}), ValueError, r"fishers: .*code_fishers"),
+  ("Fishers of one class", update_with(fishers=jax.tree.map(jnp.ones_like, PARAMS)), ValueError, r"fishers.*code_fishers"),
+  ("Fishers under another mask", update_with(mask={"kernel": True, "bias": False}), ValueError, r"fishers.*code_fishers"),
   ("precision unknown", fisher_with(precision="best"), ValueError, r"precision: got 'best'; expected for example 'highest'"),
   ("precision unknown in forget", forget_with(precision=7), ValueError, r"precision: got 7; expected"),
   ("microbatch zero", lambda: mj.Execution(0), ValueError, r"execution.microbatch: got 0; expected an integer of at least 1"),

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from toys import regression
+from toys import mlp, regression
 
 import mnemonic_jax as mj
 from mnemonic_jax import _code_fishers, _passes
@@ -76,6 +76,33 @@ def test_layers_of_very_different_size_each_get_a_power_of_two(microbatch):
   plain = fishers(lambda p, x: x @ p, jnp.zeros((5, CLASSES)), codes)
   for name in sizes:
     np.testing.assert_allclose(made[0][name] / made[1][name], plain[0] / plain[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [-45.0, -50.0])
+def test_a_hidden_unit_that_is_saturated_on_all_codes(bias):
+  """Its output is of the size of 1e-21, the square of that out of float32's range; its weights' ratio is an ordinary one."""
+  rng = np.random.default_rng(0)
+  params = {
+    "kernel1": rng.normal(size=(5, 4)),
+    "bias1": np.array([bias, 0.0, 0.1, 0.2]),
+    "kernel2": rng.normal(size=(4, CLASSES)),
+    "bias2": np.zeros(CLASSES),
+  }
+  params = jax.tree.map(lambda leaf: np.float64(np.float32(leaf)), params)
+  codes = rng.normal(size=(CLASSES, 1, 5)).astype(np.float32)
+  forget, remain = reference.class_fishers(reference.mlp_gradient, params, codes.astype(np.float64), [0], [1, 2, 3])
+  made = fishers(mlp, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), jnp.asarray(codes))
+  ratio = made[0]["kernel2"] / made[1]["kernel2"]
+  np.testing.assert_allclose(ratio, forget["kernel2"] / remain["kernel2"], rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e20])
+def test_inputs_of_any_size_give_the_same_ratio(size):
+  codes = jax.random.normal(jax.random.key(0), (CLASSES, 2, 5))
+  kernel = 0.1 * jax.random.normal(jax.random.key(1), (5, CLASSES))
+  made = fishers(lambda w, x: (x * size) @ w, kernel / size, codes)
+  plain = fishers(lambda w, x: x @ w, kernel, codes)
+  np.testing.assert_allclose(made[0] / made[1], plain[0] / plain[1], rtol=1e-4)
 
 
 def test_a_layer_without_any_gradient_has_zeros():

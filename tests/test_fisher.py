@@ -178,7 +178,7 @@ def test_float64_leaves_are_accumulated_in_float64():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("microbatch", [None, 2])
+@pytest.mark.parametrize("microbatch", [None, 2, 1])
 def test_an_example_with_weight_zero_in_every_group_contributes_nothing(bad, microbatch):
   inputs = jnp.array([[1.0, 2.0], [bad, 1.0], [3.0, 4.0]])
   loss = lambda w, x, y: x @ w
@@ -201,6 +201,38 @@ def test_all_weights_zero_give_zero():
   params, (inputs, labels) = make_params("mlp"), make_batch()
   fisher = mj.diagonal_fisher(mlp_loss, params, inputs, labels, jnp.zeros(7))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(fisher))
+  bad = mj.diagonal_fisher(lambda w, x, y: x @ w, jnp.zeros(2), jnp.full((3, 2), jnp.nan), jnp.zeros(3), jnp.zeros(3))
+  assert not np.any(bad)
+
+
+def test_whole_numbers_as_weights_do_not_wrap_around():
+  weights, loss = np.array([2**31, 2**32], np.int64), lambda w, x, y: x @ w
+  fisher = mj.diagonal_fisher(loss, jnp.zeros(2), jnp.eye(2), jnp.zeros(2), weights)
+  np.testing.assert_array_equal(fisher, [2**31, 2**32])
+  groups = mj.diagonal_fisher(loss, jnp.zeros(2), jnp.eye(2), jnp.zeros(2), [[2**32, 0], [2**32, 2**31]])
+  np.testing.assert_array_equal(groups, [[2**32, 0], [2**32, 2**31]])
+
+
+@pytest.mark.parametrize("weights", ["heavy", [None, None], [[1.0], [1.0, 2.0]]])
+def test_weights_that_are_no_numbers_are_refused_by_name(weights):
+  with pytest.raises((TypeError, ValueError), match=r"weights: got .*; expected"):
+    mj.diagonal_fisher(lambda w, x, y: x @ w, jnp.zeros(2), jnp.eye(2), jnp.zeros(2), weights)
+
+
+@pytest.mark.parametrize(("input_size", "gradient_size"), [(1e6, 1e-23), (1e-23, 1e6), (1e30, 1e-30)])
+def test_inputs_and_cotangents_of_very_different_size(input_size, gradient_size):
+  """The gradient of each weight, their product, is in range, the squares of both are not."""
+  loss = lambda w, x, y: gradient_size * (x @ w).sum(-1)
+  inputs, product = input_size * jnp.array([[1.0, 2.0], [3.0, 0.0]]), input_size * gradient_size
+  fisher = mj.diagonal_fisher(loss, jnp.ones((2, 3)), inputs, jnp.zeros(2))
+  np.testing.assert_allclose(fisher, product**2 * np.array([[5.0] * 3, [2.0] * 3]), rtol=1e-5)
+
+
+def test_an_input_whose_square_is_not_finite_and_whose_gradient_is_zero():
+  loss = lambda w, x, y: jax.nn.relu(x @ w).sum(-1)
+  inputs = jnp.array([[1.0, jnp.finfo(jnp.float32).min], [1.0, 2.0]])  # the first one leaves all units dead
+  fisher = mj.diagonal_fisher(loss, jnp.array([[1.0, 2.0], [1e-3, 1.0]]), inputs, jnp.zeros(2))
+  np.testing.assert_array_equal(fisher, [[0.5, 0.5], [2.0, 2.0]])
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 7, 100, None])
@@ -309,6 +341,21 @@ def test_examples_that_depend_on_each_other_are_refused():
   # A batch of one has nothing to depend on; a traced call is the caller's promise.
   mj.diagonal_fisher(batch_norm, params, inputs[:1] + jnp.eye(1, 5), labels[:1])
   jax.jit(lambda p: mj.diagonal_fisher(batch_norm, p, inputs, labels))(params)
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_a_loss_that_squeezes_the_batch_away_is_refused(jit):
+  def loss(w, x, y):
+    hidden = jnp.tanh(jnp.squeeze(x) @ w)  # (N, 4, 5), but (4, 5) for one example
+    return jnp.sum(hidden**2, axis=tuple(range(1, hidden.ndim)))
+
+  arguments = jnp.eye(5), jax.random.normal(jax.random.key(0), (3, 4, 5, 1)), jnp.zeros(3)
+  call = jax.jit(lambda *a: mj.diagonal_fisher(loss, *a)) if jit else lambda *a: mj.diagonal_fisher(loss, *a)
+  with pytest.raises(ValueError, match=r"returned shape \(4,\) for a batch of one example; expected \(1,\).*squeeze"):
+    call(*arguments)
+  scalar = lambda w, x, y: jnp.squeeze(jnp.square(x @ w - y[:, None]))
+  with pytest.raises(ValueError, match=r"returned shape \(\) for a batch of one example; expected \(1,\).*squeeze"):
+    mj.diagonal_fisher(scalar, jnp.ones((2, 1)), jnp.eye(2), jnp.zeros(2))
 
 
 def test_a_callers_loss_that_cancels_is_rounding_not_dependence():

@@ -110,6 +110,21 @@ def test_float64(name):
   assert error(ours, squares, OVERLAPPING) <= 1e-10
 
 
+def test_leaves_of_two_dtypes_side_by_side():
+  rng = np.random.default_rng(0)
+  inputs, a, b = rng.normal(size=(3, 4)), rng.normal(size=(2, 3)), rng.normal(size=(2, 3)).astype(np.float32)
+  loss = lambda p, x, y: jnp.square(x @ jnp.concatenate([p["a"], p["b"].astype(p["a"].dtype)])).sum(-1)
+  mixed = lambda p, x, y: jnp.square(x @ jnp.concatenate([p["a"], p["b"]])).sum(-1)
+  with jax.enable_x64(True):
+    params = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
+    for loss_fn in (loss, mixed):
+      ours = mj.diagonal_fisher(loss_fn, params, jnp.asarray(inputs), jnp.zeros(3))
+      assert ours["a"].dtype == jnp.float64 and ours["b"].dtype == jnp.float32
+      gradients = jax.vmap(one_gradient(loss_fn), (None, 0, 0))(params, jnp.asarray(inputs), jnp.zeros(3))
+      for name, tolerance in (("a", 1e-12), ("b", 1e-5)):
+        np.testing.assert_allclose(ours[name], jnp.mean(jnp.square(gradients[name]), 0), rtol=tolerance)
+
+
 CONCRETE = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.concrete])
 
 

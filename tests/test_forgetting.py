@@ -113,6 +113,23 @@ def test_forgotten_classes_belong_to_neither_side():
   assert_trees_close(changed.params, host(result.params), rtol=1e-6)
 
 
+@pytest.mark.parametrize("microbatch", [None, 2, 1])
+def test_a_microbatch_of_forgotten_classes_alone_has_no_say(microbatch):
+  """The model gets the class forgotten before all wrong, and is sure of the others: their gradients are 1e-30 beside its."""
+  rng = np.random.default_rng(0)
+  codes, logits = np.eye(4) + 0.2 * rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
+  logits[np.arange(1, 4), np.arange(1, 4)] += [69.0, 69.3, 69.8]
+  logits[0] = [0.0, 3.0, 1.0, 2.0]
+  params = {"kernel": jnp.asarray(np.linalg.solve(codes, logits), jnp.float32), "bias": jnp.zeros(4)}
+  codes = jnp.asarray(codes, jnp.float32)[:, None]
+  options = {"strength": mj.Strength(1.0, 1.0), "execution": mj.Execution(microbatch)}
+  result = mj.forget(regression, params, codes, [1], forgotten=[0], **options)
+  wanted, sign, _ = twin("regression", params, codes, [1], mj.Strength(1.0, 1.0), forgotten=[0])
+  assert result.sign == sign
+  assert_trees_close(result.params, wanted, rtol=1e-3, atol=1e-3)
+  assert np.abs(result.params["kernel"] - params["kernel"]).max() > 0.5
+
+
 def test_a_callers_loss_is_used():
   params, codes = make_params("mlp"), make_codes()
   doubled = lambda logits, labels: 2 * mj.softmax_cross_entropy(logits, labels)

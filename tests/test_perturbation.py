@@ -50,6 +50,13 @@ def test_all_three_pieces_match_the_reference(shape, layer_axis, seed, lambda1, 
   np.testing.assert_allclose(moved, reference.perturb(leaf, wanted_eta, wanted_scale, sign), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("eta", [np.array([1, 2], np.int32), np.array([0.5, 2.0], np.float16), 2])
+def test_the_scale_is_float32_at_least(eta):
+  scale = mj.layer_scale(jnp.asarray(eta), mj.Strength(1e-9, 1e5))
+  assert scale.dtype == jnp.float32
+  np.testing.assert_allclose(scale, 1e-9, rtol=1e-6)
+
+
 class TestAmplitude:
   def test_forget_zero_remain_positive_gives_zero(self):
     np.testing.assert_array_equal(mj.amplitude(array(0, 1), array(2, 2)), [0, 0.5])
