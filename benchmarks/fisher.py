@@ -91,7 +91,7 @@ def ways_of(model: str, num: int) -> list[Way]:
 
   def ours(name, weights, is_disjoint) -> Way:
     objective = _passes.Objective(
-      loss_fn, (True,) * leaves, "highest", disjoint=is_disjoint, platform=jax.default_backend()
+      loss_fn, (True,) * leaves, "highest", disjoint=is_disjoint, platform=jax.default_backend(), weighed=True
     )
     batch = inputs, labels
     microbatch = _passes.examples_at_once(objective, params, batch, weights, None)

@@ -74,6 +74,7 @@ def class_fishers_in_range(
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
   objective, batch, weights = fisher_problem(logits_fn, options, params, codes, *sides)
   microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
+  objective = _passes.weighed(objective, weights)
   first = _passes.take(batch, weights, 0, microbatch)
   start = time.perf_counter()
   one_pass = _passes.jitted_program.lower(objective, microbatch, params, *first, 0).compile()

@@ -279,8 +279,8 @@ def _squared_products(
   zeros = lambda num_groups: _trees.zeros((num_groups, *shape), wide, (groups, data, g))
 
   def at_once(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
-    inputs, cotangents = _of_like_size(*(x[:, :, 0].astype(wide) for x in (inputs_of(data), g)))
-    return _weighted_outer_products(groups.weights, jnp.square(inputs), jnp.square(cotangents))
+    inputs, cotangents = (jnp.square(x[:, :, 0]) for x in (inputs_of(data), g))
+    return _weighted_outer_products(groups.weights, inputs, cotangents)
 
   def by_group(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
     """Each group visits its own examples, some at a time; one that holds nearly all has one product over all examples."""
@@ -334,6 +334,8 @@ def _squared_products(
     add = lambda total, part: (total + _weighted_sum(part[2].T, squares(part[0], part[1])), None)
     return jax.lax.scan(add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T)))[0]
 
+  if positions == 1:
+    data, g = _of_like_size(data.astype(wide), g.astype(wide))
   little = num <= _STEP or num * len(groups.weights) * math.prod(shape) <= _LITTLE
   if positions == 1 and (little or groups.order is None or len(groups.weights) == 1):
     return at_once(data, g, groups)
@@ -344,20 +346,14 @@ def _squared_products(
 
 
 def _of_like_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """a (N, B, K) and b (N, B, O), each example's times a power of two and over it, so that the squares of both are in range.
+  """a (N, ...) and b (N, ...), each example's times a power of two and over it, so that the squares of both are in range.
 
-  Their products stay as they are. Where one is all zero the other comes to about one, were it so large that its square
-  is not finite.
+  Their products stay as they are. One that is all zero counts as the smallest: the other comes far down.
   """
-
-  def exponent(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    largest = jnp.max(jnp.abs(x), axis=(1, 2), keepdims=True)
-    return jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0), largest == 0
-
-  (of_a, no_a), (of_b, no_b) = exponent(a), exponent(b)
-  of_a, of_b = jnp.where(no_a, -of_b, of_a), jnp.where(no_b, -of_a, of_b)
-  half = jnp.clip((of_b - of_a) // 2, -126, 126)
-  return a * _trees.power_of_two(half, a.dtype), b * _trees.power_of_two(-half, b.dtype)
+  exponent = lambda x: _trees.exponent(jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))))
+  half = jnp.clip((exponent(b) - exponent(a)) >> 1, -126, 126)
+  times = lambda x, power: x * _trees.power_of_two(power, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+  return times(a, half), times(b, -half)
 
 
 def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:

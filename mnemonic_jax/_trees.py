@@ -31,6 +31,13 @@ def power_of_two(exponent: jax.Array, dtype: Any) -> jax.Array:
   return jax.lax.bitcast_convert_type(biased << info.nmant, dtype)
 
 
+def exponent(x: jax.Array) -> jax.Array:
+  """The exponent of 2 in numbers that are not negative, int32; of 0 the smallest one, of inf and NaN the largest."""
+  info = jnp.finfo(x.dtype)
+  bits = jax.lax.bitcast_convert_type(x, jnp.int64 if info.bits == 64 else jnp.int32)
+  return (bits >> info.nmant).astype(jnp.int32) - (info.maxexp - 1)
+
+
 def leaf_paths(tree: PyTree) -> list[str]:
   """The path of every leaf as `jax.tree_util.keystr` writes it, in leaf order."""
   return [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fnmatch
 import logging
 import os
 import textwrap
@@ -35,6 +36,8 @@ class Checkpoints:
 
   def __init__(self, folder: epath.PathLike, *, keep: int = 2, create: bool = True) -> None:
     self._folder, self._newest = epath.Path(folder), 0
+    if create:
+      require_plain(folder)
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
     )
@@ -112,6 +115,15 @@ class Checkpoints:
     return restored, tree["codes"]
 
 
+def require_plain(folder: epath.PathLike) -> None:
+  """Refuse to write where Orbax, which takes the whole path for a pattern, would not find its own files again."""
+  path = str(paths.absolute(folder))
+  if not fnmatch.fnmatchcase(path, path):
+    raise MnemonicError(
+      f"{path}: holds [ and ], which Orbax takes for a pattern; what it writes there cannot be read. Choose a path without."
+    )
+
+
 def newest(folder: epath.PathLike) -> epath.Path:
   """Where the newest whole checkpoint of a run has its arrays, as `stored_shapes` and `restore_parts` take it."""
   with Checkpoints(folder, create=False) as checkpoints:
@@ -160,6 +172,7 @@ def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
 
 def save_params(folder: epath.PathLike, params: PyTree) -> None:
   """Write params alone to a new folder, atomically."""
+  require_plain(folder)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       checkpointer.save(paths.absolute(folder), params)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.resources
+import math
 import pathlib
 import tomllib
 import typing
@@ -155,6 +156,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
   "train.seed": (0, 2**32 - 1),
   "train.label_smoothing": (0, 1),
 }
+# What int32 and float32 hold.
+_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38
 _AT_LEAST_ONE = {
   "data.side",
   "model.hidden",
@@ -247,7 +250,7 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(_checked(field, item, int) for item in items)
   if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(value) if abs(value) < 2**1000 else math.inf
   if type(value) is not kind:
     raise UsageError(
       f"{field}: got {value!r}; expected {'a number' if kind is float else 'true or false' if kind is bool else kind.__name__}."
@@ -255,9 +258,10 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
   if field in _CHOICES and value not in _CHOICES[field]:
     raise UsageError(f"{field}: got {value!r}; expected one of {', '.join(_CHOICES[field])}.")
   if kind in (int, float):
-    low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, float("inf")))
-    if not low <= value <= high or value == float("inf"):
-      limit = f"from {low:.0f} to {high:.0f}" if high < float("inf") else f"of at least {low:g}, finite"
+    largest = _LARGEST_INT if kind is int else _LARGEST_FLOAT
+    low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, largest))
+    if not low <= value <= high:
+      limit = f"of at least {low:g}, at most {high:g}" if high == largest else f"from {low:.0f} to {high:.0f}"
       raise UsageError(f"{field}: got {value}; expected a number {limit}.")
   return value
 

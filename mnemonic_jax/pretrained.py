@@ -177,6 +177,10 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
           f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {shape}."
           + (" Pass model.new_head to start with a head of your own." if ours.startswith(f"{head}.") else "")
         )
+      if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+        raise MnemonicError(f"{file}: {ours} has dtype {value.dtype} there; expected floating weights.")
+      if not np.all(np.isfinite(value)):
+        raise MnemonicError(f"{file}: {ours} holds NaN or inf; expected finite weights.")
       return value
 
     def fill(path: Any, leaf: Any) -> Any:

@@ -6,10 +6,11 @@ import json
 import pathlib
 import shutil
 import socket
+import subprocess
 import sys
 
 import pytest
-from running import TINY, call, command, finish, snapshot, start, wait_for
+from running import COMMAND, TINY, call, command, environment, finish, snapshot, start, wait_for
 
 pytest_plugins = ["run_fixtures"]
 # Callbacks of Orbax's threads after a failed read or write; the commands hush them.
@@ -42,6 +43,12 @@ def train(run: object, *overrides: object) -> tuple[object, ...]:
     (("train", "digits", "--out", "x", "--codes.rate", 1.5), "codes.rate: got 1.5; expected a number from 0 to 1"),
     (("train", "digits", "--out", "x", "--codes.rate=nan"), "codes.rate: got nan"),
     (("train", "digits", "--out", "x", "--forget.lambda1", "inf"), "forget.lambda1: got inf"),
+    (
+      ("train", "digits", "--out", "x", "--forget.lambda1", "1e39"),
+      "forget.lambda1: got 1e+39; expected a number of at",
+    ),
+    (("train", "digits", "--out", "x", "--forget.lambda1", "1" + 400 * "0"), "forget.lambda1: got"),
+    (("train", "digits", "--out", "x", "--train.warmup_steps", 2**31), "train.warmup_steps: got 2147483648"),
     (("train", "digits", "--out", "x", "--codes.distribution", "gauss"), "expected one of normal, uniform"),
     (("train", "digits", "--out", "x", "--epochs", 5), "unknown argument --epochs"),
     (("train", "digits", "extra", "--out", "x"), "unknown argument extra"),
@@ -123,8 +130,8 @@ def test_the_forget_that_is_not_there(forgotten_once, trained_once):
 
 
 def test_a_strength_beyond_float32(trained):
-  message = call("forget", trained, "--classes", 3, "--forget.lambda1", 1e300, "--forget.lambda2", 1e300).refusal()
-  assert message.startswith("mnemonic: strength.lambda1: got 1e+300")
+  message = call("forget", trained, "--classes", 3, "--forget.lambda1", 1e300, "--forget.lambda2", 1e300).refusal(2)
+  assert message.startswith("mnemonic: forget.lambda1: got 1e+300")
   assert not list((trained / "forgets").glob("*"))
 
 
@@ -162,6 +169,7 @@ def test_a_run_folder_that_is_missing(verb, tmp_path):
     ('{"format": 1, "config": {"name": "x", "train": {"epoch": 3}}}', "unknown field train.epoch"),
     ('{"format": 1, "config": {"name": "x", "train": {"epochs": "3"}}}', "train.epochs: got '3'"),
     ("\xff", "is not whole JSON"),
+    ('{"format": 1, "config": {"name": "x"}, "prng_impl": "dice"}', "prng_impl: got 'dice'"),
   ],
 )
 def test_a_damaged_config_json(text, message, forgotten):
@@ -235,6 +243,51 @@ def test_a_run_without_checkpoints(gone, trained):
     message = call(*verb).refusal()
     assert "checkpoint yet. Finish it first: mnemonic train digits --out" in message
   assert call(*train(trained)).json["resumed_from_epoch"] == 0
+
+
+def test_a_run_whose_checkpoints_are_gone_keeps_its_forgets(forgotten):
+  shutil.rmtree(forgotten / "checkpoints")
+  before = snapshot(forgotten)
+  message = call(*train(forgotten, "--train.seed", 5)).refusal()
+  assert "train.seed 0 there, 5 here" in message and snapshot(forgotten) == before
+  message = call("report", forgotten).refusal()
+  assert "--hide-codes" in message and "Train first" not in message
+  assert call("report", forgotten, "--hide-codes").code == 0
+
+
+def test_params_that_are_not_those_of_the_report(forgotten):
+  assert call("forget", forgotten, "--classes", 5).code == 0
+  params = forgotten / "forgets" / "0002" / "params"
+  shutil.rmtree(params)
+  shutil.copytree(forgotten / "forgets" / "0001" / "params", params)
+  message = call("evaluate", forgotten).refusal()
+  assert "0002/params: is not what report.json says" in message and "Forget again" in message
+  report = forgotten / "forgets" / "0001" / "report.json"
+  shutil.rmtree(forgotten / "forgets" / "0002")
+  report.write_text(json.dumps(json.loads(report.read_text()) | {"params_sha256_before": "0" * 64}))
+  assert "is not the checkpoint that was forgotten from" in call("evaluate", forgotten).refusal()
+
+
+@pytest.mark.parametrize("name", ["run[1]", "lr=[0.1,2]"])
+def test_a_path_that_orbax_takes_for_a_pattern(name, trained, tmp_path):
+  message = call(*train(tmp_path / name)).refusal()
+  assert "[" in message and "pattern" in message and not (tmp_path / name / "checkpoints").exists()
+  message = call(
+    "forget", trained / "checkpoints" / "132" / "default", "--config", "digits", "--model.hidden", 32,
+    "--classes", 3, "--out", tmp_path / name,
+  ).refusal()  # fmt: skip
+  assert "pattern" in message
+  moved = tmp_path / name / "run"
+  shutil.rmtree(tmp_path / name, ignore_errors=True)
+  shutil.copytree(trained, moved)
+  assert call("evaluate", moved).code == 0
+  assert "pattern" in call("forget", moved, "--classes", 3).refusal()
+
+
+def test_stderr_is_closed(trained):
+  words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "forget", str(trained), "--classes", "3", "--json"]
+  outcome = subprocess.run(words, stdout=subprocess.PIPE, env=environment(), check=True, timeout=300)
+  assert json.loads(outcome.stdout)["classes"] == [3]
 
 
 def test_a_training_that_is_not_finished(trained):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import pathlib
 
 import jax
+import numpy as np
 import pytest
 from running import command, environment, snapshot
 
 from mnemonic_jax.cli import compilation_cache
+from mnemonic_jax.data import decoded
+from mnemonic_jax.data.split import Split
 
 pytest_plugins = ["run_fixtures"]
 
@@ -65,6 +69,20 @@ def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path, trained):
   done = command("forget", trained, "--classes", 0, "--json", **with_cache(tmp_path / "file"))
   assert done.json["classes"] == [0]
   assert "cache" not in done.err
+
+
+def test_a_user_without_a_home_has_no_cache(config, monkeypatch, tmp_path):
+  def nowhere():
+    raise RuntimeError("Could not determine home directory.")
+
+  monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+  monkeypatch.setattr(pathlib.Path, "home", nowhere)
+  jax.config.update("jax_compilation_cache_dir", None)
+  compilation_cache.enable()
+  assert jax.config.jax_compilation_cache_dir is None
+  split = Split(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32))
+  assert decoded.kept(tmp_path, "set-train", lambda: split) is split
+  decoded.drop_orphans()
 
 
 def test_the_users_own_cache_folder_and_switch_are_respected(tmp_path, config, monkeypatch):

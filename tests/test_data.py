@@ -189,8 +189,19 @@ def test_a_set_is_decoded_once(tmp_path, monkeypatch):
   calls.clear()
   load()
   assert calls == [1] and len(list(cache.iterdir())) == 1  # the copy of the files before is gone
+  (other := tmp_path / "other").mkdir()
+  decoded.kept(other, "other-train", decode)
+  assert len(list(cache.iterdir())) == 2
+  shutil.rmtree(other)
+  decoded.drop_orphans()  # what was prepared is gone, and so is its copy
+  assert [path.name[:9] for path in cache.iterdir()] == ["set-train"]
+  for whatever in (b"PK\3\4", b"", bytes(100)):  # no copy that says where it comes from
+    (cache / "set-test-0.npz").write_bytes(whatever)
+    decoded.drop_orphans()
+    assert len(list(cache.iterdir())) == 1
   shutil.rmtree(cache)
   cache.write_text("no folder")
+  decoded.drop_orphans()
   assert np.array_equal(load().labels, np.arange(3))
 
 

@@ -104,7 +104,14 @@ def test_the_model_state_goes_along(tmp_path, monkeypatch):
   assert call("export", tmp_path / "out", "--out", tmp_path / "plain.safetensors").code == 0
   jax.tree.map(np.testing.assert_array_equal, load_file(tmp_path / "plain.safetensors"), load_file(file))
   assert "--number" in call("export", tmp_path / "out", "--out", tmp_path / "no.safetensors", "--number", 1).refusal(2)
+  # Another model state than that of the params which were forgotten.
+  other = jax.tree.map(lambda leaf: leaf + 1, parts["params"])
   shutil.move(tmp_path / "plain", tmp_path / "moved")
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "plain", parts | {"params": other})
+  message = call("export", tmp_path / "out", "--out", tmp_path / "no.safetensors").refusal()
+  assert "is not the checkpoint that was forgotten from" in message and not (tmp_path / "no.safetensors").exists()
+  shutil.rmtree(tmp_path / "plain")
   message = call("export", tmp_path / "out", "--out", tmp_path / "no.safetensors").refusal()
   assert "which is gone. Put it back" in message and not (tmp_path / "no.safetensors").exists()
 

@@ -15,7 +15,7 @@ from running import call
 from safetensors.numpy import save_file
 from weight_files import as_augreg
 
-from mnemonic_jax import models, pretrained
+from mnemonic_jax import _trees, models, pretrained
 from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
 from mnemonic_jax.errors import MnemonicError
 
@@ -184,6 +184,19 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
   cut = tmp_path / "cut.npz"
   cut.write_bytes((tmp_path / "whole.npz").read_bytes()[:1000])
   assert "cannot be read" in refusal(cut, "vit_ti16", trees)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_])
+def test_weights_that_are_no_floats_or_not_finite_are_refused(dtype, small_vit, tmp_path):
+  _, params, model_state = small_vit
+  file = tmp_path / "weights.safetensors"
+  arrays = {name: np.asarray(leaf) for name, leaf in _trees.by_path(params).items()}
+  save_file(arrays | {"head.kernel": arrays["head.kernel"].astype(dtype)}, file)
+  message = refusal(file, "vit_ti16", (params, model_state))
+  assert f"head.kernel has dtype {np.dtype(dtype)} there; expected floating weights" in message
+  arrays["head.bias"] = np.full_like(arrays["head.bias"], np.nan)
+  save_file(arrays, file)
+  assert "head.bias holds NaN or inf; expected finite weights" in refusal(file, "vit_ti16", (params, model_state))
 
 
 class Trap:

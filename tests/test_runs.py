@@ -243,6 +243,25 @@ def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
   assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]
 
 
+@pytest.mark.parametrize("number", ["0001", "9999", "10000"])
+def test_forgets_are_counted_by_their_numbers(number, forgotten):
+  if number != "0001":
+    (forgotten / "forgets" / "0001").rename(forgotten / "forgets" / number)
+  for classes, union in ((5, [3, 5]), (6, [3, 5, 6])):
+    assert call("forget", forgotten, "--classes", classes, "--json").json["classes"] == union
+  assert RunFolder.open(forgotten).forgets()[-1].name == f"{int(number) + 2:04d}"
+  assert call("evaluate", forgotten, "--json").json["classes"] == [3, 5, 6]
+
+
+def test_a_forget_whose_record_is_lost_is_not_passed_over(forgotten):
+  (forgotten / "forgets" / "0001" / "report.json").unlink()
+  for words in (("forget", forgotten, "--classes", 5), ("evaluate", forgotten), ("report", forgotten)):
+    message = call(*words).refusal()
+    assert "forgets/0001: has no report.json" in message and "forget its classes again" in message
+  (forgotten / "forgets" / "0001" / "report.html").unlink()  # as a killed job of several processes leaves it
+  assert call("forget", forgotten, "--classes", 5, "--json").json["classes"] == [5]
+
+
 def test_a_failing_forget_is_not_seen(tmp_path, trained):
   run = RunFolder.open(trained)
 
@@ -255,11 +274,19 @@ def test_a_failing_forget_is_not_seen(tmp_path, trained):
   assert run.forgets() == [] and list((trained / "forgets").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-  "tail",
-  [b'{"epoch": 4, "st', b"\0\0\0", b"\xff\xfe", b'{"epoch": 4}garbage'],
-  ids=["cut", "zeros", "bytes", "garbage"],
-)
+NO_RECORDS = {
+  "cut": b'{"epoch": 4, "st',
+  "zeros": b"\0\0\0",
+  "bytes": b"\xff\xfe",
+  "garbage": b'{"epoch": 4}garbage',
+  "number": b"5",
+  "words": b'{"epoch": "x", "step": "y"}',
+  "step zero": b'{"epoch": 4, "step": 0}',
+  "no step": b'{"epoch": 4}',
+}
+
+
+@pytest.mark.parametrize("tail", NO_RECORDS.values(), ids=NO_RECORDS)
 def test_a_cut_line_of_metrics_is_left_out(trained, tail):
   with open(trained / "metrics.jsonl", "ab") as file:
     file.write(tail)

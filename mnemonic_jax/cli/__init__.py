@@ -16,6 +16,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   With MNEMONIC_DEBUG set in the environment, errors keep their traceback.
   """
   signals.exit_at_once()
+  if sys.stderr is None:  # closed by who called us; what is printed to None would go to stdout
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
   try:
     from mnemonic_jax.cli.parser import parse
 
@@ -34,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except OSError as error:
     _drop_output()
     return _fail(f"{error}.", error, 1)
+  except ImportError as error:
+    return _fail(f"{error}. A package is missing: BUILD.md says which extra brings it.", error, 1)
   except Exception as error:
     return _fail(f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1)
 

@@ -12,10 +12,12 @@ from typing import Any
 from etils import epath
 
 from mnemonic_jax import config as configs
+from mnemonic_jax import paths
 from mnemonic_jax import report as reports
 from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_codes
 from mnemonic_jax.cli import compilation_cache
-from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.data import decoded
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.runs import evaluate as evaluate_run
 from mnemonic_jax.runs import export as export_run
 from mnemonic_jax.runs import files, setup
@@ -30,6 +32,7 @@ def run(options: argparse.Namespace) -> None:
   if not os.environ.get("MNEMONIC_DEBUG"):
     _leave_stderr_to_us()
   compilation_cache.enable()
+  decoded.drop_orphans()
   result, text = _VERBS[options.command](options)
   print(files.dumps(result) if options.json else text, flush=True)
 
@@ -151,6 +154,8 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   report, evidence = (files.read_json(finished / f"{name}.json", remedy) for name in ("report", "evidence"))
   codes = None
   if not options.hide_codes:
+    if not paths.children(folder.checkpoints, "[0-9]*"):
+      raise MnemonicError(f"{folder.path}: has no checkpoint, where the codes are. Leave them out with --hide-codes.")
     codes = restore_codes(folder.checkpoints)
   page = finished / "report.html"
   with folder.locked():

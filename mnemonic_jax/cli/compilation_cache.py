@@ -27,7 +27,9 @@ def enable() -> None:
     jax.config, "jax_enable_compilation_cache", 1
   ):
     return
-  folder = user_cache.folder() / f"compiled-{_processor()}"
+  if (ours := user_cache.folder()) is None:
+    return
+  folder = ours / f"compiled-{_processor()}"
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid() or not os.access(folder, os.W_OK):

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 
 import numpy as np
@@ -21,11 +20,13 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
   A copy counts while the names, sizes and times of the files are the same. One that cannot be read is made again; one that
   cannot be written costs time and nothing else.
   """
-  folder = user_cache.folder() / "decoded"
+  if (ours := user_cache.folder()) is None:
+    return decode()
+  folder = ours / "decoded"
   stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir())
   fingerprint = hashlib.sha256(repr((str(source.resolve()), stats)).encode()).hexdigest()[:16]
   copy = folder / f"{name}-{fingerprint}.npz"
-  damaged = contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
+  damaged = contextlib.suppress(Exception)  # zipfile and NumPy raise many kinds
   with damaged, open(copy, "rb") as file, np.load(file, allow_pickle=False) as arrays:
     return Split(arrays["images"], arrays["labels"])
   split = decode()
@@ -36,8 +37,20 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
     unfinished = folder / f".{name}-{os.getpid()}"
     try:
       with open(unfinished, "xb") as target:
-        np.savez(target, images=split.images, labels=split.labels)
+        np.savez(target, images=split.images, labels=split.labels, source=str(source.resolve()))
       unfinished.replace(copy)
     finally:
       unfinished.unlink(missing_ok=True)
   return split
+
+
+def drop_orphans() -> None:
+  """Delete the copies of sets that are no longer where they were prepared: who deletes pictures deletes these too."""
+  ours = user_cache.folder()
+  for copy in (ours / "decoded").glob("*.npz") if ours else ():
+    source = None
+    with contextlib.suppress(Exception), open(copy, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+      source = pathlib.Path(str(arrays["source"]))
+    with contextlib.suppress(OSError):
+      if source is None or not source.exists():
+        copy.unlink()

@@ -16,6 +16,7 @@ from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_parts, store
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.runs import files
 from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.runs.forget import require_forgotten_from
 from mnemonic_jax.runs.hashing import params_sha256
 
 
@@ -56,7 +57,9 @@ def export(source: epath.Path, out: epath.Path, number: int | None = None, *, em
   state = {"model_state": stored_shapes(checkpoint).get("model_state")}
   arrays = _trees.by_path(params)
   if _trees.by_path(state):
-    arrays |= _trees.by_path(restore_parts(checkpoint, state))
+    found = restore_parts(checkpoint, state | {"params": stored_shapes(checkpoint).get("params")})
+    require_forgotten_from(checkpoint, found["params"], report, folder)
+    arrays |= _trees.by_path({"model_state": found["model_state"]})
   metadata = {
     "config": evidence["config"],
     "classes": json.dumps(report["classes"]),

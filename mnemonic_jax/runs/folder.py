@@ -69,7 +69,7 @@ class RunFolder:
         old = RunFolder.open(path)
         if _identity(old.config) == _identity(self.config):
           return
-        if paths.children(self.checkpoints, "[0-9]*"):
+        if paths.children(self.checkpoints, "[0-9]*") or self._numbered_forgets():
           raise MnemonicError(
             f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). Nothing was changed; "
             "choose another --out, or repeat the settings of that run to resume it."
@@ -109,7 +109,14 @@ class RunFolder:
       config = configs.build(str(record["config"].get("name", path.name)), record["config"])
     except UsageError as error:
       raise MnemonicError(f"{path / 'config.json'}: {error} {remedy}") from error
-    return cls(path, config, str(record.get("prng_impl", "threefry2x32")))
+    prng_impl = record.get("prng_impl", "threefry2x32")
+    try:
+      jax.random.key(0, impl=str(prng_impl))
+    except ValueError:
+      raise MnemonicError(
+        f"{path / 'config.json'}: prng_impl: got {prng_impl!r}; expected one that JAX knows. {remedy}"
+      ) from None
+    return cls(path, config, str(prng_impl))
 
   @property
   def checkpoints(self) -> epath.Path:
@@ -202,14 +209,14 @@ class RunFolder:
       raise MnemonicError(f"{self.path}: metrics cannot be written: {error.strerror or error}.") from error
 
   def metrics(self) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; a line cut by a kill is left out."""
+    """The whole lines of metrics.jsonl; one cut by a kill, or that says of no step, is left out."""
     path = self.path / "metrics.jsonl"
     records = []
     for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
-      try:
-        records.append(json.loads(line))
-      except ValueError:
-        continue
+      with contextlib.suppress(ValueError):
+        record = json.loads(line)
+        if isinstance(record, dict) and _is_number(record.get("epoch", 1)) and _is_step(record.get("step")):
+          records.append(record)
     return records
 
   def rewind_metrics(self, step: int) -> None:
@@ -221,8 +228,22 @@ class RunFolder:
 
   def forgets(self) -> list[epath.Path]:
     """Folders of the finished forgets, those that have a report.json, oldest first."""
-    numbered = paths.children(self.path / "forgets", "[0-9]" * 4)
-    return sorted(path for path in numbered if (path / "report.json").exists())
+    numbered = self._numbered_forgets()
+    finished = [path for path in numbered if (path / "report.json").exists()]
+    for (
+      path
+    ) in numbered:  # a job of several processes that was killed leaves neither; the page is written before the record
+      if path not in finished and (path / "report.html").exists():
+        raise MnemonicError(
+          f"{path}: has no report.json, which says what classes were forgotten there. Put it back, or move the folder "
+          "away and forget its classes again."
+        )
+    return finished
+
+  def _numbered_forgets(self) -> list[epath.Path]:
+    """forgets/NNNN, finished or not, by number."""
+    numbered = [path for path in paths.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()]
+    return sorted(numbered, key=lambda path: int(path.name))
 
   def forgotten_classes(self) -> list[int]:
     """The union of all classes that finished forgets asked for."""
@@ -255,11 +276,19 @@ class RunFolder:
     without a report.json, and the next number is taken.
     """
     parent = self.path / "forgets"
-    number = max((int(p.name) for p in paths.children(parent, "[0-9]" * 4)), default=0) + 1
+    number = max((int(path.name) for path in self._numbered_forgets()), default=0) + 1
     final = parent / f"{number:04d}"
     distributed.barrier("all have seen the same number")
     files.make_folder(final, fill)
     return final
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_step(value: Any) -> bool:
+  return type(value) is int and value > 0
 
 
 def versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from etils import epath
 
 from mnemonic_jax import evaluation, forgetting
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import save_params
+from mnemonic_jax.checkpoints import require_plain, save_params
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
@@ -41,6 +41,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
   The result is derived from the trained checkpoint and the union of all classes, so the order of requests cannot matter,
   and no checkpoint is touched.
   """
+  require_plain(run.path)
   with run.locked():
     classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
     report, fill = described(restore(run, dataset), run.config, dataset, requested, classes)
@@ -56,6 +57,7 @@ def forget_plain(
   `out`, a new folder, gets what forgets/NNNN of a run has; the checkpoint is not touched. Each call starts from the
   checkpoint alone: name all classes to forget, earlier ones too.
   """
+  require_plain(out)
   classes = _union(requested, len(dataset.class_names))
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise MnemonicError(f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out.")
@@ -64,6 +66,15 @@ def forget_plain(
   report, fill = described(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
   files.make_folder(out, fill)
   return _placed(report, out)
+
+
+def require_forgotten_from(checkpoint: epath.Path, params: Any, report: dict[str, Any], folder: epath.Path) -> None:
+  """Refuse a checkpoint whose params are not those that the forget in `folder` started from."""
+  if params_sha256(params) != report["params_sha256_before"]:
+    raise MnemonicError(
+      f"{checkpoint}: is not the checkpoint that was forgotten from in {folder}: the SHA-256 of its params is not the report's "
+      "params_sha256_before. Put that one back, or forget again."
+    )
 
 
 def _placed(report: dict[str, Any], folder: epath.Path) -> dict[str, Any]:
