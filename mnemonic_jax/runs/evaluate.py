@@ -36,7 +36,7 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
     require_forgotten_from(trained.checkpoint, trained.params, report, finished[-1])
     places["forgotten"] = finished[-1] / "params"
     models["forgotten"] = restore_params(places["forgotten"], trained.params)
-    if params_sha256(models["forgotten"]) != report["params_sha256_after"]:
+    if params_sha256(models["forgotten"]) != report.get("params_sha256_after"):
       raise MnemonicError(f"{places['forgotten']}: is not what report.json says; its SHA-256 differs. {remedy}")
   if trained.ema_params is not None:  # a copy that may be served too
     models["trained_ema"], places["trained_ema"] = trained.ema_params, trained.checkpoint

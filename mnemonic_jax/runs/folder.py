@@ -230,9 +230,8 @@ class RunFolder:
     """Folders of the finished forgets, those that have a report.json, oldest first."""
     numbered = self._numbered_forgets()
     finished = [path for path in numbered if (path / "report.json").exists()]
-    for (
-      path
-    ) in numbered:  # a job of several processes that was killed leaves neither; the page is written before the record
+    for path in numbered:
+      # The page is written just before the record; a killed job of several processes leaves neither behind.
       if path not in finished and (path / "report.html").exists():
         raise MnemonicError(
           f"{path}: has no report.json, which says what classes were forgotten there. Put it back, or move the folder "

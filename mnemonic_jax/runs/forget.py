@@ -70,7 +70,7 @@ def forget_plain(
 
 def require_forgotten_from(checkpoint: epath.Path, params: Any, report: dict[str, Any], folder: epath.Path) -> None:
   """Refuse a checkpoint whose params are not those that the forget in `folder` started from."""
-  if params_sha256(params) != report["params_sha256_before"]:
+  if params_sha256(params) != report.get("params_sha256_before"):
     raise MnemonicError(
       f"{checkpoint}: is not the checkpoint that was forgotten from in {folder}: the SHA-256 of its params is not the report's "
       "params_sha256_before. Put that one back, or forget again."
