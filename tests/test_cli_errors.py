@@ -268,7 +268,7 @@ def test_params_that_are_not_those_of_the_report(forgotten):
   assert "is not the checkpoint that was forgotten from" in call("evaluate", forgotten).refusal()
 
 
-@pytest.mark.parametrize("name", ["run[1]", "lr=[0.1,2]"])
+@pytest.mark.parametrize("name", ["run[1]", pytest.param("lr=[0.1,2]", marks=pytest.mark.long)])
 def test_a_path_that_orbax_takes_for_a_pattern(name, trained, tmp_path):
   message = call(*train(tmp_path / name)).refusal()
   assert "[" in message and "pattern" in message and not (tmp_path / name / "checkpoints").exists()

@@ -232,9 +232,9 @@ def begin_writing(checkpoint: pathlib.Path, out: pathlib.Path) -> tuple[subproce
 
 
 def test_what_a_killed_one_left_is_swept_and_what_a_live_one_writes_is_not(tree, tmp_path):
-  checkpoint, out = save(tmp_path / "plain", tree), tmp_path / "[out]"
-  (tmp_path / ".unfinished-another-x").mkdir()
-  (tmp_path / ".unfinished-[out]-x").symlink_to(tmp_path / ".unfinished-another-x")
+  checkpoint, out = save(tmp_path / "plain", tree), tmp_path / "out*"
+  (tmp_path / ".unfinished-outer-x").mkdir()
+  (tmp_path / ".unfinished-out*-x").symlink_to(tmp_path / ".unfinished-outer-x")
   killed, left = begin_writing(checkpoint, out)
   assert stop(killed, signal.SIGKILL).code == -signal.SIGKILL and left.is_dir() and not out.exists()
   live, its = begin_writing(checkpoint, out)
@@ -247,10 +247,10 @@ def test_what_a_killed_one_left_is_swept_and_what_a_live_one_writes_is_not(tree,
   finally:
     live.send_signal(signal.SIGCONT)
   whole = snapshot(out)
-  assert "[out]: cannot be written: Directory not empty" in finish(live).refusal()
+  assert "out*: cannot be written: Directory not empty" in finish(live).refusal()
   assert snapshot(out) == whole
   assert sorted(path.name for path in tmp_path.iterdir()) == [
-    *(".unfinished-[out]-x", ".unfinished-another-x", "[out]", "plain")
+    *(".unfinished-out*-x", ".unfinished-outer-x", "out*", "plain")
   ]
 
 

@@ -186,7 +186,7 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
   assert "cannot be read" in refusal(cut, "vit_ti16", trees)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.bool_])
+@pytest.mark.parametrize("dtype", [np.uint8, *(pytest.param(d, marks=pytest.mark.long) for d in (np.int32, np.bool_))])
 def test_weights_that_are_no_floats_or_not_finite_are_refused(dtype, small_vit, tmp_path):
   _, params, model_state = small_vit
   file = tmp_path / "weights.safetensors"

@@ -243,7 +243,7 @@ def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
   assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]
 
 
-@pytest.mark.parametrize("number", ["0001", "9999", "10000"])
+@pytest.mark.parametrize("number", ["9999", *(pytest.param(n, marks=pytest.mark.long) for n in ("0001", "10000"))])
 def test_forgets_are_counted_by_their_numbers(number, forgotten):
   if number != "0001":
     (forgotten / "forgets" / "0001").rename(forgotten / "forgets" / number)
