@@ -74,7 +74,6 @@ def class_fishers_in_range(
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
   objective, batch, weights = fisher_problem(logits_fn, options, params, codes, *sides)
   microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
-  objective = _passes.weighed(objective, weights)
   first = _passes.take(batch, weights, 0, microbatch)
   start = time.perf_counter()
   one_pass = _passes.jitted_program.lower(objective, microbatch, params, *first, 0).compile()
@@ -106,15 +105,16 @@ def fisher_problem(
 ) -> tuple[_passes.Objective, tuple[jax.Array, jax.Array], jax.Array]:
   """What is differentiated, the codes with their classes, and the weights (2, N) of the two sides."""
   weights = jnp.stack([_mean_weights(side, codes.shape[1]) for side in (forget, remain)])
-  disjoint = _validation.is_concrete((forget, remain))  # then the masks have been checked
+  known = _validation.is_concrete((forget, remain))  # then each mask names a class, and none is in both
   objective = _passes.Objective(
     _values_fn(logits_fn),
     options.mask,
     options.precision,
     options.loss,
-    disjoint,
+    disjoint=known,
     placements=_passes.placements_of(options.execution.shardings, options.mask),
     platform=_passes.platform_of(params),
+    weighed=known,
   )
   return objective, flatten_codes(codes), weights
 

@@ -243,7 +243,10 @@ def convolution(
 
 @partial(jax.jit, static_argnums=3)
 def lookup(data: jax.Array, g: jax.Array, groups: Groups, shape: Sequence[int]) -> jax.Array:
-  """The `Contraction` of taking rows `data` (N, T) of a table of `shape` (rows, *row): repeats in an example add up."""
+  """The `Contraction` of taking rows `data` (N, T) of a table of `shape` (rows, *row): repeats in an example add up.
+
+  The row `rows`, which is not there, has no gradient.
+  """
 
   def add(total: jax.Array, example: Any) -> tuple[jax.Array, None]:
     taken, g, weights = example

@@ -39,7 +39,7 @@ class Objective:
   disjoint: bool = False  # whether each example has a weight in one group at most
   placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding per leaf that takes part, or none at all
   platform: str | None = None  # where it runs, if that is known while tracing; see `platform_of`
-  weighed: bool = False  # whether some example of each pass is known to have a weight
+  weighed: bool = False  # whether some example is known to have a weight
 
   @property
   def spread(self) -> _contractions.Spread | None:
@@ -72,8 +72,6 @@ def squared_gradients(
   """
   num_examples = weights.shape[-1]
   microbatch = examples_at_once(objective, params, batch, weights, microbatch)
-  objective = weighed(objective, weights)
-  starts: Sequence[int] = range(0, num_examples, microbatch)
   if one_pass is None:
     concrete = _validation.is_concrete((params, batch, weights, shift))
     one_program = jitted_program if concrete else _program
@@ -81,16 +79,12 @@ def squared_gradients(
       return one_program(objective, microbatch, params, batch, weights, shift)
     one_pass = partial(jitted_program, objective, microbatch)
   # A step a call, from Python: on CPU a convolution inside a loop of XLA's is many times slower.
+  starts: Sequence[int] = range(0, num_examples, microbatch)
   if objective.weighed:  # the others have no say, and their values may be anything
-    starts = [start for start in starts if np.any(np.asarray(weights)[:, start : start + microbatch])]
+    active = np.any(np.asarray(weights), axis=0)
+    starts = [start for start in starts if np.any(active[start : start + microbatch])]
   parts = (one_pass(params, *take(batch, weights, start, microbatch), shift) for start in starts)
   return reduce(_jitted_add, parts)
-
-
-def weighed(objective: Objective, weights: jax.Array) -> Objective:
-  """The objective that knows whether some example has a weight, where this process can tell."""
-  known = _validation.is_concrete(weights) and getattr(weights, "is_fully_addressable", True)
-  return dataclasses.replace(objective, weighed=known and bool(np.any(np.asarray(weights))))
 
 
 def _program(
@@ -111,8 +105,8 @@ def _program(
     else:
       parts, part_weights = dealt(batch, count, spread), dealt_weights(weights, count, spread)
       part_of = lambda index: (part(parts, index, spread), part_weights[:, :, index])
-    part_objective = dataclasses.replace(objective, weighed=objective.weighed and count == 1)
-    one_pass = lambda index: _one_pass(part_objective, params, *part_of(index), shift)
+    weighed = objective.weighed and count == 1  # of several parts, some may have none
+    one_pass = lambda index: _one_pass(objective, params, *part_of(index), shift, weighed)
     if count == 1:
       return one_pass(0)
     empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
@@ -189,8 +183,14 @@ def _part_size(num_examples: int, count: int, spread: _contractions.Spread) -> i
 
 
 def _one_pass(
-  objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree], weights: jax.Array, shift: jax.Array
+  objective: Objective,
+  params: PyTree,
+  batch: tuple[PyTree, PyTree],
+  weights: jax.Array,
+  shift: jax.Array,
+  weighed: bool,
 ) -> SquaredGradients:
+  """All examples of a batch at once; `weighed`: some of these are known to have a weight."""
   leaves, treedef = _trees.flatten(params)
   chosen = objective.chosen
   # What the function closes over may vary along more axes than its arguments do.
@@ -242,7 +242,7 @@ def _one_pass(
       platform=objective.platform,
       spread=objective.spread,
     )
-  if objective.weighed:
+  if weighed:
     return SquaredGradients(sums, exponent)
   # Where all are without weight there is none to stand in: neither their values nor their range may count.
   some = jnp.any(active)

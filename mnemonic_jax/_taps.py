@@ -164,7 +164,7 @@ def _contracted(equation: Any, run: Callable[..., Any], args: list[Any], groups:
   if rule == "lookup":
     data = data.reshape(len(data), -1)
     clipped = jnp.clip(data, 0, min(shape[0] - 1, int(jnp.iinfo(data.dtype).max)))
-    if equation.params["mode"] != jax.lax.GatherScatterMode.CLIP:  # a row that is not there has no gradient
+    if equation.params["mode"] != jax.lax.GatherScatterMode.CLIP:  # a row that is not there
       clipped = jnp.where(data == clipped, clipped.astype(jnp.int32), shape[0])
     data = clipped.astype(jnp.int32)
   contract = lambda data, g, groups: _CONTRACTIONS[rule](data, g, groups, shape, *settings)

@@ -119,6 +119,7 @@ def diagonal_fisher(
     disjoint=_disjoint(weights, group_weights),
     placements=_passes.placements_of(execution.shardings, chosen),
     platform=_passes.platform_of(params),
+    weighed=_weighed(weights, group_weights),
   )
   sums = _passes.squared_gradients(objective, params, (inputs, labels), group_weights, execution.microbatch).sums
   _, treedef = _trees.flatten(params)
@@ -133,6 +134,13 @@ def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
   if not _validation.is_concrete(weights):
     return False
   return bool(np.all(np.count_nonzero(np.asarray(weights), axis=0) <= 1))
+
+
+def _weighed(weights: Any, group_weights: jax.Array) -> bool:
+  """Whether some example is known to have a weight; of the weights as given, as above."""
+  if weights is None:
+    return True
+  return _validation.is_concrete(weights) and bool(np.any(np.asarray(weights, group_weights.dtype)))
 
 
 def require_execution(execution: Execution | None) -> Execution:
@@ -162,30 +170,24 @@ def on_mesh(execution: Execution, params: PyTree, others: PyTree) -> Execution:
   return dataclasses.replace(execution, shardings=shardings)
 
 
-def _on_host(weights: Any) -> np.ndarray:
-  """Weights as NumPy has them, whole numbers as floating ones: JAX would cut them to 32 bits."""
-  try:
-    found = np.asarray(weights)
-  except ValueError:
-    raise ValueError(f"weights: got {weights!r}; expected an array (N,), or (G, N) for G groups.") from None
-  if not np.issubdtype(found.dtype, np.number) and not jnp.issubdtype(found.dtype, jnp.floating):
-    raise TypeError(f"weights: got {weights!r} of dtype {found.dtype}; expected floating numbers.")
-  return found.astype(np.float64) if np.issubdtype(found.dtype, np.integer) else found
-
-
 def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
   """Weights as (G, N), and whether the group axis is to be dropped from the result."""
   if weights is None:
     return jnp.full((1, num_examples), 1.0 / num_examples), True
-  if not isinstance(weights, jax.Array) and _validation.is_concrete(weights):
-    weights = _on_host(weights)
-  weights = jnp.asarray(weights)
+  on_host = not isinstance(weights, jax.Array) and _validation.is_concrete(weights)
+  try:
+    weights = (np if on_host else jnp).asarray(weights)
+  except ValueError:  # rows of different lengths
+    raise ValueError(f"weights: got {weights!r}; expected an array (N,), or (G, N) for G groups.") from None
   if weights.ndim not in (1, 2) or weights.shape[-1] != num_examples or weights.shape[0] == 0:
     raise ValueError(
       f"weights: got shape {weights.shape}; expected ({num_examples},), or (G, {num_examples}) for G groups."
     )
   if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
     raise TypeError(f"weights: got dtype {weights.dtype}; expected floating numbers.")
+  if on_host and np.issubdtype(weights.dtype, np.integer):  # JAX would cut them to 32 bits
+    weights = weights.astype(np.float64)
+  weights = jnp.asarray(weights)
   if _validation.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
     raise ValueError("weights: got NaN or inf; expected finite numbers.")
   return jnp.atleast_2d(weights), weights.ndim == 1

@@ -12,6 +12,8 @@ import sys
 import pytest
 from running import COMMAND, TINY, call, command, environment, finish, snapshot, start, wait_for
 
+from mnemonic_jax.cli import commands
+
 pytest_plugins = ["run_fixtures"]
 # Callbacks of Orbax's threads after a failed read or write; the commands hush them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -263,6 +265,8 @@ def test_params_that_are_not_those_of_the_report(forgotten):
   message = call("evaluate", forgotten).refusal()
   assert "0002/params: is not what report.json says" in message and "Forget again" in message
   report = forgotten / "forgets" / "0001" / "report.json"
+  (forgotten / "forgets" / "0002" / "report.json").write_text("[]")
+  assert "has no list of classes" in call("evaluate", forgotten, "--classes", 3).refusal()
   shutil.rmtree(forgotten / "forgets" / "0002")
   report.write_text(json.dumps(json.loads(report.read_text()) | {"params_sha256_before": "0" * 64}))
   assert "is not the checkpoint that was forgotten from" in call("evaluate", forgotten).refusal()
@@ -282,6 +286,14 @@ def test_a_path_that_orbax_takes_for_a_pattern(name, trained, tmp_path):
   shutil.copytree(trained, moved)
   assert call("evaluate", moved).code == 0
   assert "pattern" in call("forget", moved, "--classes", 3).refusal()
+
+
+def test_a_package_that_is_missing(monkeypatch):
+  def run(options):
+    raise ImportError("Please install gcsfs to access Google Storage")
+
+  monkeypatch.setattr(commands, "run", run)
+  assert "install gcsfs" in (message := call("configs").refusal()) and "BUILD.md" in message
 
 
 def test_stderr_is_closed(trained):

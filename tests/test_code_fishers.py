@@ -132,6 +132,15 @@ def test_half_precision_logits_and_params(dtype):
     np.testing.assert_allclose(made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=0.1)
 
 
+def test_residuals_beyond_what_a_power_of_two_undoes():
+  """Brought down by 2**-100, residuals of 2**60 ask for a factor below the normal range: the largest one is taken."""
+  loss = lambda logits, labels: 2.0**60 * logits[:, 0]
+  objective = _passes.Objective(lambda w, x, y: x @ w, (True,), "highest", loss)
+  batch, weights = (jnp.full((2, 3), 2.0**20), jnp.zeros(2, jnp.int32)), jnp.full((1, 2), 0.5)
+  (sums,), exponent = _passes.squared_gradients(objective, jnp.ones((3, 2)), batch, weights, None, shift=-100)
+  np.testing.assert_allclose(sums[0, :, 0], 2.0 ** (2 * (20 + 60 - int(exponent))))
+
+
 def test_traced_calls_share_one_power_of_two():
   params, codes = confident([60.0, 59.5, 60.25, 60.0]), jnp.eye(CLASSES)[:, None]
   step = jax.jit(lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Strength(1.0, 10.0)))

@@ -162,6 +162,13 @@ def test_half_precision_leaves_are_squared_and_summed_in_float32(dtype):
     np.testing.assert_allclose(fisher, [float(jnp.asarray(value, dtype)) ** 2], rtol=1e-6)
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_constant_times_a_float16_param():
+  loss = lambda w, x, y: (x.astype(jnp.float16) @ (w * 0.5)).sum(-1).astype(jnp.float32)
+  fisher = mj.diagonal_fisher(loss, jnp.ones((2, 2), jnp.float16), jnp.array([[1.0, 2.0], [3.0, 0.0]]), jnp.zeros(2))
+  np.testing.assert_array_equal(fisher, [[1.25, 1.25], [0.5, 0.5]])
+
+
 def test_float64_leaves_are_accumulated_in_float64():
   with jax.enable_x64(True):
     params, (inputs, labels) = make_params("mlp"), make_batch()
@@ -201,8 +208,11 @@ def test_all_weights_zero_give_zero():
   params, (inputs, labels) = make_params("mlp"), make_batch()
   fisher = mj.diagonal_fisher(mlp_loss, params, inputs, labels, jnp.zeros(7))
   assert not any(np.any(leaf) for leaf in jax.tree.leaves(fisher))
-  bad = mj.diagonal_fisher(lambda w, x, y: x @ w, jnp.zeros(2), jnp.full((3, 2), jnp.nan), jnp.zeros(3), jnp.zeros(3))
-  assert not np.any(bad)
+  bad = jnp.zeros(2), jnp.full((3, 2), jnp.nan), jnp.zeros(3)
+  for weights in (jnp.zeros(3), np.full(3, 1e-300)):  # the second are zero in float32
+    for microbatch in (None, 1):
+      fisher = mj.diagonal_fisher(lambda w, x, y: x @ w, *bad, weights, execution=mj.Execution(microbatch))
+      assert not np.any(fisher)
 
 
 def test_whole_numbers_as_weights_do_not_wrap_around():

@@ -194,6 +194,11 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), restored(folder / "ema_params"), wanted.params
   )
+  # an average that is not the report's
+  latest = run / "forgets" / "0002"
+  shutil.rmtree(latest / "ema_params")
+  shutil.copytree(latest / "params", latest / "ema_params")
+  assert "0002/ema_params: is not what report.json says" in call("evaluate", run).refusal()
 
 
 def test_the_newest_checkpoints_stay(tmp_path):

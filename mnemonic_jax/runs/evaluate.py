@@ -10,11 +10,8 @@ import numpy as np
 from mnemonic_jax import evaluation
 from mnemonic_jax.checkpoints import restore_params
 from mnemonic_jax.data import Dataset
-from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.runs import files
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.forget import check_classes, require_forgotten_from
-from mnemonic_jax.runs.hashing import params_sha256
+from mnemonic_jax.runs.forget import check_classes, require_forgotten_from, require_reported
 from mnemonic_jax.runs.inference import predict_each
 from mnemonic_jax.runs.trained import restore
 
@@ -31,18 +28,17 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
   finished = run.forgets()
   models, places = {"trained": trained.params}, {"trained": trained.checkpoint}
   if finished:
-    remedy = "Forget again to make new, whole files."
-    report = files.read_json(finished[-1] / "report.json", remedy)
+    report = run.report_of(finished[-1])
     require_forgotten_from(trained.checkpoint, trained.params, report, finished[-1])
     places["forgotten"] = finished[-1] / "params"
     models["forgotten"] = restore_params(places["forgotten"], trained.params)
-    if params_sha256(models["forgotten"]) != report.get("params_sha256_after"):
-      raise MnemonicError(f"{places['forgotten']}: is not what report.json says; its SHA-256 differs. {remedy}")
+    require_reported(places["forgotten"], models["forgotten"], report)
   if trained.ema_params is not None:  # a copy that may be served too
     models["trained_ema"], places["trained_ema"] = trained.ema_params, trained.checkpoint
     if finished:
       places["forgotten_ema"] = finished[-1] / "ema_params"
       models["forgotten_ema"] = restore_params(places["forgotten_ema"], trained.params)
+      require_reported(places["forgotten_ema"], models["forgotten_ema"], report.get("copies", {}).get("ema", {}))
   result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
   every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
   for name, seen in zip(models, every, strict=True):

@@ -16,8 +16,7 @@ from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_parts, store
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.runs import files
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.forget import require_forgotten_from
-from mnemonic_jax.runs.hashing import params_sha256
+from mnemonic_jax.runs.forget import require_forgotten_from, require_reported
 
 
 def export(source: epath.Path, out: epath.Path, number: int | None = None, *, ema: bool = False) -> dict[str, Any]:
@@ -50,20 +49,19 @@ def export(source: epath.Path, out: epath.Path, number: int | None = None, *, em
   if ema and "ema" not in report.get("copies", {}):
     raise UsageError(f"--ema: {folder} has no moving average; train with --train.ema 0.999 to keep one.")
   where = folder / ("ema_params" if ema else "params")
-  expected = (report["copies"]["ema"] if ema else report)["params_sha256_after"]
+  copy = report["copies"]["ema"] if ema else report
   params = restore_parts(where, stored_shapes(where))
-  if params_sha256(params) != expected:
-    raise MnemonicError(f"{where}: is not what report.json says; its SHA-256 differs. {remedy}")
-  state = {"model_state": stored_shapes(checkpoint).get("model_state")}
+  require_reported(where, params, copy)
   arrays = _trees.by_path(params)
-  if _trees.by_path(state):
-    found = restore_parts(checkpoint, state | {"params": stored_shapes(checkpoint).get("params")})
+  stored = stored_shapes(checkpoint)
+  if _trees.by_path(stored.get("model_state")):
+    found = restore_parts(checkpoint, {name: stored[name] for name in ("params", "model_state")})
     require_forgotten_from(checkpoint, found["params"], report, folder)
     arrays |= _trees.by_path({"model_state": found["model_state"]})
   metadata = {
     "config": evidence["config"],
     "classes": json.dumps(report["classes"]),
-    "params_sha256": expected,
+    "params_sha256": copy["params_sha256_after"],
   }
   with files.written(out) as temporary:
     try:

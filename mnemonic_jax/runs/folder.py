@@ -249,12 +249,16 @@ class RunFolder:
     finished = self.forgets()
     if not finished:
       return []
+    return self.report_of(finished[-1])["classes"]
+
+  def report_of(self, finished: epath.Path) -> dict[str, Any]:
+    """The record of a finished forget, of which only the list of classes is checked."""
     remedy = "Move that folder away, and forget its classes again."
-    report = files.read_json(finished[-1] / "report.json", remedy)
+    report = files.read_json(finished / "report.json", remedy)
     classes = report.get("classes") if isinstance(report, dict) else None
     if not isinstance(classes, list) or not all(type(c) is int for c in classes):
-      raise MnemonicError(f"{finished[-1] / 'report.json'}: has no list of classes. {remedy}")
-    return classes
+      raise MnemonicError(f"{finished / 'report.json'}: has no list of classes. {remedy}")
+    return report
 
   def finished_forget(self, number: int | None = None) -> epath.Path:
     """Folder of the latest finished forget, or of the one numbered so."""

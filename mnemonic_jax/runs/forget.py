@@ -77,6 +77,14 @@ def require_forgotten_from(checkpoint: epath.Path, params: Any, report: dict[str
     )
 
 
+def require_reported(where: epath.Path, params: Any, copy: dict[str, Any]) -> None:
+  """Refuse forgotten params that are not those of their report, or of what it says of this copy."""
+  if params_sha256(params) != copy.get("params_sha256_after"):
+    raise MnemonicError(
+      f"{where}: is not what report.json says; its SHA-256 differs. Forget again to make new, whole files."
+    )
+
+
 def _placed(report: dict[str, Any], folder: epath.Path) -> dict[str, Any]:
   return {**report, "folder": str(folder), "report": str(folder / "report.html")}
 
