@@ -1,10 +1,11 @@
-"""What codes cost a model: its test accuracy over the share of codes in training (t_mix) and their number for each class.
+"""What codes cost a model and what they buy, over the share of codes in training (t_mix) and their number for each class.
 
 Command:  python experiments/code_cost.py CONFIG --data-dir DIR [--rates 0.1 0.3] [--per-class 1 4] [--seeds 0]
 
 Other fields of the config can be overridden (--data.name cifar100). Trains what is missing, each seed without codes too: a
-training that was stopped resumes, one that is done is not repeated. "codes": how many of its codes the model tells right.
-Nothing is forgotten here.
+training that was stopped resumes, one that is done is not repeated. In every model the config's class is forgotten at the
+config's strength, and by the head edit; without codes in training, by codes that the model never saw. Figures are on the test
+split; what Retrain does is in the table of paper_tables.py.
 """
 
 from __future__ import annotations
@@ -13,27 +14,56 @@ import argparse
 import itertools
 import pathlib
 import sys
+from typing import NamedTuple
 
 import common
 import jax.numpy as jnp
 import numpy as np
 import paper_tables
 
+import mnemonic_jax as mj
 from mnemonic_jax import config as configs
 from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
+from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.inference import predict
 
 
-def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> tuple[float, float]:
-  """(test accuracy, share of its codes that the model tells right), in percent."""
+class Row(NamedTuple):
+  """One model on test data, in percent: as trained, with one class forgotten, and with its output hidden by the head edit."""
+
+  accuracy: float
+  codes_told: float
+  retain_before: float
+  retain_after: float
+  forget_error: float
+  probe_after: float
+  head_edit_retain: float
+
+
+def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
+  """Train into `folder`, or take what is there, and forget the config's class."""
   model = paper_tables.trained(folder, dataset, config)
+  (index,) = config.forget.classes
   seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
   own = np.arange(len(model.codes))
   told = [jnp.argmax(model.logits_fn(model.params, codes), axis=-1) == own for codes in model.codes.swapaxes(0, 1)]
-  return 100 * float(np.mean(seen.predictions == seen.labels)), 100 * float(np.mean(told))
+  strength = paper_tables.strength_of(config)
+  forgotten = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength).params
+  after = paper_tables.score(model, forgotten, dataset, [index])
+  return Row(
+    accuracy=100 * float(np.mean(seen.predictions == seen.labels)),
+    codes_told=100 * float(np.mean(told)),
+    retain_before=paper_tables.score(model, model.params, dataset, [index]).retain_accuracy,
+    retain_after=after.retain_accuracy,
+    forget_error=after.forget_error,
+    probe_after=float(paper_tables.probe(model, forgotten, dataset)[index]),
+    head_edit_retain=paper_tables.score(
+      model, head_edit(model.params, model.model.head, [index]), dataset, [index]
+    ).retain_accuracy,
+  )
 
 
 def main() -> None:
@@ -41,9 +71,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("config", help="a named config or a TOML file")
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
-  parser.add_argument(
-    "--runs", type=pathlib.Path, help="where the run folders go (default: runs/code_cost_CONFIG_DATA)"
-  )
+  parser.add_argument("--runs", type=pathlib.Path, help="where the run folders go (default: runs/code_cost_CONFIG)")
   parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3], help="shares of codes above 0")
   parser.add_argument("--per-class", type=int, nargs="+", default=[1, 4], help="numbers of codes for each class")
   parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -53,7 +81,7 @@ def main() -> None:
     parser.error(f"--{varied[0]}: is varied here; use --rates, --per-class and --seeds.")
   config = configs.load(arguments.config, overrides)
   dataset = setup.load_data(config, arguments.data_dir)
-  name = f"code_cost_{config.name}_{config.data.name}"
+  name = f"code_cost_{common.study_name(config, overrides)}"
   folder = arguments.runs or pathlib.Path("runs") / name
   rows = []
   for rate, number in [(0.0, 1), *itertools.product(arguments.rates, arguments.per_class)]:
@@ -62,17 +90,15 @@ def main() -> None:
       changed = {"codes.rate": rate, "codes.per_class": number, "train.seed": seed}
       seeded = configs.build(config.name, configs.as_dict(config), changed)
       values.append(study(folder / f"{rate:g}_{number}" / str(seed), dataset, seeded))
-      print(f"t_mix {rate:g}, {number} a class, seed {seed}: {values[-1][0]:.2f}", file=sys.stderr, flush=True)
+      print(f"t_mix {rate:g}, {number} a class, seed {seed}: {values[-1].accuracy:.2f}", file=sys.stderr, flush=True)
     rows.append({"rate": rate, "per_class": number, "values": values})
-  title = f"{config.data.name}, {config.model.name}, {len(arguments.seeds)} seeds"
-  print(f"\n| {title}: t_mix | codes a class | test accuracy % | codes % |\n|---|---|---|---|")
+  strength = paper_tables.shown(paper_tables.strength_of(config))
+  print(f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} forgotten at {strength}, all in %\n")
+  print("| t_mix | codes a class | " + " | ".join(Row._fields).replace("_", " ") + " |\n" + "|---" * 9 + "|")
   for row in rows:
-    mean, spread = np.mean(row["values"], axis=0), np.std(row["values"], axis=0)
-    told = f"{mean[1]:.1f}" if row["rate"] else "-"
-    print(
-      f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | {mean[0]:.2f} ± {spread[0]:.2f} | {told} |"
-    )
-  common.save(name, {"overrides": overrides, "seeds": arguments.seeds, "columns": ["accuracy", "codes"], "rows": rows})
+    cells = (f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*row["values"], strict=True))
+    print(f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | " + " | ".join(cells) + " |")
+  common.save(name, {"overrides": overrides, "seeds": arguments.seeds, "columns": Row._fields, "rows": rows})
 
 
 if __name__ == "__main__":

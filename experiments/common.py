@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -90,6 +90,12 @@ def part_of_train(dataset: Dataset, every: int) -> tuple[Dataset, Split]:
   split = lambda rows: Split(dataset.train.images[rows], dataset.train.labels[rows])
   kept = Dataset(dataset.name, split(~held), dataset.test, dataset.class_names, dataset.levels)
   return kept, split(held)
+
+
+def study_name(config: Config, overrides: Mapping[str, Any]) -> str:
+  """What the files and folders of a study are called: the config's name, and the fields that differ from it."""
+  changed = [f"{field}_{value}" for field, value in sorted(overrides.items())]
+  return "_".join([config.name, *changed]).replace("/", "-")
 
 
 def save(name: str, result: Any) -> None:

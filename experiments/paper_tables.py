@@ -2,15 +2,17 @@
 
 Command:  python experiments/paper_tables.py CONFIG --data-dir DIR [--seeds 0 1 2] [--also 1e-3 1]
 
-Trains what is missing (a training that was stopped resumes, one that is done is not repeated): with codes, without them, and
-without the forgotten class, each seed. Strength, class and recipe are the config's, `--also` adds another strength (one that
-strength_grid.py chose, say); figures are on the test split.
+Other fields of the config can be overridden (--data.name cifar100). Trains what is missing (a training that was stopped
+resumes, one that is done is not repeated): with codes, without them, and without the forgotten class, each seed. Strength,
+class and recipe are the config's, `--also` adds another strength (one that strength_grid.py chose, say); figures are on the
+test split.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import common
@@ -20,6 +22,7 @@ import numpy as np
 import mnemonic_jax as mj
 from mnemonic_jax import config as configs
 from mnemonic_jax.audit.linear_probe import probe_accuracy
+from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
@@ -142,10 +145,14 @@ def main() -> None:
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
   parser.add_argument("--also", type=float, nargs=2, metavar=("LAMBDA1", "LAMBDA2"), help="a second strength")
   parser.add_argument("--plain", action="store_true", help="also train without codes")
-  arguments = parser.parse_args()
-  config = configs.load(arguments.config)
+  overrides, rest = dotted_overrides(sys.argv[1:])
+  arguments = parser.parse_args(rest)
+  if "train.seed" in overrides:
+    parser.error("--train.seed: is varied here; use --seeds.")
+  config = configs.load(arguments.config, overrides)
   dataset = setup.load_data(config, arguments.data_dir)
-  folder = arguments.runs or pathlib.Path("runs") / config.name
+  name = common.study_name(config, overrides)
+  folder = arguments.runs or pathlib.Path("runs") / name
   kinds = ("codes", "retrain", "plain") if arguments.plain else ("codes", "retrain")
   runs = {kind: folder / kind for kind in kinds}
   strengths = [strength_of(config)]
@@ -153,7 +160,7 @@ def main() -> None:
   if len(set(map(shown, strengths))) < len(strengths):
     parser.error(f"--also: got {shown(strengths[0])}, the strength of the config; expected another one.")
   rows = one_class(runs, dataset, config, strengths, arguments.seeds)
-  print_one_class(f"{config.name}, class {config.forget.classes[0]}, {len(arguments.seeds)} seeds", rows)
+  print_one_class(f"{name}, class {config.forget.classes[0]}, {len(arguments.seeds)} seeds", rows)
   seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": arguments.seeds[0]})
   model = trained(runs["codes"] / str(arguments.seeds[0]), dataset, seeded)
   classes = {}
@@ -164,8 +171,14 @@ def main() -> None:
       cells = (row[key] for key in ("retain_before", "retain_after", "forget_error", "head_edit_retain"))
       print(f"| {dataset.class_names[int(row['class'])]} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
   common.save(
-    f"paper_tables_{config.name}",
-    {"seeds": arguments.seeds, "columns": ["A_R", "E_F", "probe"], "one_class": rows, "every_class": classes},
+    f"paper_tables_{name}",
+    {
+      "overrides": overrides,
+      "seeds": arguments.seeds,
+      "columns": ["A_R", "E_F", "probe"],
+      "one_class": rows,
+      "every_class": classes,
+    },
   )
 
 

@@ -1,4 +1,4 @@
-"""The examples with a training loop of the user's own do what they say, and what codes cost is told."""
+"""The examples with a training loop of the user's own do what they say; the studies of any config print what they save."""
 
 from __future__ import annotations
 
@@ -46,13 +46,48 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   study.main()
   rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("| 0")]
   assert [[cell.strip() for cell in row[:2]] for row in rows] == [["0", "-"], ["0.5", "2"]]
-  assert rows[0][3].strip() == "-" and 0 <= float(rows[1][3]) <= 100
-  saved = json.loads((tmp_path / "results" / "code_cost_digits_digits.json").read_text())
+  saved = json.loads((tmp_path / "results" / "code_cost_digits_model.hidden_64_train.epochs_3.json").read_text())
+  assert saved["columns"] == list(study.Row._fields)
   values = np.array([row["values"] for row in saved["rows"]])
-  assert values.shape == (2, 1, 2) and np.all(values[:, :, 0] > 50)
+  assert values.shape == (2, 1, 7) and np.all((values >= 0) & (values <= 100)) and np.all(values[:, :, 0] > 50)
+  named = dict(zip(saved["columns"], values[1, 0], strict=True))
+  assert (
+    named["codes_told"] > 90 and named["forget_error"] > 90 and abs(named["retain_after"] - named["retain_before"]) < 20
+  )
   assert abs(float(rows[0][2].split("±")[0]) - values[0, :, 0].mean()) < 0.01
   assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["0.5_2", "0_1"]
   monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits", "--codes.rate", "0.5"])
   with pytest.raises(SystemExit):
     study.main()
   assert "--codes.rate: is varied here" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_papers_tables_for_a_changed_config(tmp_path, capsys, monkeypatch):
+  monkeypatch.syspath_prepend(str(EXPERIMENTS))
+  study = load("paper_tables")
+  monkeypatch.setattr(study.common, "RESULTS", tmp_path / "results")
+  monkeypatch.chdir(tmp_path)
+  few = ["--model.hidden", "64", "--train.epochs", "3", "--seeds", "0", "1"]
+  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits", *few])
+  study.main()
+  rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| Retrain |")]
+  saved = json.loads((tmp_path / "results" / "paper_tables_digits_model.hidden_64_train.epochs_3.json").read_text())
+  assert saved["overrides"] == {"model.hidden": 64, "train.epochs": 3}
+  assert set(saved["one_class"]) == {"Before", "Mnemonic code", "Head edit", "Retrain"}
+  values = np.array([saved["one_class"][name] for name in ("Before", "Head edit", "Retrain")])
+  assert values.shape == (3, 2, 3) and np.all(values[:, :, 0] > 50)
+  assert np.all(values[1:, :, 1] == 100) and np.all(values[0, :, 1] < 100)
+  assert f"{values[2, :, 0].mean():.2f} ± {values[2, :, 0].std():.2f}" in rows[0]
+  assert [row["class"] for row in saved["every_class"]["(0.003, 0.3)"]] == list(range(10))
+  folder = tmp_path / "runs" / "digits_model.hidden_64_train.epochs_3"
+  assert sorted(str(path.relative_to(folder)) for path in folder.glob("*/*")) == [
+    "codes/0",
+    "codes/1",
+    "retrain/0",
+    "retrain/1",
+  ]
+  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits", "--train.seed", "3"])
+  with pytest.raises(SystemExit):
+    study.main()
+  assert "--train.seed: is varied here" in capsys.readouterr().err
