@@ -111,13 +111,12 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
 
 
 def _into(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> str:
+  """How often kept classes are taken for a forgotten one, among those that a model gave an answer to (NaN is none)."""
   kept = np.delete(np.arange(len(before)), forgotten)
-  was, now = (int(counts[kept][:, list(forgotten)].sum()) for counts in (before, after))
-  total = int(before[kept].sum())
-  if not total:
-    return ""
+  parts = []
+  for when, counts in ("before", before), ("after", after):
+    if total := int(counts[kept].sum()):
+      taken = int(counts[kept][:, list(forgotten)].sum())
+      parts.append(f"{taken:,} of {total:,} {when} ({percent(taken / total)})")
   which = "the class to forget" if len(forgotten) == 1 else "a class to forget"
-  return (
-    f"Test examples of kept classes taken for {which}: {was:,} of {total:,} before ({percent(was / total)}), "
-    f"{now:,} after ({percent(now / total)})."
-  )
+  return f"Test examples of kept classes taken for {which}: {', '.join(parts)}." if parts else ""
