@@ -34,7 +34,12 @@ def run(options: argparse.Namespace) -> None:
   compilation_cache.enable()
   decoded.drop_orphans()
   result, text = _VERBS[options.command](options)
-  print(files.dumps(result) if options.json else text, flush=True)
+  try:
+    print(files.dumps(result) if options.json else text, flush=True)
+  except BrokenPipeError:
+    raise
+  except OSError as error:
+    raise OSError(f"stdout: {error}; {options.command} itself is done, only its result could not be printed") from error
 
 
 def _leave_stderr_to_us() -> None:
