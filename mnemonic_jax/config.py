@@ -269,11 +269,6 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
 def _check_together(config: Config) -> None:
   """Refuse fields that are right by themselves and do not go together."""
   model, train = config.model, config.train
-  if model.text_embeddings and model.pretrained and not model.new_head:
-    raise UsageError(
-      f"model.text_embeddings: got {model.text_embeddings!r} with model.pretrained, whose head is a linear one; set "
-      "model.new_head to leave that out."
-    )
   for option, having in models.OPTIONS.items():
     if getattr(model, option) and model.name not in having:
       raise UsageError(f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it.")

@@ -169,7 +169,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     def read(ours: str, shape: tuple[int, ...]) -> np.ndarray:
       reader = named.get(ours)
       if reader is None:
-        raise MnemonicError(f"{file}: has no array for {ours} {shape} of {name}; it is another architecture.")
+        raise MnemonicError(f"{file}: has no array for {ours} {shape} of {name}; {_remedy(ours, named, head)}")
       used.add(ours)
       value = reader()
       if value.shape != shape:
@@ -179,7 +179,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
         )
       if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
         raise MnemonicError(f"{file}: {ours} has dtype {value.dtype} there; expected floating weights.")
-      if not np.all(np.isfinite(value)):
+      if not np.all(np.isfinite(value) if value.dtype.itemsize <= 4 else np.abs(value) <= np.finfo(np.float32).max):
         raise MnemonicError(f"{file}: {ours} holds NaN or inf; expected finite weights.")
       return value
 
@@ -196,7 +196,13 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
           on_devices = _placed(layer, leaf.dtype, _of_a_layer(placement))
           stacked = jax.block_until_ready(_with_layer(stacked, index, on_devices))
         return stacked
-      value = _placed(read(".".join([top, *keys]), tuple(leaf.shape)), leaf.dtype, placement)
+      on_host = read(".".join([top, *keys]), tuple(leaf.shape))
+      if (top, *keys) == (head, "text") and isinstance(leaf, jax.Array) and not np.allclose(on_host, leaf, atol=1e-5):
+        raise MnemonicError(
+          f"{file}: {head}.text differs from the vectors of model.text_embeddings, and its head scores against its own. Pass "
+          "those, or model.new_head to start with a head of your own."
+        )
+      value = _placed(on_host, leaf.dtype, placement)
       return jax.block_until_ready(value)  # else the copies of several arrays wait in host memory
 
     # The largest first: what is in memory beside an array while it is filled comes on top of the least.
@@ -210,6 +216,15 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
         f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."
       )
   return filled
+
+
+def _remedy(missing: str, named: Mapping[str, Reader], head: str) -> str:
+  """What to do where a file lacks an array."""
+  if not missing.startswith(f"{head}."):
+    return "it is another architecture."
+  if f"{head}.text" in named:
+    return "its head scores against text embeddings; pass model.text_embeddings with its vectors."
+  return "it has another head. Pass model.new_head to start with one of your own."
 
 
 def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarray:

@@ -155,6 +155,34 @@ def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
   with pytest.raises(MnemonicError, match=message):
     data.load("mnist")
 
+  # A label of the test split alone, also where nothing is trained.
+  whole = Split(split.images, np.array([0, 1, 2, 0], np.int32))
+  wrong = Split(split.images, np.array([0, 1, 2, -1], np.int32))
+  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (whole, wrong, ("a", "b", "c")))
+  with pytest.raises(MnemonicError, match=r"holds the label -1; expected 0 to 2"):
+    data.load("mnist", training=False)
+
+
+@pytest.mark.parametrize(
+  ("name", "normalization", "darkest", "brightest"),
+  [
+    ("mnist", "dataset", (0,), (1,)),
+    ("digits", "half", (-1,), (1,)),
+    ("cifar10", "half", (-1, -1, -1), (1, 1, 1)),
+    ("cifar10", "dataset", (-1.9895, -1.9803, -1.7068), (2.0591, 2.1265, 2.1158)),
+    ("cifar100", "dataset", (-1.8971, -1.8974, -1.5963), (1.8440, 2.0027, 2.0243)),
+    ("imagenet2012", "dataset", (-2.118, -2.036, -1.804), (2.249, 2.429, 2.640)),
+    ("cars196", "dataset", (-2.118, -2.036, -1.804), (2.249, 2.429, 2.640)),
+  ],
+)
+def test_what_a_model_sees_of_the_darkest_and_the_brightest_pixel(name, normalization, darkest, brightest, monkeypatch):
+  black = np.zeros((3, 2, 2, len(darkest)), np.uint8)
+  split = Split(black, np.arange(3, dtype=np.int32))
+  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  dataset = data.load(name, normalization=normalization)
+  for pixels, seen in (black, darkest), (np.full_like(black, dataset.levels), brightest):
+    np.testing.assert_allclose(dataset.preprocess(pixels), np.broadcast_to(seen, pixels.shape), atol=5e-4)
+
 
 def test_what_does_not_train_needs_no_training_example(monkeypatch):
   """The pictures of a class to forget may be gone."""

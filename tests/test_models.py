@@ -42,6 +42,14 @@ def test_mlp_logits_equal_a_numpy_computation(mlp, params, images):
   np.testing.assert_array_equal(mlp.logits_fn({})(params, images), logits)
 
 
+def test_an_mlp_computes_in_bfloat16_too(mlp, params, images):
+  half = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, dtype=jnp.bfloat16)
+  chex.assert_trees_all_equal(half.init(jax.random.key(0))[0], params)
+  logits, _ = half.apply(params, {}, images, False)
+  assert half.features(params, {}, images).dtype == jnp.bfloat16 and logits.dtype == jnp.float32
+  assert 0 < np.max(np.abs(logits - mlp.apply(params, {}, images, False)[0])) < 0.02
+
+
 def test_params_are_nested_dicts_of_arrays(mlp):
   params, model_state = mlp.init(jax.random.key(0))
   assert model_state == {}

@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from killing import stop
-from running import FORGET_KEYS, call, command, finish, snapshot, start, wait_for
+from running import FORGET_KEYS, TINY, call, command, finish, snapshot, start, wait_for
 from toys import cpu_mesh, place
 
 import mnemonic_jax as mj
@@ -69,6 +69,29 @@ def test_the_result_is_that_of_a_run_and_the_checkpoint_is_not_touched(tree, for
   for name in set(expected) - {"seconds", "checkpoint"}:
     assert report[name] == expected[name], name
   assert params_sha256(restore_parts(out / "params", stored_shapes(out / "params"))) == report["params_sha256_after"]
+
+
+def test_an_average_of_the_params_is_forgotten_too(tree, tmp_path):
+  """That of a loop of one's own, and that of a checkpoint of ours."""
+  average = jax.tree.map(lambda x: 0.9 * x, tree["params"])
+  forms = {"own": {"ema_params": average}, "ours": {"optimizer_state": {"inner": (), "average": average}}}
+  for name, form in forms.items():
+    checkpoint = save(tmp_path / name, {**tree, **form})
+    result = call(*forget(checkpoint, tmp_path / f"{name} out", "--json")).json
+    assert result["copies"]["ema"]["params_sha256_before"] == params_sha256(average)
+    assert result["copies"]["params"]["params_sha256_before"] == params_sha256(tree["params"])
+    where = tmp_path / f"{name} out" / "ema_params"
+    after = params_sha256(restore_parts(where, stored_shapes(where)))
+    assert after == result["copies"]["ema"]["params_sha256_after"] != params_sha256(average)
+
+
+def test_a_checkpoint_of_a_run_gives_its_average_up(tmp_path):
+  run = tmp_path / "run"
+  call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9)
+  of_run = call("forget", run, "--classes", 3, "--json").json
+  of_plain = call(*forget(newest(run / "checkpoints"), tmp_path / "out", "--json")).json
+  for copy in ("params", "ema"):
+    assert of_plain["copies"][copy]["params_sha256_after"] == of_run["copies"][copy]["params_sha256_after"]
 
 
 def test_fields_of_the_config_can_be_overridden(tree, tmp_path):
@@ -194,6 +217,10 @@ BAD = {
   ),
   "codes of another shape": (lambda t: {**t, "codes": t["codes"][:, :, :7]}, "(10, 1, 7, 8, 1) there"),
   "codes without K": (lambda t: {**t, "codes": t["codes"][:, 0]}, "(10, 8, 8, 1) there"),
+  "a copy of the params by another name": (
+    lambda t: {**t, "ema": t["params"]},
+    'holds "ema", of the shape of params. If it may be served, it must forget too: save it as "ema_params"',
+  ),
   "integer codes": (lambda t: {**t, "codes": t["codes"].astype(np.int32)}, "codes is int32"),
   "a tree of codes": (lambda t: {**t, "codes": {"all": t["codes"]}}, "codes is dict there; expected floats"),
 }

@@ -532,3 +532,22 @@ def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeyp
     call("forget", tmp_path / "whole", "--classes", 3, "--json").json["params_sha256_after"]
     == (forgotten["params_sha256_after"])
   )
+
+
+def test_pictures_lie_as_bytes_and_are_augmented_on_the_way_to_the_model(tmp_path, monkeypatch):
+  seen = set()
+  real = data.Dataset.preprocess
+
+  def preprocess(self, images):
+    seen.add((type(images).__name__, images.dtype))
+    return real(self, images)
+
+  monkeypatch.setattr(data.Dataset, "preprocess", preprocess)
+  hashes = {
+    augment: call("train", "digits", "--out", tmp_path / augment, *TINY, "--data.augment", augment, "--json").json[
+      "params_sha256"
+    ]
+    for augment in ("none", "flip", "crop", "crop_flip")
+  }
+  assert len(set(hashes.values())) == 4
+  assert {dtype for _, dtype in seen} == {np.dtype(np.uint8)} and "DynamicJaxprTracer" in {kind for kind, _ in seen}

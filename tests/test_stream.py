@@ -12,17 +12,21 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import prepared_sets as archives
 import pytest
 from PIL import Image
 from running import call, snapshot
+from safetensors.numpy import save_file
 
-from mnemonic_jax import data
+from mnemonic_jax import _trees, data
+from mnemonic_jax import config as configs
 from mnemonic_jax.data import pictures
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.progress import Progress
+from mnemonic_jax.runs import setup
 
 pytest_plugins = ["stream_fixtures"]
 
@@ -304,6 +308,10 @@ def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monke
   assert stopped.code == 143 and "stopped after epoch 1.667 of 3" in stopped.err
   resumed = call("train", "digits", "--out", tmp_path / "run", *settings, "--execution.workers", 1, "--json").json
   assert resumed["params_sha256"] == whole["params_sha256"]
+  unflipped = call(
+    "train", "digits", "--out", tmp_path / "no", *settings, "--data.augment", "resized_crop", "--json"
+  ).json
+  assert unflipped["params_sha256"] != whole["params_sha256"]
   forgotten = call("forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json").json
   assert forgotten["classes"] == [3] and len(forgotten["per_class_accuracy_after"]) == 49
   scores = call("evaluate", tmp_path / "run", "--data-dir", prepared_sets, "--json").json
@@ -322,3 +330,35 @@ def test_imagenet_trains_for_some_steps_with_checkpoints_between(prepared_sets, 
   assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
   forgotten = call("forget", tmp_path / "run", "--classes", 999, "--data-dir", prepared_sets, "--json").json
   assert forgotten["classes"] == [999]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [name for name in configs.names() if configs.load(name).data.name in archives.CLASSES])
+def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
+  """Two steps of four pictures, from a file of random weights where the config starts from one; with few classes, a forget."""
+  side = 224 if "swin" in name else 32
+  config = configs.load(name, {"data.side": side})
+  words = (
+    "--data-dir",
+    prepared_sets,
+    "--data.side",
+    side,
+    "--train.batch_size",
+    4,
+    "--train.steps",
+    2,
+    "--execution.workers",
+    0,
+  )
+  if config.model.pretrained:
+    dataset = data.load(config.data.name, str(prepared_sets), side=side, training=False)
+    params, model_state = setup.make_model(config, dataset).init(jax.random.key(7))
+    arrays = _trees.by_path(params) | _trees.by_path({"model_state": model_state})
+    save_file({path: np.asarray(leaf) for path, leaf in arrays.items()}, tmp_path / "weights.safetensors")
+    words += ("--model.pretrained", tmp_path / "weights.safetensors")
+  result = call("train", name, "--out", tmp_path / "run", *words, "--json").json
+  assert result["steps"] == 2 and np.isfinite(result["loss"])
+  assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+  if config.data.name != "imagenet2012":
+    forgotten = call("forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json").json
+    assert forgotten["classes"] == [3] and forgotten["params_sha256_before"] == result["params_sha256"]

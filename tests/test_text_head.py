@@ -232,4 +232,20 @@ def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
   np.save(tmp_path / "text.npy", vectors(9))
   words = ("train", "digits", "--out", tmp_path / "run", *TINY, "--model.text_embeddings", tmp_path / "text.npy")
   assert "text.npy: has shape (9, 6); expected (10, E)" in call(*words).refusal()
-  assert "model.text_embeddings" in call(*words, "--model.pretrained", "some.npz").refusal(2)
+
+
+def test_an_export_with_it_is_a_start_for_training(tmp_path):
+  np.save(tmp_path / "text.npy", vectors(10, 16))
+  text = ("--model.text_embeddings", tmp_path / "text.npy")
+  small, file = ("--model.hidden", 8, "--train.epochs", 1), tmp_path / "exported.safetensors"
+  call("train", "digits", "--out", tmp_path / "run", *small, *text)
+  forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
+  call("export", tmp_path / "run", "--out", file)
+  still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
+  start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *small, "--model.pretrained", file, *more)
+  again = start("again", *text, *still, "--json").json
+  assert again["params_sha256"] == forgotten["params_sha256_after"]
+  assert "scores against text embeddings; pass model.text_embeddings" in start("linear").refusal()
+  np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
+  assert "output.text differs from the vectors of model.text_embeddings" in start("other", *text).refusal()
+  assert start("new", *text, "--model.new_head", "true").code == 0

@@ -101,11 +101,12 @@ def absent(name: str, shape: Sequence[int], num_classes: int) -> Dataset:
 
 def _check_classes(dataset: Dataset, training: bool) -> None:
   """Refuse labels outside the classes and, for training, classes without any, where the labels are known."""
-  labels, num_classes = dataset.train.labels, len(dataset.class_names)
-  if labels is None:
-    return
-  require_labels(repr(dataset.name), labels, num_classes)
-  if training and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
+  num_classes = len(dataset.class_names)
+  for part in dataset.train, dataset.test:
+    if part.labels is not None:
+      require_labels(repr(dataset.name), part.labels, num_classes)
+  labels = dataset.train.labels
+  if training and labels is not None and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
     raise MnemonicError(
       f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "
       "would never be seen. Prepare the set again, whole."

@@ -120,7 +120,7 @@ def _module_maker(
 ) -> Callable[[nnx.Rngs], Any]:
   """Make the module of a name, with a linear head."""
   if name == "mlp":
-    return lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, rngs=rngs)
+    return lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, dtype=dtype, rngs=rngs)
   *image, channels = shape
   settings = {"channels": channels, "dtype": dtype}
   if name in _RESNETS:

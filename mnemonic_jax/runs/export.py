@@ -65,7 +65,7 @@ def export(source: epath.Path, out: epath.Path, number: int | None = None, *, em
   }
   with files.written(out) as temporary:
     try:
-      save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, temporary, metadata)
+      save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, metadata)
     except SafetensorError as error:
       raise OSError(str(error)) from error
   return {"file": str(out), "forget": str(folder), "arrays": len(arrays), **metadata, "classes": report["classes"]}

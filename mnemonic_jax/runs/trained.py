@@ -107,7 +107,8 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   """Restore the params, model state and codes of a checkpoint that a training loop of the user's own wrote.
 
   The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one and "ema_params"
-  where a moving average of the params is kept; what else it holds is not read.
+  where a moving average of the params is kept (a checkpoint of `mnemonic train` has it in its optimizer state). What else
+  it holds is not read, but a tree of the params' shape is refused: a copy that is served would keep the class.
   """
   model = _make_model(config, dataset, folder)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
@@ -123,15 +124,29 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   expected = {"params": params, "model_state": model_state}
   if "ema_params" in stored:
     expected["ema_params"] = parts["ema_params"] = params
+  elif isinstance(ours := stored.get("optimizer_state"), dict) and "average" in ours:
+    expected["optimizer_state"] = parts["optimizer_state"] = {"average": params}
+    stored = {**stored, "optimizer_state": {"average": ours["average"]}}
+  _require_no_other_copy(folder, stored)
   what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
   _require_same(folder, what, stored, expected)
   _require_codes(folder, stored["codes"], dataset)
   tree = jax.device_put(restore_parts(folder, parts))
   model_state = tree.get("model_state", model_state)
+  average = tree.get("ema_params", tree.get("optimizer_state", {}).get("average"))
   logits_fn = model.logits_fn(model_state)
-  return Trained(
-    model, tree["params"], tree.get("ema_params"), model_state, tree["codes"], paths.absolute(folder), logits_fn
-  )
+  return Trained(model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn)
+
+
+def _require_no_other_copy(folder: epath.Path, stored: dict[str, Any]) -> None:
+  """Refuse a tree that may be another copy of the params, which nobody would forget in."""
+  kinds = {name: {path: _kind(leaf) for path, leaf in _trees.by_path(tree).items()} for name, tree in stored.items()}
+  for name in kinds.keys() - {"params", "ema_params"}:
+    if kinds[name] == kinds["params"]:
+      raise MnemonicError(
+        f'{folder}: holds "{name}", of the shape of params. If it may be served, it must forget too: save it as "ema_params". If '
+        "not, save the checkpoint without it."
+      )
 
 
 def _require_same(folder: epath.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
