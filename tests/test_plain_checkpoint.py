@@ -85,6 +85,7 @@ def test_an_average_of_the_params_is_forgotten_too(tree, tmp_path):
     assert after == result["copies"]["ema"]["params_sha256_after"] != params_sha256(average)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_a_run_gives_its_average_up(tmp_path):
   run = tmp_path / "run"
   call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9)

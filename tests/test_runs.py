@@ -547,7 +547,7 @@ def test_pictures_lie_as_bytes_and_are_augmented_on_the_way_to_the_model(tmp_pat
     augment: call("train", "digits", "--out", tmp_path / augment, *TINY, "--data.augment", augment, "--json").json[
       "params_sha256"
     ]
-    for augment in ("none", "flip", "crop", "crop_flip")
+    for augment in ("none", "crop_flip")
   }
-  assert len(set(hashes.values())) == 4
+  assert hashes["none"] != hashes["crop_flip"]
   assert {dtype for _, dtype in seen} == {np.dtype(np.uint8)} and "DynamicJaxprTracer" in {kind for kind, _ in seen}
