@@ -197,7 +197,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
           stacked = jax.block_until_ready(_with_layer(stacked, index, on_devices))
         return stacked
       on_host = read(".".join([top, *keys]), tuple(leaf.shape))
-      if (top, *keys) == (head, "text") and isinstance(leaf, jax.Array) and not np.allclose(on_host, leaf, atol=1e-5):
+      if (top, *keys) == (head, "text") and not _same_vectors(on_host, leaf):
         raise MnemonicError(
           f"{file}: {head}.text differs from the vectors of model.text_embeddings, and its head scores against its own. Pass "
           "those, or model.new_head to start with a head of your own."
@@ -216,6 +216,12 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
         f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."
       )
   return filled
+
+
+def _same_vectors(stored: np.ndarray, leaf: Any) -> bool:
+  """Whether a leaf, where it is an array, holds what is stored; on a mesh, by the shards of this process."""
+  shards = getattr(leaf, "addressable_shards", ())
+  return all(np.allclose(stored[shard.index], shard.data, atol=1e-5) for shard in shards)
 
 
 def _remedy(missing: str, named: Mapping[str, Reader], head: str) -> str:

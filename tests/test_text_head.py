@@ -14,9 +14,10 @@ import optax
 import pytest
 from running import FORGET_KEYS, TINY, call
 from safetensors.numpy import save_file
+from toys import cpu_mesh, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import models, pretrained
+from mnemonic_jax import _trees, models, pretrained
 from mnemonic_jax.checkpoints import newest, restore_params, restore_parts, stored_shapes
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.rivals.head_edit import head_edit
@@ -249,3 +250,17 @@ def test_an_export_with_it_is_a_start_for_training(tmp_path):
   np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
   assert "output.text differs from the vectors of model.text_embeddings" in start("other", *text).refusal()
   assert start("new", *text, "--model.new_head", "true").code == 0
+
+
+def test_a_file_on_a_mesh_must_have_the_vectors_too(tmp_path):
+  model = models.make("mlp", shape=(4, 4, 1), num_classes=4, hidden=7, text=vectors(4))
+  params, model_state = model.init(jax.random.key(0))
+  file, arrays = tmp_path / "weights.safetensors", _trees.by_path({**params, "model_state": model_state})
+  save_file({path: np.asarray(leaf) for path, leaf in arrays.items()}, file)
+  spread = place(model_state, cpu_mesh(4), "data")
+  chex.assert_trees_all_equal(pretrained.load(file, "mlp", params, spread), (params, model_state))
+  abstract = jax.eval_shape(lambda: (params, model_state))
+  chex.assert_trees_all_equal(pretrained.load(file, "mlp", *abstract), (params, model_state))
+  other = place(jax.tree.map(lambda text: text[::-1], model_state), cpu_mesh(4), "data")
+  with pytest.raises(MnemonicError, match=r"output\.text differs from the vectors"):
+    pretrained.load(file, "mlp", params, other)
