@@ -80,6 +80,8 @@ def main() -> None:
   if varied := sorted({"codes.rate", "codes.per_class", "train.seed"} & set(overrides)):
     parser.error(f"--{varied[0]}: is varied here; use --rates, --per-class and --seeds.")
   config = configs.load(arguments.config, overrides)
+  if len(config.forget.classes) != 1:
+    parser.error(f"--forget.classes: got {list(config.forget.classes)}; expected one class.")
   dataset = setup.load_data(config, arguments.data_dir)
   name = f"code_cost_{common.study_name(config, overrides)}"
   folder = arguments.runs or pathlib.Path("runs") / name

@@ -93,7 +93,7 @@ def part_of_train(dataset: Dataset, every: int) -> tuple[Dataset, Split]:
 
 
 def study_name(config: Config, overrides: Mapping[str, Any]) -> str:
-  """What the files and folders of a study are called: the config's name, and the fields that differ from it."""
+  """What the files and folders of a study are called: the config's name, and the fields that were overridden."""
   changed = [f"{field}_{value}" for field, value in sorted(overrides.items())]
   return "_".join([config.name, *changed]).replace("/", "-")
 

@@ -150,6 +150,8 @@ def main() -> None:
   if "train.seed" in overrides:
     parser.error("--train.seed: is varied here; use --seeds.")
   config = configs.load(arguments.config, overrides)
+  if len(config.forget.classes) != 1:
+    parser.error(f"--forget.classes: got {list(config.forget.classes)}; expected one class.")
   dataset = setup.load_data(config, arguments.data_dir)
   name = common.study_name(config, overrides)
   folder = arguments.runs or pathlib.Path("runs") / name

@@ -180,7 +180,7 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
       if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
         raise MnemonicError(f"{file}: {ours} has dtype {value.dtype} there; expected floating weights.")
       if not np.all(np.isfinite(value) if value.dtype.itemsize <= 4 else np.abs(value) <= np.finfo(np.float32).max):
-        raise MnemonicError(f"{file}: {ours} holds NaN or inf; expected finite weights.")
+        raise MnemonicError(f"{file}: {ours} holds NaN, inf or numbers beyond float32; expected finite weights.")
       return value
 
     def fill(path: Any, leaf: Any) -> Any:

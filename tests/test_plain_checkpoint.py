@@ -75,6 +75,9 @@ def test_an_average_of_the_params_is_forgotten_too(tree, tmp_path):
   """That of a loop of one's own, and that of a checkpoint of ours."""
   average = jax.tree.map(lambda x: 0.9 * x, tree["params"])
   forms = {"own": {"ema_params": average}, "ours": {"optimizer_state": {"inner": (), "average": average}}}
+  loss = {"optimizer_state": {"average": np.float32(0.5)}}  # an average of something else
+  checkpoint = save(tmp_path / "loss", {**tree, **loss})
+  assert "copies" not in call(*forget(checkpoint, tmp_path / "loss out", "--json")).json
   for name, form in forms.items():
     checkpoint = save(tmp_path / name, {**tree, **form})
     result = call(*forget(checkpoint, tmp_path / f"{name} out", "--json")).json
@@ -219,8 +222,12 @@ BAD = {
   "codes of another shape": (lambda t: {**t, "codes": t["codes"][:, :, :7]}, "(10, 1, 7, 8, 1) there"),
   "codes without K": (lambda t: {**t, "codes": t["codes"][:, 0]}, "(10, 8, 8, 1) there"),
   "a copy of the params by another name": (
-    lambda t: {**t, "ema": t["params"]},
-    'holds "ema", of the shape of params. If it may be served, it must forget too: save it as "ema_params"',
+    lambda t: {**t, "ema": jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), t["params"])},
+    "holds ema, of the shapes of params. If it may be served, it must forget too: save it as ema_params, in the dtype",
+  ),
+  "two averages": (
+    lambda t: {**t, "ema_params": t["params"], "optimizer_state": {"average": t["params"]}},
+    "holds optimizer_state.average, of the shapes of params",
   ),
   "integer codes": (lambda t: {**t, "codes": t["codes"].astype(np.int32)}, "codes is int32"),
   "a tree of codes": (lambda t: {**t, "codes": {"all": t["codes"]}}, "codes is dict there; expected floats"),

@@ -143,6 +143,9 @@ def test_shares_of_kept_classes_are_those_of_the_answers_of_each_model() -> None
   before, after = [[3, 0], [1, 3]], [[0, 4], [5, 5]]  # of class 1, six of ten examples had no answer before
   evidence = {"class_names": ["0", "1"], "confusion_before": before, "confusion_after": after}
   into = confusion({"classes": [0]}, evidence).into.replace("\u00a0", " ")
+  assert (
+    confusion({"classes": [0]}, evidence).examples == "4" and confusion({"classes": [1]}, evidence).examples == "10"
+  )
   assert into.endswith("the class to forget: 1 of 4 before (25.0 %), 5 of 10 after (50.0 %).")
   nothing = evidence | {"confusion_before": [[3, 0], [0, 0]]}
   assert "before" not in confusion({"classes": [0]}, nothing).into

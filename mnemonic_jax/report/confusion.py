@@ -71,7 +71,7 @@ def confusion(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> Confusi
     lists=lists,
     left_out=max(0, len(forgotten) - LISTS_SHOWN) if lists else 0,
     into=_into(before, after, forgotten),
-    examples=f"{int(before[forgotten].sum()):,}",
+    examples=f"{_examples(before[forgotten], after[forgotten]):,}",
   )
 
 
@@ -104,10 +104,15 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
     others = f"{len(rest)} more answers: {before[rest].sum():,} examples before, {after[rest].sum():,} after."
   return AnswerList(
     label=class_label(true, names),
-    total=f"{before.sum():,}",
+    total=f"{_examples(before, after):,}",
     answers=tuple((class_label(c, names), c == true, f"{before[c]:,}", f"{after[c]:,}") for c in shown),
     others=others,
   )
+
+
+def _examples(before: np.ndarray, after: np.ndarray) -> int:
+  """How many examples were answered; a model that gives NaN answers fewer of the same ones."""
+  return max(int(before.sum()), int(after.sum()))
 
 
 def _into(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> str:

@@ -122,12 +122,18 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   if jax.tree.leaves(model_state):
     parts["model_state"] = model_state
   expected = {"params": params, "model_state": model_state}
+  copies = _other_copies(stored)
   if "ema_params" in stored:
     expected["ema_params"] = parts["ema_params"] = params
-  elif isinstance(ours := stored.get("optimizer_state"), dict) and "average" in ours:
+  elif _AVERAGE in copies:
+    copies.remove(_AVERAGE)
     expected["optimizer_state"] = parts["optimizer_state"] = {"average": params}
-    stored = {**stored, "optimizer_state": {"average": ours["average"]}}
-  _require_no_other_copy(folder, stored)
+    stored = {**stored, "optimizer_state": {"average": stored["optimizer_state"]["average"]}}
+  if copies:
+    raise MnemonicError(
+      f"{folder}: holds {copies[0]}, of the shapes of params. If it may be served, it must forget too: save it as ema_params, in the "
+      "dtype of params. If not, save the checkpoint without it."
+    )
   what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
   _require_same(folder, what, stored, expected)
   _require_codes(folder, stored["codes"], dataset)
@@ -138,15 +144,15 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   return Trained(model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn)
 
 
-def _require_no_other_copy(folder: epath.Path, stored: dict[str, Any]) -> None:
-  """Refuse a tree that may be another copy of the params, which nobody would forget in."""
-  kinds = {name: {path: _kind(leaf) for path, leaf in _trees.by_path(tree).items()} for name, tree in stored.items()}
-  for name in kinds.keys() - {"params", "ema_params"}:
-    if kinds[name] == kinds["params"]:
-      raise MnemonicError(
-        f'{folder}: holds "{name}", of the shape of params. If it may be served, it must forget too: save it as "ema_params". If '
-        "not, save the checkpoint without it."
-      )
+_AVERAGE = "optimizer_state.average"  # where the checkpoints of `mnemonic train` have it
+
+
+def _other_copies(stored: dict[str, Any]) -> list[str]:
+  """What else in a checkpoint has the paths and shapes of the params, and may be a copy of them that is served."""
+  layout = lambda tree: {path: getattr(leaf, "shape", None) for path, leaf in _trees.by_path(tree).items()}
+  state = stored.get("optimizer_state")
+  trees = {**stored, _AVERAGE: state.get("average") if isinstance(state, dict) else None}
+  return [n for n in trees if n not in ("params", "ema_params") and layout(trees[n]) == layout(stored["params"])]
 
 
 def _require_same(folder: epath.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
