@@ -56,7 +56,7 @@ def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
   return Row(
     accuracy=100 * float(np.mean(seen.predictions == seen.labels)),
     codes_told=100 * float(np.mean(told)),
-    retain_before=paper_tables.score(model, model.params, dataset, [index]).retain_accuracy,
+    retain_before=paper_tables.scores_of(seen, [index]).retain_accuracy,
     retain_after=after.retain_accuracy,
     forget_error=after.forget_error,
     probe_after=float(paper_tables.probe(model, forgotten, dataset)[index]),

@@ -31,7 +31,7 @@ from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.inference import predict
+from mnemonic_jax.runs.inference import Predictions, predict
 from mnemonic_jax.runs.trained import Trained
 
 
@@ -51,7 +51,11 @@ def trained(folder: pathlib.Path, dataset: Dataset, config: Config) -> Trained:
 
 def score(model: Trained, params: Any, dataset: Dataset, classes: list[int]) -> Scores:
   """A_R and E_F of `params` on the test set."""
-  seen = predict(model.logits_fn, params, dataset.test, dataset.preprocess)
+  return scores_of(predict(model.logits_fn, params, dataset.test, dataset.preprocess), classes)
+
+
+def scores_of(seen: Predictions, classes: list[int]) -> Scores:
+  """A_R and E_F of one model's answers, for any classes."""
   right, forgotten = seen.predictions == seen.labels, np.isin(seen.labels, classes)
   return Scores(100 * float(right[~forgotten].mean()), 100 * float(1 - right[forgotten].mean()))
 
@@ -110,9 +114,10 @@ def shown(strength: mj.Strength) -> str:
 def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list[dict[str, float]]:
   """Each class forgotten alone from one model."""
   rows = []
+  seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
   for index in range(len(dataset.class_names)):
     result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
-    before = score(model, model.params, dataset, [index])
+    before = scores_of(seen, [index])
     after = score(model, result.params, dataset, [index])
     hidden = score(model, head_edit(model.params, model.model.head, [index]), dataset, [index])
     rows.append(

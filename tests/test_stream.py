@@ -338,18 +338,8 @@ def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
   """Two steps of four pictures, from a file of random weights where the config starts from one; with few classes, a forget."""
   side = 224 if "swin" in name else 32
   config = configs.load(name, {"data.side": side})
-  words = (
-    "--data-dir",
-    prepared_sets,
-    "--data.side",
-    side,
-    "--train.batch_size",
-    4,
-    "--train.steps",
-    2,
-    "--execution.workers",
-    0,
-  )
+  words = ("--data-dir", prepared_sets, "--data.side", side, "--execution.workers", 0)
+  words += ("--train.batch_size", 4, "--train.steps", 2)
   if config.model.pretrained:
     dataset = data.load(config.data.name, str(prepared_sets), side=side, training=False)
     params, model_state = setup.make_model(config, dataset).init(jax.random.key(7))

@@ -15,8 +15,8 @@ _OVERRIDES = "Any field of the config can be overridden by its dotted name, as i
 
 _FORGET = """Fields of [forget] and [execution] can be overridden, as in --forget.lambda1 1e-2.
 CHECKPOINT is what a training loop of your own wrote with Orbax's StandardCheckpointer: {"params": ..., "codes": ...}
-and "model_state" where the model, one of mnemonic_jax.models, has one. Each call starts from it, so name all classes to
-forget; fields of [data] and [model] can be overridden too.
+and "model_state" where the model, one of mnemonic_jax.models, has one, "ema_params" where an average of the params is kept.
+Each call starts from it, so name all classes to forget; fields of [data] and [model] can be overridden too.
 """
 
 
