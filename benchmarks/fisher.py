@@ -29,7 +29,7 @@ import numpy as np
 from nets import MODELS
 
 import mnemonic_jax as mj
-from mnemonic_jax import _passes
+from mnemonic_jax.fisher import passes
 
 ROWS = {
   "MNIST MLP, 10 codes": ("MNIST MLP", 10),
@@ -90,15 +90,26 @@ def ways_of(model: str, num: int) -> list[Way]:
   leaves = len(jax.tree.leaves(params))
 
   def ours(name, weights, is_disjoint) -> Way:
-    objective = _passes.Objective(
-      loss_fn, (True,) * leaves, "highest", disjoint=is_disjoint, platform=jax.default_backend(), weighed=True
+    objective = passes.Objective(
+      loss_fn,
+      (True,) * leaves,
+      "highest",
+      disjoint=is_disjoint,
+      platform=jax.default_backend(),
+      weighed=True,
     )
     batch = inputs, labels
-    microbatch = _passes.examples_at_once(objective, params, batch, weights, None)
-    first = _passes.take(batch, weights, 0, microbatch)
-    way = prepare(name, lambda p, b, w, s: _passes._program(objective, microbatch, p, b, w, s), params, *first, 0)
+    microbatch = passes.examples_at_once(objective, params, batch, weights, None)
+    first = passes.take(batch, weights, 0, microbatch)
+    way = prepare(
+      name, lambda p, b, w, s: passes._program(objective, microbatch, p, b, w, s), params, *first, 0
+    )
     one_pass = way.compiled
-    way.run = lambda: _passes.squared_gradients(objective, params, batch, weights, microbatch, one_pass=one_pass).sums
+    way.run = lambda: (
+      passes.squared_gradients(
+        objective, params, batch, weights, microbatch, one_pass=one_pass
+      ).sums
+    )
     way.name = f"{name} (microbatch {microbatch})" if microbatch < num else name
     return way
 
@@ -110,27 +121,43 @@ def ways_of(model: str, num: int) -> list[Way]:
   def in_microbatches(size) -> Way:
     step = lambda total, p, x, y, w: jax.tree.map(jnp.add, total, per_example(p, x, y, w))
     zeros = jax.tree.map(lambda leaf: jnp.zeros((2, *leaf.shape)), params)
-    way = prepare(f"vmap(grad) by {size}", step, zeros, params, inputs[:size], labels[:size], disjoint[:, :size])
+    way = prepare(
+      f"vmap(grad) by {size}", step, zeros, params, inputs[:size], labels[:size], disjoint[:, :size]
+    )
     with jax.default_matmul_precision("highest"):
       donating = jax.jit(step, donate_argnums=0)
-      compiled = donating.lower(zeros, params, inputs[:size], labels[:size], disjoint[:, :size]).compile()
+      compiled = donating.lower(
+        zeros, params, inputs[:size], labels[:size], disjoint[:, :size]
+      ).compile()
 
     def run():
       total = jax.tree.map(jnp.zeros_like, zeros)
       for at in range(0, num, size):
-        total = compiled(total, params, inputs[at : at + size], labels[at : at + size], disjoint[:, at : at + size])
+        total = compiled(
+          total, params, inputs[at : at + size], labels[at : at + size], disjoint[:, at : at + size]
+        )
       return total
 
     way.run = run
     return way
 
   ways = [
-    prepare("batch gradient", lambda p, x, y: jax.grad(lambda p: loss_fn(p, x, y).mean())(p), params, inputs, labels),
+    prepare(
+      "batch gradient",
+      lambda p, x, y: jax.grad(lambda p: loss_fn(p, x, y).mean())(p),
+      params,
+      inputs,
+      labels,
+    ),
     ours("one group", jnp.full((1, num), 1 / num), True),
     ours("two groups", disjoint, True),
     ours("overlapping", overlapping, False),
   ]
-  sizes = {size for size in (num, 8, 4) if size <= num and num % size == 0 and size * params_bytes(params) < 6e9}
+  sizes = {
+    size
+    for size in (num, 8, 4)
+    if size <= num and num % size == 0 and size * params_bytes(params) < 6e9
+  }
   ways += [in_microbatches(size) for size in sorted(sizes)]
   ways.append(in_microbatches(1))
   ways[-1].name = "one by one"
@@ -145,8 +172,13 @@ def params_bytes(params) -> int:
 def check(ways: list[Way]) -> float:
   """Largest difference between our two groups and vmap(grad)'s, relative to each leaf's largest entry."""
   by_name = {way.name.split(" (")[0]: way for way in ways}
-  ours, theirs = jax.tree.leaves(by_name["two groups"].run()), jax.tree.leaves(by_name["one by one"].run())
-  return max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(ours, theirs, strict=True))
+  ours, theirs = (
+    jax.tree.leaves(by_name["two groups"].run()),
+    jax.tree.leaves(by_name["one by one"].run()),
+  )
+  return max(
+    float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b))) for a, b in zip(ours, theirs, strict=True)
+  )
 
 
 def measure_compilation(ways: list[Way], rounds: int = 3) -> None:
@@ -210,20 +242,32 @@ def torch_loop(num: int) -> Way:
 
 def main() -> None:
   """Parse, measure, print."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("rows", nargs="*", help="rows to run, by the start of their names; all if none")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "rows", nargs="*", help="rows to run, by the start of their names; all if none"
+  )
   parser.add_argument("--list", action="store_true", help="name the rows and stop")
-  parser.add_argument("--torch", action="store_true", help="add the PyTorch loop (CIFAR ResNet-18 rows)")
-  parser.add_argument("--seconds", type=float, default=20.0, help="time for the repetitions of a row")
+  parser.add_argument(
+    "--torch", action="store_true", help="add the PyTorch loop (CIFAR ResNet-18 rows)"
+  )
+  parser.add_argument(
+    "--seconds", type=float, default=20.0, help="time for the repetitions of a row"
+  )
   options = parser.parse_args()
   if options.list:
     print("\n".join(ROWS))
     return
-  chosen = [row for row in ROWS if not options.rows or any(row.startswith(start) for start in options.rows)]
+  chosen = [
+    row for row in ROWS if not options.rows or any(row.startswith(start) for start in options.rows)
+  ]
   if not chosen:
     sys.exit(f"no row starts with {options.rows}; --list names them")
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {jax.device_count()} device(s)\n")
-  print("| model | way | seconds | / batch | temp MiB | compile s | / batch |\n|---|---|---|---|---|---|---|")
+  print(
+    "| model | way | seconds | / batch | temp MiB | compile s | / batch |\n|---|---|---|---|---|---|---|"
+  )
   for row in chosen:
     model, num = ROWS[row]
     ways = ways_of(model, num)

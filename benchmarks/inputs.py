@@ -37,11 +37,11 @@ from PIL import Image
 from scipy.stats import binom
 from sklearn.datasets import load_sample_images
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import data, losses, mixing, training
+from mnemonic_jax import codes, data, losses, training
 from mnemonic_jax.data import Dataset, augmentation
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 
 WORKERS = (0, 1, 2)
@@ -77,7 +77,11 @@ def synthetic(name: str, num: int, shape: tuple[int, ...]) -> Dataset:
 def encoded(folder: pathlib.Path | None) -> list[bytes]:
   """JPEGs of a folder, or a hundred of scikit-learn's photographs, each cut out at another place."""
   if folder is not None:
-    return [file.read_bytes() for file in sorted(folder.iterdir()) if file.suffix.lower() in (".jpeg", ".jpg")]
+    return [
+      file.read_bytes()
+      for file in sorted(folder.iterdir())
+      if file.suffix.lower() in (".jpeg", ".jpg")
+    ]
   files, photographs = [], [Image.fromarray(image) for image in load_sample_images().images]
   for index in range(100):
     photograph, buffer = photographs[index % 2], io.BytesIO()
@@ -93,7 +97,13 @@ def streamed(files: list[bytes], side: int) -> Dataset:
   labels = np.arange(len(files), dtype=np.int32) % 40
   stream = Stream("pictures", source, np.arange(len(files)), labels, 40, side, crop=True)
   return Dataset(
-    "pictures", stream, stream, tuple(map(str, range(40))), 255, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    "pictures",
+    stream,
+    stream,
+    tuple(map(str, range(40))),
+    255,
+    (0.485, 0.456, 0.406),
+    (0.229, 0.224, 0.225),
   )
 
 
@@ -101,10 +111,14 @@ def rows(pictures: pathlib.Path | None, quick: bool) -> list[Row]:
   """Everything that is measured."""
   cifar = {"train.batch_size": 8} if quick else {}
   mnist_size, cifar_size, side, batch = (256, 32, 32, 4) if quick else (60_000, 50_000, 224, 16)
-  large = configs.load("cub_resnet18", {"train.batch_size": batch, "model.pretrained": "", "model.new_head": False})
+  large = configs.load(
+    "cub_resnet18", {"train.batch_size": batch, "model.pretrained": "", "model.new_head": False}
+  )
   few = lambda number: 2 if quick else number
   return [
-    Row("digits, MLP, 32", data.load("digits"), configs.load("digits"), few(600), 0, few(200), few(20)),
+    Row(
+      "digits, MLP, 32", data.load("digits"), configs.load("digits"), few(600), 0, few(200), few(20)
+    ),
     Row(
       "MNIST shapes, MLP, 128",
       synthetic("MNIST", mnist_size, (28, 28, 1)),
@@ -143,11 +157,15 @@ def make_plain_step(apply, optimizer):
       logits, model_state = apply(params, state.model_state, images, True)
       return jnp.mean(losses.softmax_cross_entropy(logits, labels)), (logits, model_state)
 
-    (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    (value, (logits, model_state)), gradient = jax.value_and_grad(mean_loss, has_aux=True)(
+      state.params
+    )
     updates, optimizer_state = optimizer.update(gradient, state.optimizer_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}
-    return training.TrainState(params, model_state, optimizer_state, state.step + 1, state.key), metrics
+    return training.TrainState(
+      params, model_state, optimizer_state, state.step + 1, state.key
+    ), metrics
 
   return step
 
@@ -168,7 +186,9 @@ class Runner:
     return time.perf_counter() - start
 
 
-def in_pairs(first: Callable[[], float], second: Callable[[], float], pairs: int) -> tuple[list[float], list[float]]:
+def in_pairs(
+  first: Callable[[], float], second: Callable[[], float], pairs: int
+) -> tuple[list[float], list[float]]:
   """Seconds of both, taken in turn: first second, second first, ..., after one of each that is not counted."""
   seconds: tuple[list[float], list[float]] = ([], [])
   for index in range(-1, pairs):
@@ -207,7 +227,9 @@ def measure_stored(row: Row) -> str:
   batch = repeated_batch(row)
   stored = training.make_stored_step(step, dataset.preprocess, augment)
   alone = training.make_batch_step(step, dataset.preprocess)
-  no_step = training.make_stored_step(lambda state, images, labels: (state, (images, labels)), lambda x: x, augment)
+  no_step = training.make_stored_step(
+    lambda state, images, labels: (state, (images, labels)), lambda x: x, augment
+  )
   gather = jax.jit(lambda state, images, labels, rows: no_step(state, images, labels, rows, 0)[1])
   order = list(training.epoch_rows(start.state.key, 0, len(images), size))
 
@@ -244,7 +266,9 @@ def measure_stored(row: Row) -> str:
     steps = row.steps
   cold = without(calls[1]())
   loaded, plain = in_pairs(lambda: with_loader(calls[0]()), lambda: without(calls[1]()), row.pairs)
-  return line(row, "stored", first_batch, loader, steps * size / statistics.median(plain), cold, loaded, plain)
+  return line(
+    row, "stored", first_batch, loader, steps * size / statistics.median(plain), cold, loaded, plain
+  )
 
 
 def measure_streamed(row: Row) -> Iterator[str]:
@@ -253,7 +277,9 @@ def measure_streamed(row: Row) -> Iterator[str]:
   start = row.start
   step = training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE)
   augment = augmentation.NAMES[config.data.augment]
-  compiled = jax.jit(training.make_batch_step(step, row.dataset.preprocess, augment), donate_argnums=0)
+  compiled = jax.jit(
+    training.make_batch_step(step, row.dataset.preprocess, augment), donate_argnums=0
+  )
   runner, batch = Runner(row, compiled), repeated_batch(row)
   repeated = lambda: runner(itertools.repeat((*batch, 0), row.steps))
   begun = time.perf_counter()
@@ -262,7 +288,9 @@ def measure_streamed(row: Row) -> Iterator[str]:
   for workers in WORKERS:
     skipped, counted = 8 * max(workers, 1), 6 if row.pairs < 3 else 30
     begun = time.perf_counter()
-    with stream.training_batches(0, size, first_step=0, last_step=skipped + counted, workers=workers) as batches:
+    with stream.training_batches(
+      0, size, first_step=0, last_step=skipped + counted, workers=workers
+    ) as batches:
       next(batches)
       first_batch = time.perf_counter() - begun
       for _ in range(skipped - 1):
@@ -274,7 +302,9 @@ def measure_streamed(row: Row) -> Iterator[str]:
 
     def with_loader(workers: int = workers) -> float:
       # The first step is not counted: it fills the buffers, which are full again at the end.
-      loading = stream.training_batches(0, size, first_step=0, last_step=row.steps + 13, workers=workers)
+      loading = stream.training_batches(
+        0, size, first_step=0, last_step=row.steps + 13, workers=workers
+      )
       with loading as batches:
         runner((*next(batches), 0) for _ in range(1))
         return runner((*next(batches), 0) for _ in range(row.steps))
@@ -286,9 +316,7 @@ def measure_streamed(row: Row) -> Iterator[str]:
 
 def line(row: Row, kind: str, first_batch, loader, alone, cold, loaded, plain) -> str:
   """A row of the first table."""
-  return (
-    f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | {cost(loaded, plain)} |"
-  )
+  return f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | {cost(loaded, plain)} |"
 
 
 def measure_mixing(row: Row) -> str:
@@ -297,12 +325,24 @@ def measure_mixing(row: Row) -> str:
   images, labels, _ = repeated_batch(row)
   images = jax.jit(row.dataset.preprocess)(images)
   mixed = Runner(
-    row, jax.jit(training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE), donate_argnums=0)
+    row,
+    jax.jit(
+      training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE),
+      donate_argnums=0,
+    ),
   )
-  plain = Runner(row, jax.jit(make_plain_step(start.model.apply, start.optimizer), donate_argnums=0))
+  plain = Runner(
+    row, jax.jit(make_plain_step(start.model.apply, start.optimizer), donate_argnums=0)
+  )
   batches = lambda: itertools.repeat((images, labels), row.mixing_steps)
-  with_codes, without = in_pairs(lambda: mixed(batches()), lambda: plain(batches()), row.mixing_pairs)
-  mix = jax.jit(lambda index: mixing.mix(jax.random.fold_in(start.state.key, index), images, labels, start.codes, RATE))
+  with_codes, without = in_pairs(
+    lambda: mixed(batches()), lambda: plain(batches()), row.mixing_pairs
+  )
+  mix = jax.jit(
+    lambda index: codes.mix(
+      jax.random.fold_in(start.state.key, index), images, labels, start.codes, RATE
+    )
+  )
 
   def mix_alone(index: int) -> float:
     begun = time.perf_counter()
@@ -311,7 +351,9 @@ def measure_mixing(row: Row) -> str:
 
   mix_alone(0)
   alone = statistics.median(mix_alone(index) for index in range(100))
-  seconds = [1000 * statistics.median(values) / row.mixing_steps for values in (with_codes, without)]
+  seconds = [
+    1000 * statistics.median(values) / row.mixing_steps for values in (with_codes, without)
+  ]
   return (
     f"| {row.name} | {size} | {seconds[0]:.4g} | {seconds[1]:.4g} | {cost(with_codes, without)} | "
     f"{1000 * alone:.3g} | {100_000 * alone / seconds[1]:.2g} % |"
@@ -320,21 +362,29 @@ def measure_mixing(row: Row) -> str:
 
 def main() -> None:
   """Print both tables."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--pictures", type=pathlib.Path, metavar="DIR", help="folder of JPEGs to stream")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--pictures", type=pathlib.Path, metavar="DIR", help="folder of JPEGs to stream"
+  )
   parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
   options = parser.parse_args()
   if options.pictures is not None and not options.pictures.is_dir():
     parser.error(f"--pictures: {options.pictures} is no folder")
   chosen = rows(options.pictures, options.quick)
-  pictures = f"JPEGs of {options.pictures.name}" if options.pictures else "two photographs (synthetic)"
+  pictures = (
+    f"JPEGs of {options.pictures.name}" if options.pictures else "two photographs (synthetic)"
+  )
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; streamed pictures: {pictures}\n")
   print(
     "| data, model, batch | loader | first batch, s | loader alone, images/s | step alone, images/s | cold, s | cost of input |\n"
     "|---|---|---|---|---|---|---|"
   )
   for row in chosen:
-    measured = measure_streamed(row) if isinstance(row.dataset.train, Stream) else [measure_stored(row)]
+    measured = (
+      measure_streamed(row) if isinstance(row.dataset.train, Stream) else [measure_stored(row)]
+    )
     for text in measured:
       print(text, flush=True)
   print(

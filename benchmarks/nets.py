@@ -57,16 +57,26 @@ def mlp(inputs=784, hidden=1000, classes=10):
     keys = Keys(key)
     return {"hidden": linear_init(keys, inputs, hidden), "head": linear_init(keys, hidden, classes)}
 
-  return init, lambda p, x: linear(jax.nn.sigmoid(linear(x.reshape(len(x), -1), p["hidden"])), p["head"])
+  return init, lambda p, x: linear(
+    jax.nn.sigmoid(linear(x.reshape(len(x), -1), p["hidden"])), p["head"]
+  )
 
 
 def resnet(depths, *, bottleneck=False, groups=1, base=64, small_stem=False, classes=1000):
   """ResNet-18 is (2, 2, 2, 2); ResNeXt-50 32x4d is (3, 4, 6, 3), a bottleneck of base 128 in 32 groups."""
-  plan = [(64 * 2**stage, 2 if stage and not block else 1) for stage, n in enumerate(depths) for block in range(n)]
+  plan = [
+    (64 * 2**stage, 2 if stage and not block else 1)
+    for stage, n in enumerate(depths)
+    for block in range(n)
+  ]
 
   def init(key):
     keys = Keys(key)
-    params = {"stem": keys.normal(*((3, 3) if small_stem else (7, 7)), 3, 64), "norm": affine_init(64), "blocks": []}
+    params = {
+      "stem": keys.normal(*((3, 3) if small_stem else (7, 7)), 3, 64),
+      "norm": affine_init(64),
+      "blocks": [],
+    }
     width = 64
     for features, stride in plan:
       out, inner = (4 * features, base * features // 64) if bottleneck else (features, features)
@@ -75,7 +85,10 @@ def resnet(depths, *, bottleneck=False, groups=1, base=64, small_stem=False, cla
         if bottleneck
         else [(3, width, out), (3, out, out)]
       )
-      block = {"convs": [keys.normal(k, k, i, o) for k, i, o in sizes], "norms": [affine_init(o) for _, _, o in sizes]}
+      block = {
+        "convs": [keys.normal(k, k, i, o) for k, i, o in sizes],
+        "norms": [affine_init(o) for _, _, o in sizes],
+      }
       if stride > 1 or width != out:
         block |= {"shortcut": keys.normal(1, 1, width, out), "shortcut_norm": affine_init(out)}
       params["blocks"].append(block)
@@ -90,9 +103,16 @@ def resnet(depths, *, bottleneck=False, groups=1, base=64, small_stem=False, cla
       y = x
       for index, (kernel, norm) in enumerate(zip(block["convs"], block["norms"], strict=True)):
         strided = index == (1 if bottleneck else 0)
-        y = affine(conv(y, kernel, stride if strided else 1, groups if bottleneck and index == 1 else 1), norm)
+        y = affine(
+          conv(y, kernel, stride if strided else 1, groups if bottleneck and index == 1 else 1),
+          norm,
+        )
         y = jax.nn.relu(y) if index < len(block["convs"]) - 1 else y
-      x = affine(conv(x, block["shortcut"], stride), block["shortcut_norm"]) if "shortcut" in block else x
+      x = (
+        affine(conv(x, block["shortcut"], stride), block["shortcut_norm"])
+        if "shortcut" in block
+        else x
+      )
       x = jax.nn.relu(x + y)
     return linear(x.mean((1, 2)), params["head"])
 
@@ -102,7 +122,9 @@ def resnet(depths, *, bottleneck=False, groups=1, base=64, small_stem=False, cla
 def attention(x, p, heads, bias=None):
   q, k, v = jnp.split(linear(x, p["qkv"]).reshape(*x.shape[:-1], 3 * heads, -1), 3, axis=-2)
   scores = jnp.einsum("...qhd,...khd->...hqk", q, k) / math.sqrt(q.shape[-1])
-  mixed = jnp.einsum("...hqk,...khd->...qhd", jax.nn.softmax(scores if bias is None else scores + bias), v)
+  mixed = jnp.einsum(
+    "...hqk,...khd->...qhd", jax.nn.softmax(scores if bias is None else scores + bias), v
+  )
   return linear(mixed.reshape(x.shape), p["out"])
 
 
@@ -139,7 +161,10 @@ def vit(width, depth, heads, *, patch=16, size=224, classes=1000):
 
   def apply(params, x):
     x = conv(x, params["patch"], patch, padding="VALID").reshape(len(x), -1, width)
-    x = jnp.concatenate([jnp.broadcast_to(params["class_token"], (len(x), 1, width)), x], 1) + params["position"]
+    x = (
+      jnp.concatenate([jnp.broadcast_to(params["class_token"], (len(x), 1, width)), x], 1)
+      + params["position"]
+    )
     for p in params["blocks"]:
       x = x + attention(layer_norm(x, p["norm1"]), p["attention"], heads)
       x = x + feed_forward(x, p)
@@ -162,11 +187,14 @@ def swin(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), *, window=7, size=
     for stage, depth in enumerate(depths):
       features = width * 2**stage
       blocks = [
-        block_init(keys, features) | {"relative": keys.normal((2 * window - 1) ** 2, heads[stage], fan_in=5000)}
+        block_init(keys, features)
+        | {"relative": keys.normal((2 * window - 1) ** 2, heads[stage], fan_in=5000)}
         for _ in range(depth)
       ]
       merge = {"norm": affine_init(4 * features), "kernel": keys.normal(4 * features, 2 * features)}
-      params["stages"].append({"blocks": blocks} | ({"merge": merge} if stage < len(depths) - 1 else {}))
+      params["stages"].append(
+        {"blocks": blocks} | ({"merge": merge} if stage < len(depths) - 1 else {})
+      )
     last = width * 2 ** (len(depths) - 1)
     return params | {"norm": affine_init(last), "head": linear_init(keys, last, classes)}
 
@@ -177,7 +205,9 @@ def swin(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), *, window=7, size=
 
   def unwindows(x, h, w):
     n, c = len(x), x.shape[-1]
-    return x.reshape(n, h // window, w // window, window, window, c).swapaxes(2, 3).reshape(n, h, w, c)
+    return (
+      x.reshape(n, h // window, w // window, window, window, c).swapaxes(2, 3).reshape(n, h, w, c)
+    )
 
   def mask(h, w, shift):
     regions = np.zeros((1, h, w, 1))
@@ -185,7 +215,9 @@ def swin(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), *, window=7, size=
       for j, columns in enumerate((slice(-window), slice(-window, -shift), slice(-shift, None))):
         regions[:, rows, columns] = 3 * i + j
     regions = windows(regions)[0, :, :, 0]
-    return np.where(regions[:, None, :] == regions[:, :, None], 0.0, -100.0).astype(np.float32)[:, None]
+    return np.where(regions[:, None, :] == regions[:, :, None], 0.0, -100.0).astype(np.float32)[
+      :, None
+    ]
 
   def apply(params, x):
     x = layer_norm(conv(x, params["patch"], 4, padding="VALID"), params["patch_norm"])
@@ -202,7 +234,11 @@ def swin(width=96, depths=(2, 2, 6, 2), heads=(3, 6, 12, 24), *, window=7, size=
         x = x + feed_forward(x, p)
       if "merge" in p_stage:
         n, c = len(x), x.shape[-1]
-        x = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(n, h // 2, w // 2, 4 * c)
+        x = (
+          x.reshape(n, h // 2, 2, w // 2, 2, c)
+          .transpose(0, 1, 3, 4, 2, 5)
+          .reshape(n, h // 2, w // 2, 4 * c)
+        )
         x = layer_norm(x, p_stage["merge"]["norm"]) @ p_stage["merge"]["kernel"]
     return linear(layer_norm(x, params["norm"]).mean((1, 2)), params["head"])
 

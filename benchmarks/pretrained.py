@@ -3,7 +3,7 @@
 Command:  python benchmarks/pretrained.py [--quick]      (two minutes on 2 CPU cores; --quick: a ViT-Ti/16, once)
 
 Files of random weights (synthetic) with timm's names (.safetensors) and AugReg's (.npz) are read by
-`mnemonic_jax.pretrained.load`, each time in a fresh process, into a model with and without scanned blocks. Seconds go
+`mnemonic_jax.models.pretrained.load`, each time in a fresh process, into a model with and without scanned blocks. Seconds go
 from the call until the params are on the device. The files have just been written, so they are in the page cache: a cold
 one is not measured.
 
@@ -32,7 +32,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from mnemonic_jax import models, pretrained
+from mnemonic_jax import models
+from mnemonic_jax.models import pretrained
 
 INTERVAL = 0.005  # seconds between samples
 REPEATS = 3
@@ -68,7 +69,9 @@ HEADS = {"vit_ti16": 3, "vit_b16": 12}
 
 def template(name: str, scan: bool = False):
   """Shapes of params and model_state."""
-  return jax.eval_shape(models.make(name, shape=(224, 224, 3), num_classes=1000, scan=scan).init, jax.random.key(0))
+  return jax.eval_shape(
+    models.make(name, shape=(224, 224, 3), num_classes=1000, scan=scan).init, jax.random.key(0)
+  )
 
 
 def drawn(name: str, rules) -> dict[str, np.ndarray]:
@@ -85,7 +88,9 @@ def drawn(name: str, rules) -> dict[str, np.ndarray]:
 def write_timm(name: str, folder: pathlib.Path) -> pathlib.Path:
   """A state dict of timm's: (out, in, *window)."""
   arrays = {
-    theirs: np.ascontiguousarray(np.moveaxis(x, (-1, -2), (0, 1))) if theirs.endswith("weight") and x.ndim > 1 else x
+    theirs: np.ascontiguousarray(np.moveaxis(x, (-1, -2), (0, 1)))
+    if theirs.endswith("weight") and x.ndim > 1
+    else x
     for theirs, x in drawn(name, TIMM).items()
   }
   save_file(arrays, folder / "timm.safetensors")
@@ -145,7 +150,9 @@ def row(kind: str, name: str, file: pathlib.Path, repeats: int, scan: bool) -> s
   for _ in range(repeats):
     command = [sys.executable, __file__, "--child", name, str(file), *["--scan"] * scan]
     outcomes.append(
-      json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout)
+      json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ).stdout
+      )
     )
   seconds = [outcome["seconds"] for outcome in outcomes]
   peak, kept = max(o["peak"] for o in outcomes), statistics.median(o["kept"] for o in outcomes)
@@ -158,16 +165,25 @@ def row(kind: str, name: str, file: pathlib.Path, repeats: int, scan: bool) -> s
 
 def main() -> None:
   """Write, load, print."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--quick", action="store_true", help="a ViT-Ti/16, once")
-  parser.add_argument("--child", nargs=2, metavar=("MODEL", "FILE"), help="load one file here, and print one JSON line")
+  parser.add_argument(
+    "--child",
+    nargs=2,
+    metavar=("MODEL", "FILE"),
+    help="load one file here, and print one JSON line",
+  )
   parser.add_argument("--scan", action="store_true", help="with --child: into scanned blocks")
   options = parser.parse_args()
   if options.child:
     print(json.dumps(child(*options.child, options.scan)))
     return
   name, repeats = ("vit_ti16", 1) if options.quick else ("vit_b16", REPEATS)
-  print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {name}, {repeats} fresh processes a row\n")
+  print(
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {name}, {repeats} fresh processes a row\n"
+  )
   print(
     "| file | MiB | s (first) | s (median) | largest peak, MiB | / file | less the params, MiB | / file | kept / file |\n"
     "|---|---|---|---|---|---|---|---|---|"

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import config as configs
 from mnemonic_jax import data, training
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 
 EPOCHS = 6
@@ -50,7 +50,9 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
 
   def fresh():
     start = setup.make(config, dataset)
-    return start, training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=config.codes.rate)
+    return start, training.make_train_step(
+      start.model.apply, start.optimizer, start.codes, rate=config.codes.rate
+    )
 
   start, step = fresh()
   epoch = training.make_epoch(training.make_stored_step(step, dataset.preprocess), batch_size=size)
@@ -63,7 +65,10 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
 
   whole_cold, whole_warm = time_epochs(whole)
   start, step = fresh()
-  jitted = jax.jit(lambda state, rows: step(state, dataset.preprocess(images[rows]), labels[rows]), donate_argnums=0)
+  jitted = jax.jit(
+    lambda state, rows: step(state, dataset.preprocess(images[rows]), labels[rows]),
+    donate_argnums=0,
+  )
   state, generator = start.state, np.random.default_rng(0)
 
   def single() -> None:

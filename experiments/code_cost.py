@@ -22,12 +22,12 @@ import numpy as np
 import paper_tables
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax.cli.parser import dotted_overrides
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.inference import predict
 
 
@@ -49,9 +49,14 @@ def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
   (index,) = config.forget.classes
   seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
   own = np.arange(len(model.codes))
-  told = [jnp.argmax(model.logits_fn(model.params, codes), axis=-1) == own for codes in model.codes.swapaxes(0, 1)]
+  told = [
+    jnp.argmax(model.logits_fn(model.params, codes), axis=-1) == own
+    for codes in model.codes.swapaxes(0, 1)
+  ]
   strength = paper_tables.strength_of(config)
-  forgotten = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength).params
+  forgotten = mj.forget(
+    model.logits_fn, model.params, model.codes, [index], strength=strength
+  ).params
   after = paper_tables.score(model, forgotten, dataset, [index])
   return Row(
     accuracy=100 * float(np.mean(seen.predictions == seen.labels)),
@@ -68,12 +73,20 @@ def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
 
 def main() -> None:
   """Train what is missing, print the table, save the figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("config", help="a named config or a TOML file")
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
-  parser.add_argument("--runs", type=pathlib.Path, help="where the run folders go (default: runs/code_cost_CONFIG)")
-  parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.3], help="shares of codes above 0")
-  parser.add_argument("--per-class", type=int, nargs="+", default=[1, 4], help="numbers of codes for each class")
+  parser.add_argument(
+    "--runs", type=pathlib.Path, help="where the run folders go (default: runs/code_cost_CONFIG)"
+  )
+  parser.add_argument(
+    "--rates", type=float, nargs="+", default=[0.1, 0.3], help="shares of codes above 0"
+  )
+  parser.add_argument(
+    "--per-class", type=int, nargs="+", default=[1, 4], help="numbers of codes for each class"
+  )
   parser.add_argument("--seeds", type=int, nargs="+", default=[0])
   overrides, rest = dotted_overrides(sys.argv[1:])
   arguments = parser.parse_args(rest)
@@ -92,15 +105,35 @@ def main() -> None:
       changed = {"codes.rate": rate, "codes.per_class": number, "train.seed": seed}
       seeded = configs.build(config.name, configs.as_dict(config), changed)
       values.append(study(folder / f"{rate:g}_{number}" / str(seed), dataset, seeded))
-      print(f"t_mix {rate:g}, {number} a class, seed {seed}: {values[-1].accuracy:.2f}", file=sys.stderr, flush=True)
+      print(
+        f"t_mix {rate:g}, {number} a class, seed {seed}: {values[-1].accuracy:.2f}",
+        file=sys.stderr,
+        flush=True,
+      )
     rows.append({"rate": rate, "per_class": number, "values": values})
   strength = paper_tables.shown(paper_tables.strength_of(config))
-  print(f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} forgotten at {strength}, all in %\n")
-  print("| t_mix | codes a class | " + " | ".join(Row._fields).replace("_", " ") + " |\n" + "|---" * 9 + "|")
+  print(
+    f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} forgotten at {strength}, all in %\n"
+  )
+  print(
+    "| t_mix | codes a class | "
+    + " | ".join(Row._fields).replace("_", " ")
+    + " |\n"
+    + "|---" * 9
+    + "|"
+  )
   for row in rows:
-    cells = (f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*row["values"], strict=True))
-    print(f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | " + " | ".join(cells) + " |")
-  common.save(name, {"overrides": overrides, "seeds": arguments.seeds, "columns": Row._fields, "rows": rows})
+    cells = (
+      f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*row["values"], strict=True)
+    )
+    print(
+      f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | "
+      + " | ".join(cells)
+      + " |"
+    )
+  common.save(
+    name, {"overrides": overrides, "seeds": arguments.seeds, "columns": Row._fields, "rows": rows}
+  )
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ import numpy as np
 
 import mnemonic_jax as mj
 from mnemonic_jax import training
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.models import Model
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.files import dumps
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -36,7 +36,9 @@ class Trained(NamedTuple):
 def train(config: Config, dataset: Dataset) -> Trained:
   """Train in memory as `mnemonic train` does, without a run folder."""
   start = setup.make(config, dataset)
-  step = training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=config.codes.rate)
+  step = training.make_train_step(
+    start.model.apply, start.optimizer, start.codes, rate=config.codes.rate
+  )
   stored_step = training.make_stored_step(step, dataset.preprocess)
   epoch = training.make_epoch(stored_step, batch_size=config.train.batch_size)
   images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
@@ -60,7 +62,9 @@ def forget_each(trained: Trained, strengths: mj.Strength, forget_masks: jax.Arra
   """
 
   def one(forget: jax.Array, strength: mj.Strength) -> Any:
-    return mj.forget_step(trained.logits_fn, trained.params, trained.codes, forget, ~forget, strength)[0]
+    return mj.forget_step(
+      trained.logits_fn, trained.params, trained.codes, forget, ~forget, strength
+    )[0]
 
   return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(forget_masks, strengths)
 
@@ -74,7 +78,9 @@ def per_class_accuracy(
   return jax.ops.segment_sum(right.astype(jnp.float32), labels, num_classes) / counts
 
 
-def retain_and_forget(per_class: np.ndarray, counts: np.ndarray, classes: Sequence[int]) -> tuple[float, float]:
+def retain_and_forget(
+  per_class: np.ndarray, counts: np.ndarray, classes: Sequence[int]
+) -> tuple[float, float]:
   """(A_R, E_F) over examples, in percent, from per-class accuracies."""
   forgotten = np.isin(np.arange(len(counts)), classes)
   right = per_class * counts

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax import data
 from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs import config as configs
 
 
 def study(seed: int) -> dict[str, np.ndarray]:
@@ -35,10 +35,14 @@ def study(seed: int) -> dict[str, np.ndarray]:
 
   def probe(features_fn, params) -> np.ndarray:
     features = jax.jit(features_fn)
-    return 100 * probe_accuracy(features(params, train_inputs), dataset.train.labels, features(params, inputs), labels)
+    return 100 * probe_accuracy(
+      features(params, train_inputs), dataset.train.labels, features(params, inputs), labels
+    )
 
   def row(model, params, index: int, probed: np.ndarray) -> tuple[float, float, float]:
-    per_class = np.asarray(common.per_class_accuracy(model.logits_fn, params, inputs, labels, num_classes))
+    per_class = np.asarray(
+      common.per_class_accuracy(model.logits_fn, params, inputs, labels, num_classes)
+    )
     return *common.retain_and_forget(per_class, counts, [index]), probed[index]
 
   before_probe = probe(trained.features_fn, trained.params)
@@ -47,17 +51,23 @@ def study(seed: int) -> dict[str, np.ndarray]:
   for index in range(num_classes):
     result = mj.forget(trained.logits_fn, trained.params, trained.codes, [index], strength=strength)
     rows["Before"].append(row(trained, trained.params, index, before_probe))
-    rows["Mnemonic code"].append(row(trained, result.params, index, probe(trained.features_fn, result.params)))
+    rows["Mnemonic code"].append(
+      row(trained, result.params, index, probe(trained.features_fn, result.params))
+    )
     edited = head_edit(trained.params, trained.model.head, [index])
     rows["Head edit"].append(row(trained, edited, index, before_probe))
     retrained = common.train(config, dataset.without((index,)))
-    rows["Retrain"].append(row(retrained, retrained.params, index, probe(retrained.features_fn, retrained.params)))
+    rows["Retrain"].append(
+      row(retrained, retrained.params, index, probe(retrained.features_fn, retrained.params))
+    )
   return {name: np.asarray(values) for name, values in rows.items()}
 
 
 def main() -> None:
   """Run all seeds, print the tables, save the figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
   arguments = parser.parse_args()
   studies = []
@@ -65,12 +75,16 @@ def main() -> None:
     studies.append(study(seed))
     print(
       f"seed {seed}: "
-      + ", ".join(f"{n} A_R {v[:, 0].mean():.2f} E_F {v[:, 1].mean():.2f}" for n, v in studies[-1].items())
+      + ", ".join(
+        f"{n} A_R {v[:, 0].mean():.2f} E_F {v[:, 1].mean():.2f}" for n, v in studies[-1].items()
+      )
     )
   means = {name: np.mean([s[name] for s in studies], axis=0) for name in studies[0]}
   spread = {name: np.std([s[name].mean(axis=0) for s in studies], axis=0) for name in studies[0]}
 
-  print("\n| | A_R % | change of A_R | E_F % | probe of the forgotten class % |\n|---|---|---|---|---|")
+  print(
+    "\n| | A_R % | change of A_R | E_F % | probe of the forgotten class % |\n|---|---|---|---|---|"
+  )
   for name, values in means.items():
     retain, error, probed = values.mean(axis=0)
     change = "" if name == "Before" else f"{retain - means['Before'][:, 0].mean():+.2f}"
@@ -98,7 +112,10 @@ def main() -> None:
     f"\nworst single A_R: class {worst_drop[1]}, seed {arguments.seeds[worst_drop[0]]}: {drops.min():+.2f}; "
     f"worst single E_F: class {worst_error[1]}, seed {arguments.seeds[worst_error[0]]}: {errors.min():.2f}"
   )
-  common.save("digits_all_classes", {"seeds": arguments.seeds, "columns": ["A_R", "E_F", "probe"], "studies": studies})
+  common.save(
+    "digits_all_classes",
+    {"seeds": arguments.seeds, "columns": ["A_R", "E_F", "probe"], "studies": studies},
+  )
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import matplotlib
 import numpy as np
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax import data
+from mnemonic_jax.runs import config as configs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -33,7 +33,9 @@ def study(rate: float, seed: int) -> tuple[float, float, float]:
   num_classes = len(dataset.class_names)
   inputs, labels = dataset.preprocess(jnp.asarray(dataset.test.images)), dataset.test.labels
   counts = np.bincount(labels, minlength=num_classes)
-  score = lambda params: common.per_class_accuracy(trained.logits_fn, params, inputs, labels, num_classes)
+  score = lambda params: common.per_class_accuracy(
+    trained.logits_fn, params, inputs, labels, num_classes
+  )
   strengths = mj.Strength(jnp.array([config.forget.lambda1]), jnp.array([config.forget.lambda2]))
   params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
   after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))[:, 0]
@@ -48,15 +50,24 @@ def main() -> None:
   mean, spread = results.mean(axis=1), results.std(axis=1)
   print("| t_mix | test accuracy % | A_R after % | E_F % |\n|---|---|---|---|")
   for rate, values, deviations in zip(RATES, mean, spread, strict=True):
-    print(f"| {rate:g} | " + " | ".join(f"{v:.2f} ± {d:.2f}" for v, d in zip(values, deviations, strict=True)) + " |")
+    print(
+      f"| {rate:g} | "
+      + " | ".join(f"{v:.2f} ± {d:.2f}" for v, d in zip(values, deviations, strict=True))
+      + " |"
+    )
   common.save(
-    "digits_mixing_rate", {"rates": RATES, "seeds": SEEDS, "columns": ["accuracy", "A_R", "E_F"], "values": results}
+    "digits_mixing_rate",
+    {"rates": RATES, "seeds": SEEDS, "columns": ["accuracy", "A_R", "E_F"], "values": results},
   )
   figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-  for column, (label, marker) in enumerate((("test accuracy before", "o"), ("A_R after", "s"), ("E_F after", "^"))):
+  for column, (label, marker) in enumerate(
+    (("test accuracy before", "o"), ("A_R after", "s"), ("E_F after", "^"))
+  ):
     axis.errorbar(RATES, mean[:, column], spread[:, column], marker=marker, capsize=3, label=label)
   axis.set(xlabel="t_mix, share of examples replaced by codes", ylabel="%", ylim=(0, 102))
-  axis.set_title("Digits, MLP, U(0,1) codes: mean and deviation over five training seeds", fontsize=10)
+  axis.set_title(
+    "Digits, MLP, U(0,1) codes: mean and deviation over five training seeds", fontsize=10
+  )
   axis.legend()
   figure.savefig(common.RESULTS / "digits_mixing_rate.png", dpi=110)
 

@@ -16,8 +16,8 @@ import matplotlib
 import numpy as np
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax import data
+from mnemonic_jax.runs import config as configs
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,8 +32,13 @@ def score_grid(seed: int) -> tuple[np.ndarray, float]:
   dataset, held = common.part_of_train(data.load("digits"), every=5)
   trained = common.train(configs.load("digits", {"train.seed": seed}), dataset)
   num_classes = len(dataset.class_names)
-  inputs, counts = dataset.preprocess(jnp.asarray(held.images)), np.bincount(held.labels, minlength=num_classes)
-  score = lambda params: common.per_class_accuracy(trained.logits_fn, params, inputs, held.labels, num_classes)
+  inputs, counts = (
+    dataset.preprocess(jnp.asarray(held.images)),
+    np.bincount(held.labels, minlength=num_classes),
+  )
+  score = lambda params: common.per_class_accuracy(
+    trained.logits_fn, params, inputs, held.labels, num_classes
+  )
   before = np.asarray(score(trained.params))
   grid = np.zeros((len(LAMBDA1), len(LAMBDA2), num_classes, 2))
   for row, lambda1 in enumerate(LAMBDA1):  # a row at a time bounds the memory
@@ -52,15 +57,21 @@ def draw(mean: np.ndarray) -> None:
   """The two maps side by side, numbers in the cells."""
   figure, axes = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
   titles = ("change of A_R, points (held-out part)", "E_F, % (held-out part)")
-  for axis, title, values, limits in zip(axes, titles, (mean[..., 0], mean[..., 1]), ((-20, 0), (0, 100)), strict=True):
-    axis.imshow(values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto", origin="lower")
+  for axis, title, values, limits in zip(
+    axes, titles, (mean[..., 0], mean[..., 1]), ((-20, 0), (0, 100)), strict=True
+  ):
+    axis.imshow(
+      values, cmap="cividis", vmin=limits[0], vmax=limits[1], aspect="auto", origin="lower"
+    )
     axis.set(title=title, xlabel="lambda2", ylabel="lambda1")
     axis.set_xticks(range(len(LAMBDA2)), [f"{x:g}" for x in LAMBDA2])
     axis.set_yticks(range(len(LAMBDA1)), [f"{x:g}" for x in LAMBDA1])
     for row, column in np.ndindex(values.shape):
       dark = (values[row, column] - limits[0]) / (limits[1] - limits[0]) < 0.6
       text = f"{values[row, column]:.1f}"
-      axis.text(column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+      axis.text(
+        column, row, text, ha="center", va="center", fontsize=8, color="white" if dark else "black"
+      )
   figure.suptitle("Digits, MLP, U(0,1) codes: mean over ten classes and three training seeds")
   figure.savefig(common.RESULTS / "digits_strength.png", dpi=110)
 
@@ -74,7 +85,9 @@ def main() -> None:
   print("| lambda1 | lambda2 | change of A_R | E_F |\n|---|---|---|---|")
   best = [np.unravel_index(flat, total.shape) for flat in order]
   for row, column in best:
-    print(f"| {LAMBDA1[row]:g} | {LAMBDA2[column]:g} | {mean[row, column, 0]:+.2f} | {mean[row, column, 1]:.2f} |")
+    print(
+      f"| {LAMBDA1[row]:g} | {LAMBDA2[column]:g} | {mean[row, column, 0]:+.2f} | {mean[row, column, 1]:.2f} |"
+    )
   row, column = best[0]
   common.save(
     "digits_strength",

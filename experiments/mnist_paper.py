@@ -15,17 +15,21 @@ import pathlib
 import common
 import paper_tables
 
-from mnemonic_jax import config as configs
 from mnemonic_jax import data
+from mnemonic_jax.runs import config as configs
 
 SEEDS = [0, 1, 2]
 
 
 def main() -> None:
   """Train what is missing, print the tables, save the figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
-  parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mnist_mlp"), help="where run folders go")
+  parser.add_argument(
+    "--runs", type=pathlib.Path, default=pathlib.Path("runs/mnist_mlp"), help="where run folders go"
+  )
   arguments = parser.parse_args()
   dataset = data.load("mnist", arguments.data_dir)
   runs = {kind: arguments.runs / kind for kind in ("codes", "retrain")}
@@ -33,12 +37,19 @@ def main() -> None:
   zero = paper_tables.one_class(runs, dataset, config, [paper_tables.strength_of(config)], SEEDS)
   paper_tables.print_one_class("class 0, 3 seeds", zero)
   classes = {}
-  for distribution, folder in (("uniform", runs["codes"] / "0"), ("normal", arguments.runs / "normal" / "0")):
+  for distribution, folder in (
+    ("uniform", runs["codes"] / "0"),
+    ("normal", arguments.runs / "normal" / "0"),
+  ):
     config = configs.load("mnist_mlp", {"codes.distribution": distribution})
     model = paper_tables.trained(folder, dataset, config)
-    classes[distribution] = paper_tables.every_class(model, dataset, paper_tables.strength_of(config))
+    classes[distribution] = paper_tables.every_class(
+      model, dataset, paper_tables.strength_of(config)
+    )
   print(
-    "\n| class | A_R before | U(0,1): A_R | E_F | N(0,1): A_R before | A_R | E_F | head edit A_R |\n" + "|---" * 8 + "|"
+    "\n| class | A_R before | U(0,1): A_R | E_F | N(0,1): A_R before | A_R | E_F | head edit A_R |\n"
+    + "|---" * 8
+    + "|"
   )
   for uniform, normal in zip(*classes.values(), strict=True):
     print(
@@ -47,7 +58,13 @@ def main() -> None:
       f"{normal['forget_error']:.2f} | {uniform['head_edit_retain']:.2f} |"
     )
   common.save(
-    "mnist_paper", {"seeds": SEEDS, "columns": ["A_R", "E_F", "probe"], "class_zero": zero, "every_class": classes}
+    "mnist_paper",
+    {
+      "seeds": SEEDS,
+      "columns": ["A_R", "E_F", "probe"],
+      "class_zero": zero,
+      "every_class": classes,
+    },
   )
 
 

@@ -34,13 +34,18 @@ class Classifier(nn.Module):
 def main(steps: int = 1500) -> dict[str, mj.Scores]:
   """Train, forget, print the table; return the scores."""
   digits = data.load("digits")
-  images, labels = np.asarray(digits.preprocess(jnp.asarray(digits.train.images))), digits.train.labels
+  images, labels = (
+    np.asarray(digits.preprocess(jnp.asarray(digits.train.images))),
+    digits.train.labels,
+  )
   model = Classifier()
   params = model.init(jax.random.key(0), images[:1])["params"]
   logits_fn = lambda params, inputs: model.apply({"params": params}, inputs)
 
   # 1. Codes: one random picture for each class, drawn once. Save them with the params.
-  codes = mj.make_codes(jax.random.key(1), num_classes=10, shape=digits.shape, distribution="uniform")
+  codes = mj.make_codes(
+    jax.random.key(1), num_classes=10, shape=digits.shape, distribution="uniform"
+  )
 
   # As `mnemonic configs digits`. Trained with AdamW, most models of a trial kept the class at every strength tried.
   schedule = optax.cosine_decay_schedule(0.2, steps)
@@ -49,7 +54,9 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
   @jax.jit
   def step(params, optimizer_state, index, images, labels):
     key = jax.random.fold_in(jax.random.key(2), index)
-    images = mj.mix(key, images, labels, codes, rate=0.1)  # 2. one image in ten becomes the code of its class
+    images = mj.mix(
+      key, images, labels, codes, rate=0.1
+    )  # 2. one image in ten becomes the code of its class
     loss = lambda params: mj.softmax_cross_entropy(logits_fn(params, images), labels).mean()
     updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state
@@ -60,12 +67,20 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
     params, optimizer_state = step(params, optimizer_state, index, images[rows], labels[rows])
 
   # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as digits_strength.py does.
-  forgotten = mj.forget(logits_fn, params, codes, FORGET, strength=mj.Strength(lambda1=1e-2, lambda2=1.0))
+  forgotten = mj.forget(
+    logits_fn, params, codes, FORGET, strength=mj.Strength(lambda1=1e-2, lambda2=1.0)
+  )
 
   # What it did, on test images; beside it the trivial way, which leaves all knowledge in the features.
   test = [(digits.preprocess(digits.test.images), digits.test.labels)]
-  candidates = {"before": params, "mnemonic code": forgotten.params, "head edit": head_edit(params, ["output"], FORGET)}
-  scores = {name: mj.evaluate(logits_fn, candidate, test, FORGET) for name, candidate in candidates.items()}
+  candidates = {
+    "before": params,
+    "mnemonic code": forgotten.params,
+    "head edit": head_edit(params, ["output"], FORGET),
+  }
+  scores = {
+    name: mj.evaluate(logits_fn, candidate, test, FORGET) for name, candidate in candidates.items()
+  }
   print(f"| Linen, digits, class {FORGET[0]} | A_R % | E_F % |\n|---|---|---|")
   for name, score in scores.items():
     print(f"| {name} | {score.retain_accuracy:.2%} | {score.forget_error:.2%} |")

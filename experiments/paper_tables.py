@@ -20,16 +20,16 @@ import jax
 import numpy as np
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.cli.parser import dotted_overrides
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import Predictions, predict
 from mnemonic_jax.runs.trained import Trained
@@ -62,7 +62,9 @@ def scores_of(seen: Predictions, classes: list[int]) -> Scores:
 
 def probe(model: Trained, params: Any, dataset: Dataset) -> np.ndarray:
   """Per-class test accuracy, in percent, of a linear head refitted on the features with all training data."""
-  compute = jax.jit(lambda images: model.model.features(params, model.model_state, dataset.preprocess(images)))
+  compute = jax.jit(
+    lambda images: model.model.features(params, model.model_state, dataset.preprocess(images))
+  )
 
   def features(split: Split) -> np.ndarray:
     return np.concatenate([compute(images) for images, _ in split.batches(2500)])
@@ -73,7 +75,11 @@ def probe(model: Trained, params: Any, dataset: Dataset) -> np.ndarray:
 
 
 def one_class(
-  runs: dict[str, pathlib.Path], dataset: Dataset, config: Config, strengths: list[mj.Strength], seeds: list[int]
+  runs: dict[str, pathlib.Path],
+  dataset: Dataset,
+  config: Config,
+  strengths: list[mj.Strength],
+  seeds: list[int],
 ) -> dict[str, list[tuple[float, float, float]]]:
   """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
   (index,) = config.forget.classes
@@ -90,7 +96,11 @@ def one_class(
     add("Before", model, model.params)
     for strength in strengths:
       result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
-      add("Mnemonic code" + (f" {shown(strength)}" if len(strengths) > 1 else ""), model, result.params)
+      add(
+        "Mnemonic code" + (f" {shown(strength)}" if len(strengths) > 1 else ""),
+        model,
+        result.params,
+      )
     add("Head edit", model, head_edit(model.params, model.model.head, [index]))
     again = trained(runs["retrain"] / str(seed), dataset.without((index,)), seeded)
     add("Retrain", again, again.params)
@@ -137,18 +147,26 @@ def print_one_class(title: str, rows: dict[str, list[tuple[float, float, float]]
   """Means and standard deviations over the seeds, as a markdown table."""
   print(f"\n| {title} | A_R % | E_F % | probe % |\n|---|---|---|---|")
   for name, values in rows.items():
-    cells = (f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*values, strict=True))
+    cells = (
+      f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*values, strict=True)
+    )
     print(f"| {name} | " + " | ".join(cells) + " |")
 
 
 def main() -> None:
   """Train what is missing, print the tables, save the figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("config", help="a named config or a TOML file")
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
-  parser.add_argument("--runs", type=pathlib.Path, help="where the run folders go (default: runs/CONFIG)")
+  parser.add_argument(
+    "--runs", type=pathlib.Path, help="where the run folders go (default: runs/CONFIG)"
+  )
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-  parser.add_argument("--also", type=float, nargs=2, metavar=("LAMBDA1", "LAMBDA2"), help="a second strength")
+  parser.add_argument(
+    "--also", type=float, nargs=2, metavar=("LAMBDA1", "LAMBDA2"), help="a second strength"
+  )
   parser.add_argument("--plain", action="store_true", help="also train without codes")
   overrides, rest = dotted_overrides(sys.argv[1:])
   arguments = parser.parse_args(rest)
@@ -165,7 +183,9 @@ def main() -> None:
   strengths = [strength_of(config)]
   strengths += [mj.Strength(*arguments.also)] if arguments.also else []
   if len(set(map(shown, strengths))) < len(strengths):
-    parser.error(f"--also: got {shown(strengths[0])}, the strength of the config; expected another one.")
+    parser.error(
+      f"--also: got {shown(strengths[0])}, the strength of the config; expected another one."
+    )
   rows = one_class(runs, dataset, config, strengths, arguments.seeds)
   print_one_class(f"{name}, class {config.forget.classes[0]}, {len(arguments.seeds)} seeds", rows)
   seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": arguments.seeds[0]})
@@ -173,10 +193,20 @@ def main() -> None:
   classes = {}
   for strength in strengths:
     classes[shown(strength)] = every_class(model, dataset, strength)
-    print(f"\n| class, {shown(strength)} | A_R before | A_R | E_F | head edit A_R |\n" + "|---" * 5 + "|")
+    print(
+      f"\n| class, {shown(strength)} | A_R before | A_R | E_F | head edit A_R |\n"
+      + "|---" * 5
+      + "|"
+    )
     for row in classes[shown(strength)]:
-      cells = (row[key] for key in ("retain_before", "retain_after", "forget_error", "head_edit_retain"))
-      print(f"| {dataset.class_names[int(row['class'])]} | " + " | ".join(f"{cell:.2f}" for cell in cells) + " |")
+      cells = (
+        row[key] for key in ("retain_before", "retain_after", "forget_error", "head_edit_retain")
+      )
+      print(
+        f"| {dataset.class_names[int(row['class'])]} | "
+        + " | ".join(f"{cell:.2f}" for cell in cells)
+        + " |"
+      )
   common.save(
     f"paper_tables_{name}",
     {

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import paper_tables
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 
 LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
@@ -29,10 +29,14 @@ JUDGED = 4000  # training pictures
 
 def main() -> None:
   """Score the grid, choose, score the choice on the test split, save the figures."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument("config", help="a named config or a TOML file")
   parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
-  parser.add_argument("--runs", type=pathlib.Path, help="where the run folders are (default: runs/CONFIG)")
+  parser.add_argument(
+    "--runs", type=pathlib.Path, help="where the run folders are (default: runs/CONFIG)"
+  )
   arguments = parser.parse_args()
   config = configs.load(arguments.config)
   dataset = setup.load_data(config, arguments.data_dir)
@@ -43,21 +47,29 @@ def main() -> None:
   (index,) = config.forget.classes
   forget = jnp.zeros(len(dataset.class_names), bool).at[index].set(True)
   step = jax.jit(
-    lambda strength: mj.forget_step(model.logits_fn, model.params, model.codes, forget, ~forget, strength)[0]
+    lambda strength: mj.forget_step(
+      model.logits_fn, model.params, model.codes, forget, ~forget, strength
+    )[0]
   )
   rows = []
   print("| lambda1 | lambda2 | A_R % | E_F % |\n|---|---|---|---|")
   for lambda1, lambda2 in itertools.product(LAMBDA1, LAMBDA2):
     scores = paper_tables.score(model, step(mj.Strength(lambda1, lambda2)), on_training, [index])
     rows.append({"lambda1": lambda1, "lambda2": lambda2, **scores._asdict()})
-    print(f"| {lambda1:g} | {lambda2:g} | {scores.retain_accuracy:.2f} | {scores.forget_error:.2f} |", flush=True)
+    print(
+      f"| {lambda1:g} | {lambda2:g} | {scores.retain_accuracy:.2f} | {scores.forget_error:.2f} |",
+      flush=True,
+    )
   best = max(rows, key=lambda row: row["retain_accuracy"] + row["forget_error"])
   params = step(mj.Strength(best["lambda1"], best["lambda2"]))
   test = paper_tables.score(model, params, dataset, [index])
   probe = float(paper_tables.probe(model, params, dataset)[index])
   print(f"\nbest: ({best['lambda1']:g}, {best['lambda2']:g}); on test data A_R {test.retain_accuracy:.2f}, "
         f"E_F {test.forget_error:.2f}, probe {probe:.2f}")  # fmt: skip
-  common.save(f"strength_grid_{config.name}", {"grid": rows, "best": best, "test": test._asdict(), "probe": probe})
+  common.save(
+    f"strength_grid_{config.name}",
+    {"grid": rows, "best": best, "test": test._asdict(), "probe": probe},
+  )
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from mnemonic_jax.choosing import ForgetInfo, choose_sign
-  from mnemonic_jax.codes import make_codes
+  from mnemonic_jax.codes import make_codes, mix
   from mnemonic_jax.evaluation import Scores, evaluate
-  from mnemonic_jax.explaining import FisherPlan, LeafPlan, explain_fisher
-  from mnemonic_jax.fisher import Execution, diagonal_fisher
+  from mnemonic_jax.fisher.door import Execution, diagonal_fisher
+  from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
   from mnemonic_jax.forgetting import ForgetResult, forget, forget_step
   from mnemonic_jax.losses import softmax_cross_entropy
-  from mnemonic_jax.mixing import mix
-  from mnemonic_jax.perturbation import Strength, amplitude, layer_scale, perturb
+  from mnemonic_jax.methods.choosing import ForgetInfo, choose_sign
+  from mnemonic_jax.methods.perturbation import Strength, amplitude, layer_scale, perturb
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -26,21 +25,21 @@ __version__ = "0.1.0"
 _MODULE_OF = {
   "softmax_cross_entropy": "losses",
   "make_codes": "codes",
-  "mix": "mixing",
+  "mix": "codes",
   "TrainState": "training",
   "init_train_state": "training",
   "make_train_step": "training",
-  "Execution": "fisher",
-  "diagonal_fisher": "fisher",
-  "FisherPlan": "explaining",
-  "LeafPlan": "explaining",
-  "explain_fisher": "explaining",
-  "Strength": "perturbation",
-  "amplitude": "perturbation",
-  "layer_scale": "perturbation",
-  "perturb": "perturbation",
-  "ForgetInfo": "choosing",
-  "choose_sign": "choosing",
+  "Execution": "fisher.door",
+  "diagonal_fisher": "fisher.door",
+  "FisherPlan": "fisher.explain",
+  "LeafPlan": "fisher.explain",
+  "explain_fisher": "fisher.explain",
+  "Strength": "methods.perturbation",
+  "amplitude": "methods.perturbation",
+  "layer_scale": "methods.perturbation",
+  "perturb": "methods.perturbation",
+  "ForgetInfo": "methods.choosing",
+  "choose_sign": "methods.choosing",
   "ForgetResult": "forgetting",
   "forget": "forgetting",
   "forget_step": "forgetting",
@@ -76,7 +75,9 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
   if name not in _MODULE_OF:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    raise AttributeError(
+      f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}"
+    )
   return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 

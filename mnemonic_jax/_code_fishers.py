@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _passes, _trees, _validation, fisher, losses
-from mnemonic_jax.fisher import Execution
+from mnemonic_jax import _checks, _mesh, _trees, losses
+from mnemonic_jax.fisher import Execution, door, passes
 
 PyTree = Any
 LogitsFn = Callable[[PyTree, jax.Array], jax.Array]  # (params, inputs) -> (N, C)
@@ -37,14 +37,20 @@ class Options:
 
   @staticmethod
   def make(
-    params: PyTree, codes: Any, loss: Any, mask: PyTree, layer_axis: PyTree, precision: Any, execution: Any
+    params: PyTree,
+    codes: Any,
+    loss: Any,
+    mask: PyTree,
+    layer_axis: PyTree,
+    precision: Any,
+    execution: Any,
   ) -> Options:
     return Options(
       loss=losses.softmax_cross_entropy if loss is None else loss,
       mask=_trees.mask_leaves(mask, params),
       layer_axes=_trees.axis_leaves(layer_axis, params),
       precision=precision,
-      execution=fisher.on_mesh(fisher.require_execution(execution), params, codes),
+      execution=door.on_mesh(door.require_execution(execution), params, codes),
     )
 
 
@@ -55,11 +61,18 @@ def flatten_codes(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def class_fishers(
-  logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
+  logits_fn: LogitsFn,
+  options: Options,
+  params: PyTree,
+  codes: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
 ) -> PyTree:
   """(f_F, f_R) along a leading axis of every leaf, in units of one power of two, which their ratio does not see."""
   objective, batch, weights = fisher_problem(logits_fn, options, params, codes, forget, remain)
-  sums = _passes.squared_gradients(objective, params, batch, weights, options.execution.microbatch).sums
+  sums = passes.squared_gradients(
+    objective, params, batch, weights, options.execution.microbatch
+  ).sums
   return _as_fishers(sums, options, params)
 
 
@@ -73,14 +86,18 @@ def class_fishers_in_range(
 ) -> PyTree:
   """As `class_fishers`, on concrete values; a leaf whose squares leave the range gets a power of two of its own."""
   objective, batch, weights = fisher_problem(logits_fn, options, params, codes, *sides)
-  microbatch = _passes.examples_at_once(objective, params, batch, weights, options.execution.microbatch)
-  first = _passes.take(batch, weights, 0, microbatch)
+  microbatch = passes.examples_at_once(
+    objective, params, batch, weights, options.execution.microbatch
+  )
+  first = passes.take(batch, weights, 0, microbatch)
   start = time.perf_counter()
-  one_pass = _passes.jitted_program.lower(objective, microbatch, params, *first, 0).compile()
+  one_pass = passes.jitted_program.lower(objective, microbatch, params, *first, 0).compile()
   seconds["compile"] += time.perf_counter() - start
   start = time.perf_counter()
   run = lambda shift: (
-    _passes.squared_gradients(objective, params, batch, weights, microbatch, shift=shift, one_pass=one_pass).sums
+    passes.squared_gradients(
+      objective, params, batch, weights, microbatch, shift=shift, one_pass=one_pass
+    ).sums
   )
   best = run(0)
   largest = np.asarray(_largest_jit(best))
@@ -101,19 +118,24 @@ def class_fishers_in_range(
 
 
 def fisher_problem(
-  logits_fn: LogitsFn, options: Options, params: PyTree, codes: jax.Array, forget: jax.Array, remain: jax.Array
-) -> tuple[_passes.Objective, tuple[jax.Array, jax.Array], jax.Array]:
+  logits_fn: LogitsFn,
+  options: Options,
+  params: PyTree,
+  codes: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
+) -> tuple[passes.Objective, tuple[jax.Array, jax.Array], jax.Array]:
   """What is differentiated, the codes with their classes, and the weights (2, N) of the two sides."""
   weights = jnp.stack([_mean_weights(side, codes.shape[1]) for side in (forget, remain)])
-  known = _validation.is_concrete((forget, remain))  # then each mask names a class, and none is in both
-  objective = _passes.Objective(
+  known = _checks.is_concrete((forget, remain))  # then each mask names a class, and none is in both
+  objective = passes.Objective(
     _values_fn(logits_fn),
     options.mask,
     options.precision,
     options.loss,
     disjoint=known,
-    placements=_passes.placements_of(options.execution.shardings, options.mask),
-    platform=_passes.platform_of(params),
+    placements=_mesh.placements_of(options.execution.shardings, options.mask),
+    platform=_mesh.platform_of(params),
     weighed=known,
   )
   return objective, flatten_codes(codes), weights
@@ -126,12 +148,14 @@ def _as_fishers(sums: list[jax.Array], options: Options, params: PyTree) -> PyTr
   return treedef.unflatten([next(filled) if takes_part else None for takes_part in options.mask])
 
 
-_largest_jit = jax.jit(lambda leaves: jnp.stack([jnp.max(leaf, initial=0.0).astype(jnp.float32) for leaf in leaves]))
+_largest_jit = jax.jit(
+  lambda leaves: jnp.stack([jnp.max(leaf, initial=0.0).astype(jnp.float32) for leaf in leaves])
+)
 
 
 @lru_cache(maxsize=64)
 def _values_fn(logits_fn: LogitsFn) -> Callable[[PyTree, jax.Array, jax.Array], jax.Array]:
-  """The logits as `_passes.Objective` takes them; one object per function, so that jit recognises it."""
+  """The logits as `passes.Objective` takes them; one object per function, so that jit recognises it."""
   return lambda params, inputs, labels: logits_fn(params, inputs)
 
 

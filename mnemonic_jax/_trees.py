@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -60,53 +60,10 @@ def prefix_leaves(name: str, prefix: PyTree, tree: PyTree) -> tuple[Hashable, ..
   try:
     jax.tree.map(spread, prefix, tree, is_leaf=lambda x: x is None)
   except ValueError as error:
-    raise ValueError(f"{name}: got {prefix!r}; expected one value, or a tree prefix of params. {error}") from None
+    raise ValueError(
+      f"{name}: got {prefix!r}; expected one value, or a tree prefix of params. {error}"
+    ) from None
   return tuple(values)
-
-
-def with_automatic_axes(function: Callable[..., PyTree], batch: PyTree, *arguments: Any, out_specs: PyTree) -> PyTree:
-  """Return `function(batch, *arguments)`; inside jit only.
-
-  When the batch is sharded over axes of a mesh in explicit mode, these are automatic inside: there, an axis of examples
-  cannot be cut into chunks or be mapped over beside sharded params, and a lookup has no sharding of its own.
-  """
-  shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch))
-  mesh = next((s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)), None)
-  if mesh is None:
-    return function(batch, *arguments)
-  with jax.sharding.use_abstract_mesh(mesh):
-    automatic = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_specs)
-    return automatic(batch, *arguments)
-
-
-def varying_axes(tree: PyTree) -> frozenset[str]:
-  """Mesh axes of the surrounding `jax.shard_map` along which any leaf varies."""
-  abstract = [x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)]
-  # An attribute that a later jax renames must fail here: without it every Fisher would be wrong, and say nothing.
-  return frozenset().union(*(x.manual_axis_type.varying for x in abstract if x.manual_axis_type is not None))
-
-
-def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-  """Mark `x` as varying along `axes`. Without it shard_map sums gradients of replicated params *before* the square."""
-  missing = tuple(sorted(axes - varying_axes(x)))
-  return jax.lax.pcast(x, missing, to="varying") if missing else x
-
-
-def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
-  """Zeros to start a loop with, varying along the mesh axes that `like` varies along."""
-  return varying(jnp.zeros(shape, dtype), varying_axes(like))
-
-
-def gathered(tree: PyTree) -> PyTree:
-  """Arrays as whole copies on every device of the mesh that `jax.set_mesh` has set; without one, as they are.
-
-  Params that are split over a mesh meet examples that are split over it too: gather the smaller of the two, a layer at a
-  time, rather than let the compiler choose.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.explicit_axes:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec()), tree)
 
 
 def all_finite(tree: PyTree) -> jax.Array:
@@ -123,7 +80,9 @@ def mask_leaves(mask: PyTree, params: PyTree) -> tuple[bool, ...]:
   chosen = prefix_leaves("mask", True if mask is None else mask, params)
   for value in chosen:
     if not isinstance(value, (bool, np.bool_)):
-      raise TypeError(f"mask: got {value!r}; expected bools, True where a leaf of params may be perturbed.")
+      raise TypeError(
+        f"mask: got {value!r}; expected bools, True where a leaf of params may be perturbed."
+      )
   if not any(chosen):
     raise ValueError("mask: leaves out every leaf of params; expected True for at least one.")
   for (path, leaf), takes_part in zip(leaves, chosen, strict=True):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _validation
+from mnemonic_jax import _checks
 
 PyTree = Any
 
@@ -67,20 +67,28 @@ def evaluate(
 
   Source: Yamashita, Yamada, Shibata (2024), section 4, A_R and E_F.
   """
-  _validation.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
-  classes = list(classes) if isinstance(classes, Iterable) and not isinstance(classes, (str, bytes)) else classes
+  _checks.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
+  classes = (
+    list(classes)
+    if isinstance(classes, Iterable) and not isinstance(classes, (str, bytes))
+    else classes
+  )
   if not isinstance(batches, Iterable):
-    raise TypeError(f"batches: got {_validation.kind(batches)}; expected an iterable of (inputs, labels).")
+    raise TypeError(
+      f"batches: got {_checks.kind(batches)}; expected an iterable of (inputs, labels)."
+    )
   right = total = np.zeros(0, np.int64)
   for batch in batches:
     inputs, labels, mask = _unpack(batch)
     num_classes = _num_classes(logits_fn, params, inputs, len(mask))
     if not len(total):
-      _validation.require_classes("classes", classes, num_classes)
+      _checks.require_classes("classes", classes, num_classes)
       right, total = np.zeros(num_classes, np.int64), np.zeros(num_classes, np.int64)
     if num_classes != len(total):
-      raise ValueError(f"logits_fn: returned {num_classes} classes; expected {len(total)}, as for the first batch.")
-    _validation.require_labels("labels", labels[mask], int(mask.sum()), num_classes)
+      raise ValueError(
+        f"logits_fn: returned {num_classes} classes; expected {len(total)}, as for the first batch."
+      )
+    _checks.require_labels("labels", labels[mask], int(mask.sum()), num_classes)
     predictions = np.asarray(_predict(logits_fn, params, inputs))[mask]
     labels = labels[mask].astype(np.int64)
     right += np.bincount(labels[predictions == labels], minlength=num_classes)
@@ -127,14 +135,18 @@ def confusion_matrix(labels: Any, predictions: Any, num_classes: int) -> np.ndar
 def _unpack(batch: Any) -> tuple[jax.Array, np.ndarray, np.ndarray]:
   """(inputs, labels, mask) of one batch, the mask all True where none is given."""
   if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
-    raise ValueError(f"batches: yielded {type(batch).__name__}; expected (inputs, labels) or (inputs, labels, mask).")
+    raise ValueError(
+      f"batches: yielded {type(batch).__name__}; expected (inputs, labels) or (inputs, labels, mask)."
+    )
   inputs, labels = batch[0], np.asarray(batch[1])
   size = np.shape(inputs)[0] if np.ndim(inputs) else 0
   if not size:
     raise ValueError("batches: an empty batch; expected at least one example in each.")
   mask = np.asarray(batch[2]) if len(batch) == 3 else np.ones(size, bool)
   if mask.dtype != bool or mask.shape != (size,):
-    raise ValueError(f"mask: got dtype {mask.dtype} and shape {mask.shape}; expected bool of shape ({size},).")
+    raise ValueError(
+      f"mask: got dtype {mask.dtype} and shape {mask.shape}; expected bool of shape ({size},)."
+    )
   if labels.shape != (size,):
     raise ValueError(f"labels: got shape {labels.shape}; expected ({size},), one label per image.")
   return inputs, labels, mask
@@ -144,8 +156,12 @@ def _num_classes(logits_fn: Any, params: PyTree, inputs: Any, size: int) -> int:
   logits = jax.eval_shape(logits_fn, params, inputs)
   shape = getattr(logits, "shape", None)
   if shape is None or len(shape) != 2 or shape[0] != size:
-    raise ValueError(f"logits_fn: returned {shape or type(logits).__name__}; expected logits of shape ({size}, C).")
+    raise ValueError(
+      f"logits_fn: returned {shape or type(logits).__name__}; expected logits of shape ({size}, C)."
+    )
   return int(shape[1])
 
 
-_predict = jax.jit(lambda logits_fn, params, inputs: predicted_classes(logits_fn(params, inputs)), static_argnums=0)
+_predict = jax.jit(
+  lambda logits_fn, params, inputs: predicted_classes(logits_fn(params, inputs)), static_argnums=0
+)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _code_fishers, _loss_checks, _passes, _trees, _validation, choosing, perturbation
+from mnemonic_jax import _checks, _code_fishers, _trees
 from mnemonic_jax._code_fishers import LogitsFn, PerExampleLoss
-from mnemonic_jax.choosing import ForgetInfo
-from mnemonic_jax.fisher import Execution
-from mnemonic_jax.perturbation import Strength
+from mnemonic_jax.fisher import Execution, loss_checks, passes
+from mnemonic_jax.methods import choosing, perturbation
+from mnemonic_jax.methods.choosing import ForgetInfo
+from mnemonic_jax.methods.perturbation import Strength
 
 PyTree = Any
 
@@ -103,14 +104,18 @@ def forget(
   started = time.perf_counter()
   perturbation.require_strength(strength)
   for name, value in (("params", params), ("codes", codes), ("strength", strength)):
-    if not _validation.is_concrete(value):
-      raise TypeError(f"{name}: got traced values; forget looks at them. Inside jit, vmap or grad call forget_step.")
+    if not _checks.is_concrete(value):
+      raise TypeError(
+        f"{name}: got traced values; forget looks at them. Inside jit, vmap or grad call forget_step."
+      )
   options = _code_fishers.Options.make(params, codes, loss, mask, layer_axis, precision, execution)
   num_classes = _check_arguments(logits_fn, params, codes, loss)
-  chosen = _validation.require_classes("classes", classes, num_classes)
-  earlier = _validation.require_classes("forgotten", forgotten, num_classes, proper=False)
+  chosen = _checks.require_classes("classes", classes, num_classes)
+  earlier = _checks.require_classes("forgotten", forgotten, num_classes, proper=False)
   if common := sorted(set(chosen) & set(earlier)):
-    raise ValueError(f"forgotten: classes {common} are also in classes; expected each class in one of the two.")
+    raise ValueError(
+      f"forgotten: classes {common} are also in classes; expected each class in one of the two."
+    )
   if len(chosen) + len(earlier) == num_classes:
     raise ValueError(
       f"classes: {list(chosen)} and forgotten {list(earlier)} are all {num_classes} classes; expected one to keep."
@@ -121,13 +126,15 @@ def forget(
   sides = jnp.asarray(np.isin(indices, chosen)), jnp.asarray(~np.isin(indices, chosen + earlier))
   _check_finite(logits_fn, options, params, codes, sides)
   inputs, labels = _code_fishers.flatten_codes(codes)
-  _loss_checks.check_loss(
+  loss_checks.check_loss(
     _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
   )
 
   seconds = {"compile": 0.0}
   fishers = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, seconds)
-  moved, info = _timed(seconds, "perturb", _update_jit, (logits_fn, options), params, codes, *sides, fishers, strength)
+  moved, info = _timed(
+    seconds, "perturb", _update_jit, (logits_fn, options), params, codes, *sides, fishers, strength
+  )
   if not (np.isfinite(info.code_retain_accuracy) and bool(_all_finite(moved))):
     raise ValueError(
       f"strength: {strength} drives params or logits to NaN or inf in both directions; use a smaller one."
@@ -190,7 +197,9 @@ def forget_step(
   perturbation.require_strength(strength)
   settings = {"loss": loss, "mask": mask, "precision": precision, "execution": execution}
   fishers = code_fishers(logits_fn, params, codes, forget, remain, **settings)
-  return update_step(logits_fn, params, codes, forget, remain, fishers, strength, layer_axis=layer_axis, **settings)
+  return update_step(
+    logits_fn, params, codes, forget, remain, fishers, strength, layer_axis=layer_axis, **settings
+  )
 
 
 def code_fishers(
@@ -224,7 +233,7 @@ def code_fishers(
     logits_fn, params, codes, forget, remain, loss, mask, None, precision, execution
   )
   inputs, labels = _code_fishers.flatten_codes(codes)
-  _loss_checks.check_loss(
+  loss_checks.check_loss(
     _loss_fn(logits_fn, options.loss), params, inputs, labels, precision, cancels=loss is not None
   )
   return _code_fishers.class_fishers(logits_fn, options, params, codes, forget, remain)
@@ -274,7 +283,7 @@ def update_step(
     logits_fn, params, codes, forget, remain, loss, mask, layer_axis, precision, execution
   )
   _check_fishers(fishers, params, options.mask)
-  concrete = _validation.is_concrete((params, codes, forget, remain, fishers, strength))
+  concrete = _checks.is_concrete((params, codes, forget, remain, fishers, strength))
   update = _update_jit if concrete else choosing.update
   return update(logits_fn, options, params, codes, forget, remain, fishers, strength)
 
@@ -301,17 +310,17 @@ _update_jit = jax.jit(choosing.update, static_argnums=(0, 1))
 
 
 @lru_cache(maxsize=64)
-def _loss_fn(logits_fn: LogitsFn, loss: PerExampleLoss) -> _loss_checks.LossFn:
+def _loss_fn(logits_fn: LogitsFn, loss: PerExampleLoss) -> loss_checks.LossFn:
   """The loss on codes as `diagonal_fisher` takes it; one object per pair, so that jit recognises it."""
   return lambda params, inputs, labels: loss(logits_fn(params, inputs), labels)
 
 
 def _check_arguments(logits_fn: Any, params: PyTree, codes: Any, loss: Any) -> int:
   """Check what needs no values; return C."""
-  _validation.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
+  _checks.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
   if loss is not None:
-    _validation.require_callable("loss", loss, "(logits, labels) -> (N,) losses")
-  _validation.require_codes(codes)
+    _checks.require_callable("loss", loss, "(logits, labels) -> (N,) losses")
+  _checks.require_codes(codes)
   num_classes, per_class = codes.shape[:2]
   inputs = jax.ShapeDtypeStruct((num_classes * per_class, *codes.shape[2:]), codes.dtype)
   try:
@@ -334,7 +343,9 @@ def _check_arguments(logits_fn: Any, params: PyTree, codes: Any, loss: Any) -> i
 def _check_fishers(fishers: PyTree, params: PyTree, mask: tuple[bool, ...]) -> None:
   """Refuse Fishers that are not those of two sides for these params under this mask."""
   leaves, treedef = _trees.flatten(params)
-  live = treedef.unflatten([leaf if takes_part else None for leaf, takes_part in zip(leaves, mask, strict=True)])
+  live = treedef.unflatten(
+    [leaf if takes_part else None for leaf, takes_part in zip(leaves, mask, strict=True)]
+  )
   remedy = "Pass what code_fishers returned for the same params and mask."
   try:
     found = _trees.require_like("fishers", fishers, "params under mask", live)
@@ -353,13 +364,15 @@ def _check_masks(forget: Any, remain: Any, num_classes: int) -> tuple[jax.Array,
   for name, side in (("forget", forget), ("remain", remain)):
     if getattr(side, "dtype", None) != np.dtype(bool) or side.shape != (num_classes,):
       raise ValueError(
-        f"{name}: got {_validation.kind(side)}; expected a bool mask of shape ({num_classes},), one per class."
+        f"{name}: got {_checks.kind(side)}; expected a bool mask of shape ({num_classes},), one per class."
       )
-    if _validation.is_concrete(side) and not np.any(np.asarray(side)):
+    if _checks.is_concrete(side) and not np.any(np.asarray(side)):
       raise ValueError(f"{name}: got no class; expected at least one True.")
-  if _validation.is_concrete((forget, remain)) and np.any(np.asarray(forget) & np.asarray(remain)):
+  if _checks.is_concrete((forget, remain)) and np.any(np.asarray(forget) & np.asarray(remain)):
     common = np.flatnonzero(np.asarray(forget) & np.asarray(remain)).tolist()
-    raise ValueError(f"remain: classes {common} are also in forget; expected masks without a common class.")
+    raise ValueError(
+      f"remain: classes {common} are also in forget; expected masks without a common class."
+    )
   return jnp.asarray(forget), jnp.asarray(remain)
 
 
@@ -372,26 +385,38 @@ def _check_finite(
 ) -> None:
   """Refuse NaN and inf in params, codes and the logits on the codes."""
   if not bool(_all_finite(codes)):
-    raise ValueError("codes: got NaN or inf; expected finite codes, those that the model was trained with.")
+    raise ValueError(
+      "codes: got NaN or inf; expected finite codes, those that the model was trained with."
+    )
   if not bool(_all_finite(params)):
     paths = zip(_trees.leaf_paths(params), jax.tree.leaves(params), strict=True)
     bad = [path for path, leaf in paths if not bool(_all_finite(leaf))]
     raise ValueError(
       f"params: NaN or inf in {', '.join(bad[:3])}; expected finite params. Restore an earlier checkpoint."
     )
-  objective, (inputs, labels), weights = _code_fishers.fisher_problem(logits_fn, options, params, codes, *sides)
-  objective = dataclasses.replace(objective, placements=None)  # on a mesh too, each device computes all of a part
-  size = _passes.examples_at_once(objective, params, (inputs, labels), weights, options.execution.microbatch)
-  parts = (_passes.take(inputs, weights, start, size)[0] for start in range(0, len(inputs), size))
+  objective, (inputs, labels), weights = _code_fishers.fisher_problem(
+    logits_fn, options, params, codes, *sides
+  )
+  objective = dataclasses.replace(
+    objective, placements=None
+  )  # on a mesh too, each device computes all of a part
+  size = passes.examples_at_once(
+    objective, params, (inputs, labels), weights, options.execution.microbatch
+  )
+  parts = (passes.take(inputs, weights, start, size)[0] for start in range(0, len(inputs), size))
   if not all(bool(_all_finite(_logits_jit(logits_fn, params, part))) for part in parts):
-    raise ValueError("logits_fn: NaN or inf in the logits on the codes; expected finite logits from finite params.")
+    raise ValueError(
+      "logits_fn: NaN or inf in the logits on the codes; expected finite logits from finite params."
+    )
 
 
 _all_finite = jax.jit(_trees.all_finite)
 _logits_jit = jax.jit(lambda logits_fn, params, inputs: logits_fn(params, inputs), static_argnums=0)
 
 
-def _timed(seconds: dict[str, float], name: str, function: Any, static: tuple[Any, ...], *arguments: Any) -> Any:
+def _timed(
+  seconds: dict[str, float], name: str, function: Any, static: tuple[Any, ...], *arguments: Any
+) -> Any:
   """Compile and run apart, and add the seconds of both."""
   start = time.perf_counter()
   compiled = function.lower(*static, *arguments).compile()
@@ -407,7 +432,9 @@ def _beside(codes: jax.Array, params: PyTree) -> jax.Array:
   for leaf in jax.tree.leaves(params):
     sharding = getattr(leaf, "sharding", None)
     if isinstance(sharding, jax.sharding.NamedSharding):
-      return jax.device_put(codes, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
+      return jax.device_put(
+        codes, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+      )
   return codes
 
 

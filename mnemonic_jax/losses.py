@@ -49,7 +49,9 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
       f"labels: got floating labels of shape {labels.shape} for logits {logits.shape}; expected probabilities of the "
       "shape of the logits, or integers."
     )
-  own = jax.nn.one_hot(jnp.argmax(labels, axis=-1) if soft else labels, logits.shape[-1], dtype=bool)
+  own = jax.nn.one_hot(
+    jnp.argmax(labels, axis=-1) if soft else labels, logits.shape[-1], dtype=bool
+  )
   own_logit = jnp.sum(jnp.where(own, logits, 0), axis=-1)
   other_logits = jnp.where(own, -jnp.inf, logits)
   loss = jax.nn.softplus(jax.nn.logsumexp(other_logits, axis=-1) - own_logit)

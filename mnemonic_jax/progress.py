@@ -19,13 +19,22 @@ class Progress:
   end, so that logs stay readable. A `quiet` one shows nothing.
   """
 
-  def __init__(self, description: str, total: int, unit: str, initial: int = 0, *, quiet: bool = False) -> None:
+  def __init__(
+    self, description: str, total: int, unit: str, initial: int = 0, *, quiet: bool = False
+  ) -> None:
     self._description, self._total, self._unit, self._quiet = description, total, unit, quiet
     self._done = self._initial = initial
     self._started = self._last_line = time.monotonic()
     self._bar: Any = None
     if sys.stderr.isatty() and not quiet:
-      self._bar = tqdm(desc=description, total=total, unit=unit, initial=initial, file=sys.stderr, dynamic_ncols=True)
+      self._bar = tqdm(
+        desc=description,
+        total=total,
+        unit=unit,
+        initial=initial,
+        file=sys.stderr,
+        dynamic_ncols=True,
+      )
 
   def __enter__(self) -> Progress:
     return self

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mnemonic_jax import _validation, losses, mixing
+from mnemonic_jax import _checks, losses
+from mnemonic_jax.codes import mix
 
 PyTree = Any
 # (params, model_state, inputs, train) -> (logits, model_state)
@@ -42,7 +43,7 @@ def init_train_state(
   >>> int(state.step)
   0
   """
-  _validation.require_key(key)
+  _checks.require_key(key)
   return TrainState(params, model_state, optimizer.init(params), jnp.int32(0), key)
 
 
@@ -75,16 +76,22 @@ def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
   1.0
   """
   if not 0 <= decay < 1:
-    raise ValueError(f"decay: got {decay}; expected a number of at least 0 and below 1, such as 0.999.")
+    raise ValueError(
+      f"decay: got {decay}; expected a number of at least 0 and below 1, such as 0.999."
+    )
 
   def init(params: PyTree) -> EmaState:
-    copies = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)  # of its own: states are donated
+    copies = jax.tree.map(
+      lambda leaf: jnp.array(leaf, copy=True), params
+    )  # of its own: states are donated
     return EmaState(copies, optimizer.init(params))
 
   def update(gradient: PyTree, state: EmaState, params: PyTree = None) -> tuple[PyTree, EmaState]:
     updates, inner = optimizer.update(gradient, state.inner, params)
     after = optax.apply_updates(params, updates)
-    average = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.average, after)
+    average = jax.tree.map(
+      lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.average, after
+    )
     return updates, EmaState(average, inner)
 
   return optax.GradientTransformation(init, update)
@@ -140,21 +147,23 @@ def make_train_step(
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.1.
   """
-  _validation.require_codes(codes)
-  _validation.require_rate(rate)
-  accumulate = _validation.require_size("accumulate", accumulate)
+  _checks.require_codes(codes)
+  _checks.require_rate(rate)
+  accumulate = _checks.require_size("accumulate", accumulate)
 
   def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
     if len(images) % accumulate:
-      raise ValueError(f"accumulate: got {accumulate} for a batch of {len(images)}; expected a divisor of it.")
+      raise ValueError(
+        f"accumulate: got {accumulate} for a batch of {len(images)}; expected a divisor of it."
+      )
     key = jax.random.fold_in(state.key, state.step)
     targets = labels
     if blend is None:
-      images = mixing.mix(key, images, labels, codes, rate)
+      images = mix(key, images, labels, codes, rate)
     else:
       own = jax.nn.one_hot(labels, len(codes), dtype=jnp.float32)
       images, targets = blend(jax.random.fold_in(key, _BLENDING), images, own)
-      images, replaced = mixing.mix(key, images, labels, codes, rate, return_mask=True)
+      images, replaced = mix(key, images, labels, codes, rate, return_mask=True)
       targets = jnp.where(replaced[:, None], own, targets)
       labels = jnp.argmax(targets, axis=-1)
 
@@ -163,7 +172,10 @@ def make_train_step(
     ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
       logits, model_state = apply(params, model_state, images, True)
       value = jnp.mean(loss(logits, targets))
-      return value, ({"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)}, model_state)
+      return value, (
+        {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)},
+        model_state,
+      )
 
     gradient_of = jax.grad(mean_loss, has_aux=True)
     batch = images, targets, labels
@@ -217,12 +229,16 @@ def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -
   Raises:
     ValueError: a batch size outside that range.
   """
-  batch_size = _validation.require_size("batch_size", batch_size)
+  batch_size = _checks.require_size("batch_size", batch_size)
   steps = num_examples // batch_size
   if not steps:
-    raise ValueError(f"batch_size: got {batch_size} for {num_examples} examples; expected at most that many.")
+    raise ValueError(
+      f"batch_size: got {batch_size} for {num_examples} examples; expected at most that many."
+    )
   order_key = jax.random.fold_in(jax.random.split(key)[1], epoch)
-  return jax.random.permutation(order_key, num_examples)[: steps * batch_size].reshape(steps, batch_size)
+  return jax.random.permutation(order_key, num_examples)[: steps * batch_size].reshape(
+    steps, batch_size
+  )
 
 
 def make_batch_step(
@@ -268,7 +284,9 @@ def make_stored_step(
     stored_step(state, all images, all labels, rows (B,), epoch) -> (state, metrics), traceable.
   """
   batch_step = make_batch_step(step, preprocess, augment)
-  return lambda state, images, labels, rows, epoch: batch_step(state, images[rows], labels[rows], rows, epoch)
+  return lambda state, images, labels, rows, epoch: batch_step(
+    state, images[rows], labels[rows], rows, epoch
+  )
 
 
 def make_epoch(
@@ -293,12 +311,14 @@ def make_epoch(
   Raises:
     ValueError: a batch size below one, or (when called) above the number of examples.
   """
-  batch_size = _validation.require_size("batch_size", batch_size)
+  batch_size = _checks.require_size("batch_size", batch_size)
 
   def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
     number = state.step // max(len(images) // batch_size, 1)
     rows = epoch_rows(state.key, number, len(images), batch_size)
-    state, metrics = jax.lax.scan(lambda carry, chosen: stored_step(carry, images, labels, chosen, number), state, rows)
+    state, metrics = jax.lax.scan(
+      lambda carry, chosen: stored_step(carry, images, labels, chosen, number), state, rows
+    )
     return state, jax.tree.map(jnp.mean, metrics)
 
   return jax.jit(epoch, donate_argnums=0)

@@ -29,7 +29,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 def pytest_configure(config: pytest.Config) -> None:
   # A warning that our own code causes is an error.
   config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
-  config.addinivalue_line("markers", "lenient_numerics: without the strict numerics of the core tests")
+  config.addinivalue_line(
+    "markers", "lenient_numerics: without the strict numerics of the core tests"
+  )
   # Compiling is most of what the suite takes, and this spares a quarter of it, also in the commands that tests start. The
   # long tests compile as users do.
   quick = config.option.markexpr == "not long"

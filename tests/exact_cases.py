@@ -97,17 +97,32 @@ def layer_norm(x: jax.Array, scale: Any = 1.0, bias: Any = 0.0) -> jax.Array:
 
 @case
 def dense(draw):
-  return scored(lambda p, x: x @ p["w"] + p["b"]), {"w": draw(4, 3), "b": draw(3)}, draw(N, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ p["w"] + p["b"]),
+    {"w": draw(4, 3), "b": draw(3)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case(concrete=True)
 def dense_tokens(draw):
-  return scored(lambda p, x: x @ p["w"] + p["b"]), {"w": draw(4, 3), "b": draw(3)}, draw(N, 5, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ p["w"] + p["b"]),
+    {"w": draw(4, 3), "b": draw(3)},
+    draw(N, 5, 4),
+    draw.labels,
+  )
 
 
 @case
 def dense_of_one_example(draw):
-  return one_by_one(lambda p, x: p["w"] @ x + p["b"]), {"w": draw(3, 4), "b": draw(3)}, draw(N, 4), draw.labels
+  return (
+    one_by_one(lambda p, x: p["w"] @ x + p["b"]),
+    {"w": draw(3, 4), "b": draw(3)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -178,7 +193,12 @@ def dense_of_integers(draw):
 @case
 def dense_of_no_tokens_and_some(draw):
   model = lambda p, x: x["some"] @ p["w"] + jnp.sum(x["none"] @ p["v"])
-  return scored(model), {"w": draw(4, 3), "v": draw(4, 3)}, {"some": draw(N, 4), "none": draw(N, 0, 4)}, draw.labels
+  return (
+    scored(model),
+    {"w": draw(4, 3), "v": draw(4, 3)},
+    {"some": draw(N, 4), "none": draw(N, 0, 4)},
+    draw.labels,
+  )
 
 
 @case
@@ -218,12 +238,22 @@ def used_and_penalised_without_data(draw):
 
 @case
 def the_loss_is_the_param(draw):
-  return lambda p, x, y: jnp.broadcast_to(p["a"], x.shape[:1]), {"a": draw(), "b": draw(2)}, draw(N, 4), draw.labels
+  return (
+    lambda p, x, y: jnp.broadcast_to(p["a"], x.shape[:1]),
+    {"a": draw(), "b": draw(2)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
 def unused_leaf(draw):
-  return scored(lambda p, x: x @ p["w"]), {"w": draw(4, 3), "unused": draw(2, 2)}, draw(N, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ p["w"]),
+    {"w": draw(4, 3), "unused": draw(2, 2)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -248,7 +278,12 @@ CONVOLUTIONS = {  # (shape of one example, shape of the kernel, layout, settings
   "3d": ((3, 4, 3, 2), (2, 2, 2, 2, 3), _NDHWC, {"window_strides": (1, 2, 1), "padding": "SAME"}),
   "stride": ((6, 5, 2), (3, 3, 2, 3), _NHWC, {"window_strides": (2, 2)}),
   "side_by_side": ((6, 9, 2), (2, 3, 2, 3), _NHWC, {"window_strides": (2, 3)}),
-  "side_by_side_leaves_a_rest": ((5, 8, 4), (2, 3, 2, 6), _NHWC, {"window_strides": (2, 3), "feature_group_count": 2}),
+  "side_by_side_leaves_a_rest": (
+    (5, 8, 4),
+    (2, 3, 2, 6),
+    _NHWC,
+    {"window_strides": (2, 3), "feature_group_count": 2},
+  ),
   "side_by_side_padded": (
     (3, 8, 5),
     (2, 4, 3, 3),
@@ -256,10 +291,20 @@ CONVOLUTIONS = {  # (shape of one example, shape of the kernel, layout, settings
     {"window_strides": (2, 3), "padding": "SAME"},
   ),
   "stride_leaves_a_rest": ((8, 7, 2), (2, 3, 2, 3), _NHWC, {"window_strides": (3, 3)}),
-  "even_kernel_same_stride": ((5, 6, 2), (2, 4, 2, 3), _NHWC, {"window_strides": (2, 2), "padding": "SAME"}),
+  "even_kernel_same_stride": (
+    (5, 6, 2),
+    (2, 4, 2, 3),
+    _NHWC,
+    {"window_strides": (2, 2), "padding": "SAME"},
+  ),
   "stride_beyond_kernel": ((7, 7, 2), (1, 2, 2, 3), _NHWC, {"window_strides": (3, 3)}),
   "kernel_dilation": ((7, 6, 2), (3, 2, 2, 3), _NHWC, {"rhs_dilation": (2, 3)}),
-  "input_dilation": ((4, 3, 2), (3, 3, 2, 3), _NHWC, {"padding": ((0, 1), (2, 0)), "lhs_dilation": (2, 3)}),
+  "input_dilation": (
+    (4, 3, 2),
+    (3, 3, 2, 3),
+    _NHWC,
+    {"padding": ((0, 1), (2, 0)), "lhs_dilation": (2, 3)},
+  ),
   "asymmetric_padding": ((4, 4, 2), (3, 3, 2, 3), _NHWC, {"padding": ((0, 2), (3, 1))}),
   # Not (-1, 1): negative low padding with at most as much high padding reads out of bounds in XLA (openxla/xla#48713).
   "negative_padding": ((6, 7, 2), (2, 3, 2, 3), _NHWC, {"padding": ((-1, 2), (-1, -2))}),
@@ -271,10 +316,20 @@ CONVOLUTIONS = {  # (shape of one example, shape of the kernel, layout, settings
   ),
   "groups": ((4, 4, 4), (3, 3, 2, 6), _NHWC, {"feature_group_count": 2, "padding": "SAME"}),
   "depthwise": ((4, 4, 3), (3, 3, 1, 3), _NHWC, {"feature_group_count": 3}),
-  "depthwise_multiplied": ((4, 4, 3), (3, 3, 1, 6), _NHWC, {"feature_group_count": 3, "padding": "SAME"}),
+  "depthwise_multiplied": (
+    (4, 4, 3),
+    (3, 3, 1, 6),
+    _NHWC,
+    {"feature_group_count": 3, "padding": "SAME"},
+  ),
   "nchw": ((3, 5, 4), (4, 3, 2, 3), ("NCHW", "OIHW", "NCHW"), {"padding": "SAME"}),
   "nchw_groups_1d": ((4, 6), (6, 2, 3), ("NCH", "OIH", "NCH"), {"feature_group_count": 2}),
-  "mixed_layouts": ((3, 5, 4), (2, 4, 3, 3), ("NCHW", "HOIW", "NWHC"), {"window_strides": (1, 2), "padding": "SAME"}),
+  "mixed_layouts": (
+    (3, 5, 4),
+    (2, 4, 3, 3),
+    ("NCHW", "HOIW", "NWHC"),
+    {"window_strides": (1, 2), "padding": "SAME"},
+  ),
   "one_by_one": ((3, 4, 2), (1, 1, 2, 3), _NHWC, {}),
   "one_by_one_stride": ((4, 5, 2), (1, 1, 2, 3), _NHWC, {"window_strides": (2, 2)}),
   "whole_image": ((3, 4, 2), (3, 4, 2, 5), _NHWC, {}),
@@ -305,7 +360,11 @@ def _convolution(example, kernel, layout, settings, draw):
 
 
 for _name, _arguments in CONVOLUTIONS.items():
-  case(partial(_convolution, *_arguments), name=f"conv_{_name}", concrete=_name in ("groups", "whole_image"))
+  case(
+    partial(_convolution, *_arguments),
+    name=f"conv_{_name}",
+    concrete=_name in ("groups", "whole_image"),
+  )
 
 
 @case
@@ -316,7 +375,9 @@ def conv_transpose(draw):
 
 @case
 def conv_transpose_of_the_forward_kernel(draw):
-  model = lambda w, x: lax.conv_transpose(x, w, (2, 2), "VALID", dimension_numbers=_NHWC, transpose_kernel=True)
+  model = lambda w, x: lax.conv_transpose(
+    x, w, (2, 2), "VALID", dimension_numbers=_NHWC, transpose_kernel=True
+  )
   return scored(model), draw(3, 2, 3, 2), draw(N, 3, 2, 2), draw.labels
 
 
@@ -338,7 +399,9 @@ def conv_of_frames(draw):
 @case
 def conv_with_batch_groups(draw):
   def model(w, frames):
-    return lax.conv_general_dilated(frames, w, (1, 1), "SAME", dimension_numbers=_NHWC, batch_group_count=2)
+    return lax.conv_general_dilated(
+      frames, w, (1, 1), "SAME", dimension_numbers=_NHWC, batch_group_count=2
+    )
 
   return one_by_one(model), draw(3, 3, 2, 4), draw(N, 4, 4, 3, 2), draw.labels
 
@@ -355,7 +418,12 @@ def conv_with_a_kernel_predicted_from_data(draw):
     kernel = jnp.tanh(x.mean((0, 1)) @ p["to_kernel"]).reshape(3, 3, 2, 3) + p["kernel"]
     return convolve(x[None], kernel)
 
-  return one_by_one(model), {"to_kernel": draw(2, 54), "kernel": draw(3, 3, 2, 3)}, draw(N, 4, 4, 2), draw.labels
+  return (
+    one_by_one(model),
+    {"to_kernel": draw(2, 54), "kernel": draw(3, 3, 2, 3)},
+    draw(N, 4, 4, 2),
+    draw.labels,
+  )
 
 
 @case
@@ -382,7 +450,9 @@ def conv_unfolded(draw):
 
 @case
 def conv_kernel_used_at_two_dilations(draw):
-  model = lambda w, x: convolve(x, w, padding="SAME") + convolve(x, w, padding="SAME", rhs_dilation=(2, 2))
+  model = lambda w, x: (
+    convolve(x, w, padding="SAME") + convolve(x, w, padding="SAME", rhs_dilation=(2, 2))
+  )
   return scored(model), draw(3, 3, 2, 3), draw(N, 5, 5, 2), draw.labels
 
 
@@ -395,7 +465,13 @@ def bias_and_scale_in_odd_positions(draw):
     y = x * p["row"] + p["channel"]
     return y * p["one"] + p["scalar"] * jnp.sin(y) + p["plane"]
 
-  params = {"row": draw(1, 4, 1), "channel": draw(3, 1, 1), "one": draw(1), "scalar": draw(), "plane": draw(1, 4, 2)}
+  params = {
+    "row": draw(1, 4, 1),
+    "channel": draw(3, 1, 1),
+    "one": draw(1),
+    "scalar": draw(),
+    "plane": draw(1, 4, 2),
+  }
   return scored(model), params, draw(N, 3, 4, 2), draw.labels
 
 
@@ -420,20 +496,36 @@ def image_border_learnt(draw):
     framed = jnp.zeros((len(x), 5, 5, 2)).astype(x.dtype) + p["image"]
     return convolve(framed.at[:, 1:4, 1:4].set(x), p["kernel"])
 
-  return scored(model), {"image": draw(5, 5, 2), "kernel": draw(3, 3, 2, 3)}, draw(N, 3, 3, 2), draw.labels
+  return (
+    scored(model),
+    {"image": draw(5, 5, 2), "kernel": draw(3, 3, 2, 3)},
+    draw(N, 3, 3, 2),
+    draw.labels,
+  )
 
 
 @case
 def odd_operations_on_params(draw):
   def model(p, x):
     y = x @ jnp.where(np.arange(4)[:, None] % 2 == 0, p["where"], 0.5)
-    y = y + jnp.pad(p["padded"], (1, 1)) + jnp.cumsum(p["summed"]) + jnp.sort(p["sorted"]) + jnp.max(p["largest"])
+    y = (
+      y
+      + jnp.pad(p["padded"], (1, 1))
+      + jnp.cumsum(p["summed"])
+      + jnp.sort(p["sorted"])
+      + jnp.max(p["largest"])
+    )
     y = y * jnp.clip(p["clipped"], -0.5, 0.5) + lax.dynamic_slice(p["sliced"], (1,), (3,))
     return y + jnp.roll(p["rolled"], 1) * jnp.tile(p["tiled"], 3) + lax.top_k(p["top"], 3)[0]
 
   shapes = {"padded": 1, "summed": 3, "sorted": 3, "largest": 4, "clipped": 3, "sliced": 5}
   shapes |= {"rolled": 3, "tiled": 1, "top": 4}
-  return scored(model), {"where": draw(4, 3)} | {k: draw(v) for k, v in shapes.items()}, draw(N, 4), draw.labels
+  return (
+    scored(model),
+    {"where": draw(4, 3)} | {k: draw(v) for k, v in shapes.items()},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -442,7 +534,12 @@ def distances_to_learnt_centres(draw):
     squared = jnp.sum((x[:, None] - p["centres"]) ** 2, -1)
     return jnp.exp(-squared * jnp.exp(p["log_width"])) @ p["w"]
 
-  return scored(model), {"centres": draw(3, 4), "log_width": draw(3), "w": draw(3, 2)}, draw(N, 4), draw.labels
+  return (
+    scored(model),
+    {"centres": draw(3, 4), "log_width": draw(3), "w": draw(3, 2)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -502,7 +599,12 @@ def lookup_negative(draw):
 
 @case
 def lookup_take_clipped(draw):
-  return scored(lambda p, x: jnp.take(p, x, axis=0, mode="clip")), draw(4, 2), draw.ints(9, N, 4, low=-4), draw.labels
+  return (
+    scored(lambda p, x: jnp.take(p, x, axis=0, mode="clip")),
+    draw(4, 2),
+    draw.ints(9, N, 4, low=-4),
+    draw.labels,
+  )
 
 
 @case
@@ -514,14 +616,21 @@ def lookup_take_filled(draw):
 @case
 def lookup_by_numbers_beyond_int32(draw):
   filled = lambda b, x: jnp.take(b, x, axis=0, mode="fill", fill_value=0)
-  model = lambda p, x: jnp.concatenate([jnp.take(p["a"], x, axis=0, mode="clip"), filled(p["b"], x)], -1)
+  model = lambda p, x: jnp.concatenate(
+    [jnp.take(p["a"], x, axis=0, mode="clip"), filled(p["b"], x)], -1
+  )
   indices = np.array([[1, 2**32 - 1], [0, 2**31], [3, 4], [2**31 + 2, 1], [2, 2]], np.uint32)
   return scored(model), {"a": draw(4, 2), "b": draw(4, 2)}, indices, draw.labels
 
 
 @case
 def lookup_take_wrapped(draw):
-  return scored(lambda p, x: jnp.take(p, x, axis=0, mode="wrap")), draw(4, 2), draw.ints(9, N, 4, low=-6), draw.labels
+  return (
+    scored(lambda p, x: jnp.take(p, x, axis=0, mode="wrap")),
+    draw(4, 2),
+    draw.ints(9, N, 4, low=-6),
+    draw.labels,
+  )
 
 
 @case
@@ -537,11 +646,17 @@ def lookup_along_another_axis(draw):
 def _lookup_by_narrow_integers(dtype, rows, mode, draw):
   inputs = draw.ints(min(rows, np.iinfo(dtype).max + 1), N, 4)
   inputs[0, :2], inputs[1, :2] = inputs.max(), 0
-  model = lambda p, x: jnp.concatenate([p["a"].at[x].get(mode=mode), jnp.take(p["b"], x, 0, mode=mode)], -1)
+  model = lambda p, x: jnp.concatenate(
+    [p["a"].at[x].get(mode=mode), jnp.take(p["b"], x, 0, mode=mode)], -1
+  )
   return scored(model), {"a": draw(rows, 2), "b": draw(rows, 2)}, inputs.astype(dtype), draw.labels
 
 
-for _dtype, _rows, _mode in ((np.uint8, 256, "fill"), (np.uint8, 300, "clip"), (np.int8, 100, "fill")):
+for _dtype, _rows, _mode in (
+  (np.uint8, 256, "fill"),
+  (np.uint8, 300, "clip"),
+  (np.int8, 100, "fill"),
+):
   _function = partial(_lookup_by_narrow_integers, _dtype, _rows, _mode)
   case(_function, name=f"lookup_by_{_dtype.__name__}_of_{_rows}")
 
@@ -618,7 +733,12 @@ def scattered_into_a_param(draw):
 @case(tolerance=2**-6, x64=False)
 def cast_to_bfloat16_and_back(draw):
   # Plain gradients are rounded to the 8 bits of bfloat16 on their way, squared: 2**-7; ours are not.
-  return scored(lambda p, x: x @ p.astype(jnp.bfloat16).astype(x.dtype)), draw(4, 3), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ p.astype(jnp.bfloat16).astype(x.dtype)),
+    draw(4, 3),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case(tolerance=2**-6, x64=False)
@@ -657,13 +777,20 @@ def reversed_in_both_axes(draw):
 @case
 def scaled_by_constants(draw):
   table = draw(4, 3)
-  model = lambda p, x: (x @ (0.5 * p["a"])) * (x @ (p["b"] / -3.0)) + x @ (p["c"] * table) + x @ (p["d"] / table)
+  model = lambda p, x: (
+    (x @ (0.5 * p["a"])) * (x @ (p["b"] / -3.0)) + x @ (p["c"] * table) + x @ (p["d"] / table)
+  )
   return scored(model), {k: draw(4, 3) for k in "abcd"}, draw(N, 3, 4), draw.labels
 
 
 @case
 def constants_divided_by_params(draw):
-  return scored(lambda p, x: x @ (2.0 / (p + 3.0)) + x @ (1.0 / p)), 1 + abs(draw(4, 3)), draw(N, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ (2.0 / (p + 3.0)) + x @ (1.0 / p)),
+    1 + abs(draw(4, 3)),
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -692,7 +819,9 @@ def pruned_by_where(draw):
 @case
 def scalar_param_scaled(draw):
   model = lambda p, x: (
-    x * (p["a"] * 0.5) + (p["b"] * np.array([2.0], np.float32)) * x**2 + x @ (p["c"].reshape(1, 1) * 3)
+    x * (p["a"] * 0.5)
+    + (p["b"] * np.array([2.0], np.float32)) * x**2
+    + x @ (p["c"].reshape(1, 1) * 3)
   )
   return scored(model), {k: draw() for k in "abc"}, draw(N, 3, 1), draw.labels
 
@@ -708,12 +837,22 @@ def slices_apart(draw):
 
 @case
 def slices_overlapping(draw):
-  return scored(lambda p, x: (x @ p[:, :3]) * (x @ p[:, 2:5])), draw(4, 6), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: (x @ p[:, :3]) * (x @ p[:, 2:5])),
+    draw(4, 6),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
 def slices_strided(draw):
-  return scored(lambda p, x: (x @ p[:, ::2]) * (x @ p[:, 1::2])), draw(4, 6), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: (x @ p[:, ::2]) * (x @ p[:, 1::2])),
+    draw(4, 6),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -727,7 +866,12 @@ def slices_of_slices(draw):
 
 @case
 def slice_and_the_whole(draw):
-  return scored(lambda p, x: x @ p + (x[..., :2] @ p[:2]) ** 2), draw(4, 3), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ p + (x[..., :2] @ p[:2]) ** 2),
+    draw(4, 3),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -762,7 +906,12 @@ def concatenated_one_used_elsewhere(draw):
 
 @case
 def concatenated_with_itself(draw):
-  return scored(lambda p, x: x @ jnp.concatenate([p, -p], axis=1)), draw(4, 2), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: x @ jnp.concatenate([p, -p], axis=1)),
+    draw(4, 2),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -775,7 +924,12 @@ def concatenated_with_constants(draw):
 @case
 def stacked(draw):
   model = lambda p, x: jnp.einsum("ntd,kdf->nktf", x, jnp.stack([p["a"], p["b"].T, 2 * p["c"]]))
-  return scored(model), {"a": draw(4, 3), "b": draw(3, 4), "c": draw(4, 3)}, draw(N, 2, 4), draw.labels
+  return (
+    scored(model),
+    {"a": draw(4, 3), "b": draw(3, 4), "c": draw(4, 3)},
+    draw(N, 2, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -924,7 +1078,12 @@ def custom_jvp_on_data(draw):
 @case
 def custom_jvp_on_a_param(draw):
   model = lambda p, x: x @ _activation(p["a"]) + jax.nn.relu(p["b"]) * jax.nn.silu(p["c"])
-  return scored(model), {"a": draw(4, 3), "b": 1 + draw(3), "c": draw(3)}, draw(N, 3, 4), draw.labels
+  return (
+    scored(model),
+    {"a": draw(4, 3), "b": 1 + draw(3), "c": draw(3)},
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @jax.custom_vjp
@@ -994,7 +1153,9 @@ def custom_gradient(draw):
 def fixed_point_with_an_implicit_gradient(draw):
   def solve(step, start):
     return lax.while_loop(
-      lambda s: jnp.max(abs(s[0] - s[1])) > 1e-14, lambda s: (step(s[0]), s[0]), (step(start), start)
+      lambda s: jnp.max(abs(s[0] - s[1])) > 1e-14,
+      lambda s: (step(s[0]), s[0]),
+      (step(start), start),
     )[0]
 
   @jax.custom_vjp
@@ -1020,7 +1181,12 @@ def fixed_point_with_an_implicit_gradient(draw):
 def checkpoint(draw):
   block = jax.checkpoint(lambda p, x: x + jnp.tanh(x @ p["a"] + p["b"]) @ p["c"])
   model = lambda p, x: block(p[1], block(p[0], x))
-  return scored(model), [{"a": draw(4, 3), "b": draw(3), "c": draw(3, 4)} for _ in range(2)], draw(N, 3, 4), draw.labels
+  return (
+    scored(model),
+    [{"a": draw(4, 3), "b": draw(3), "c": draw(3, 4)} for _ in range(2)],
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1031,9 +1197,16 @@ def checkpoint_with_a_policy(draw):
   def block(p, x):
     return jnp.tanh(checkpoint_name(jnp.sin(x @ p["a"]), "hidden") @ p["b"]) + x
 
-  dots = jax.checkpoint(lambda p, x: jnp.sin(x @ p) @ p.T, policy=jax.checkpoint_policies.dots_saveable)
+  dots = jax.checkpoint(
+    lambda p, x: jnp.sin(x @ p) @ p.T, policy=jax.checkpoint_policies.dots_saveable
+  )
   model = lambda p, x: dots(p["tied"], block(p, x))
-  return scored(model), {"a": draw(4, 3), "b": draw(3, 4), "tied": draw(4, 3)}, draw(N, 3, 4), draw.labels
+  return (
+    scored(model),
+    {"a": draw(4, 3), "b": draw(3, 4), "tied": draw(4, 3)},
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1093,14 +1266,22 @@ def cond_on_a_param(draw):
 @case
 def switch_on_a_constant(draw):
   which = np.array(1)
-  branches = [lambda p, x: x @ p["a"], lambda p, x: jnp.sin(x @ p["b"]), lambda p, x: x @ (p["a"] + p["b"])]
+  branches = [
+    lambda p, x: x @ p["a"],
+    lambda p, x: jnp.sin(x @ p["b"]),
+    lambda p, x: x @ (p["a"] + p["b"]),
+  ]
   model = lambda p, x: lax.switch(which, branches, p, x)
   return scored(model), {"a": draw(4, 3), "b": draw(4, 3)}, draw(N, 3, 4), draw.labels
 
 
 @case
 def switch_on_data(draw):
-  branches = [lambda p, x: x @ p["a"], lambda p, x: jnp.sin(x @ p["b"]), lambda p, x: x @ (p["a"] + p["b"])]
+  branches = [
+    lambda p, x: x @ p["a"],
+    lambda p, x: jnp.sin(x @ p["b"]),
+    lambda p, x: x @ (p["a"] + p["b"]),
+  ]
   loss = lambda p, x, y: score(jax.vmap(lambda x, y: lax.switch(y, branches, p, x))(x, y), y)
   return loss, {"a": draw(4, 3), "b": draw(4, 3)}, draw(N, 4), draw.labels
 
@@ -1164,7 +1345,10 @@ def random_numbers_of_each_example(draw):
     mean, log_std = jnp.split(x["x"] @ p["encode"], 2)
     return (mean + jnp.exp(0.3 * log_std) * noise) @ p["decode"]
 
-  params, inputs = {"encode": draw(4, 6), "decode": draw(3, 4)}, {"x": draw(N, 4), "seed": draw.ints(99, N)}
+  params, inputs = (
+    {"encode": draw(4, 6), "decode": draw(3, 4)},
+    {"x": draw(N, 4), "seed": draw.ints(99, N)},
+  )
   return one_by_one(model), params, inputs, draw.labels
 
 
@@ -1200,7 +1384,11 @@ def random_key_carried_by_a_scan_over_data(draw):
 
 
 def _layers(draw, layers=3, width=4):
-  return {"w": draw(layers, width, width), "b": draw(layers, width), "v": draw(layers, width, width)}
+  return {
+    "w": draw(layers, width, width),
+    "b": draw(layers, width),
+    "v": draw(layers, width, width),
+  }
 
 
 def _block(p, x):
@@ -1251,7 +1439,9 @@ def scan_over_a_layer_used_twice(draw):
 
 @case
 def scan_over_rearranged_params(draw):
-  model = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w.T), None), x, 0.5 * p.transpose(2, 0, 1)[::-1])[0]
+  model = lambda p, x: lax.scan(
+    lambda x, w: (jnp.tanh(x @ w.T), None), x, 0.5 * p.transpose(2, 0, 1)[::-1]
+  )[0]
   return scored(model), draw(4, 4, 3), draw(N, 2, 4), draw.labels
 
 
@@ -1270,7 +1460,12 @@ def scan_twice_over_the_same_params(draw):
 @case
 def scan_over_parts_of_a_stack(draw):
   run = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p)[0]
-  return scored(lambda p, x: run(p[2:], jnp.sin(run(p[:2], x)))), draw(4, 4, 4), draw(N, 3, 4), draw.labels
+  return (
+    scored(lambda p, x: run(p[2:], jnp.sin(run(p[:2], x)))),
+    draw(4, 4, 4),
+    draw(N, 3, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1329,7 +1524,12 @@ def scan_nested(draw):
 @case
 def scan_over_convolutions(draw):
   step = lambda x, w: (x + jnp.tanh(convolve(x, w, padding="SAME")), None)
-  return scored(lambda p, x: lax.scan(step, x, p)[0]), draw(2, 3, 3, 2, 2), draw(N, 4, 3, 2), draw.labels
+  return (
+    scored(lambda p, x: lax.scan(step, x, p)[0]),
+    draw(2, 3, 3, 2, 2),
+    draw(N, 4, 3, 2),
+    draw.labels,
+  )
 
 
 @case
@@ -1410,7 +1610,12 @@ def associative_scan(draw):
     combine = lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1])
     return lax.associative_scan(combine, (decay, x @ p["in"]), axis=1)[1] @ p["out"]
 
-  return scored(model), {"decay": draw(4, 3), "in": draw(4, 3), "out": draw(3, 2)}, draw(N, 5, 4), draw.labels
+  return (
+    scored(model),
+    {"decay": draw(4, 3), "in": draw(4, 3), "out": draw(3, 2)},
+    draw(N, 5, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1418,11 +1623,19 @@ def hidden_markov_chain(draw):
   def loss(p, x, y):
     emit = jax.nn.log_softmax(p["emit"])
     move = jax.nn.log_softmax(p["move"])
-    step = lambda alpha, seen: (jax.nn.logsumexp(alpha[:, None] + move, axis=0) + emit[:, seen], None)
+    step = lambda alpha, seen: (
+      jax.nn.logsumexp(alpha[:, None] + move, axis=0) + emit[:, seen],
+      None,
+    )
     alone = lambda seen: -jax.nn.logsumexp(lax.scan(step, jax.nn.log_softmax(p["start"]), seen)[0])
     return jax.vmap(alone)(x)
 
-  return loss, {"emit": draw(3, 4), "move": draw(3, 3), "start": draw(3)}, draw.ints(4, N, 4), draw.labels
+  return (
+    loss,
+    {"emit": draw(3, 4), "move": draw(3, 3), "start": draw(3)},
+    draw.ints(4, N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1562,13 +1775,22 @@ def residual_block(draw):
 
   def model(p, x):
     x = convolve(x, p["stem"], padding="SAME")
-    y = jax.nn.relu(norms[0](p["norm0"], convolve(x, p["a"], window_strides=(2, 2), padding="SAME")))
+    y = jax.nn.relu(
+      norms[0](p["norm0"], convolve(x, p["a"], window_strides=(2, 2), padding="SAME"))
+    )
     y = norms[1](p["norm1"], convolve(y, p["b"], padding="SAME"))
     y = jax.nn.relu(y + convolve(x, p["shortcut"], window_strides=(2, 2)))
     return y.mean((1, 2)) @ p["head"]
 
-  params = {"stem": draw(3, 3, 2, 4), "a": draw(3, 3, 4, 4), "b": draw(3, 3, 4, 4), "shortcut": draw(1, 1, 4, 4)}
-  params |= {f"norm{i}": {"scale": 1 + draw(4), "bias": draw(4)} for i in range(2)} | {"head": draw(4, 3)}
+  params = {
+    "stem": draw(3, 3, 2, 4),
+    "a": draw(3, 3, 4, 4),
+    "b": draw(3, 3, 4, 4),
+    "shortcut": draw(1, 1, 4, 4),
+  }
+  params |= {f"norm{i}": {"scale": 1 + draw(4), "bias": draw(4)} for i in range(2)} | {
+    "head": draw(4, 3)
+  }
   return classified(model), params, draw(N, 4, 4, 2), draw.labels
 
 
@@ -1578,10 +1800,17 @@ def resnext_block(draw):
 
   def model(p, x):
     y = jax.nn.relu(convolve(x, p["reduce"]))
-    y = jax.nn.relu(norm(p["norm"], convolve(y, p["grouped"], padding="SAME", feature_group_count=2)))
+    y = jax.nn.relu(
+      norm(p["norm"], convolve(y, p["grouped"], padding="SAME", feature_group_count=2))
+    )
     return (x + convolve(y, p["expand"])).mean((1, 2)) @ p["head"]
 
-  params = {"reduce": draw(1, 1, 6, 4), "grouped": draw(3, 3, 2, 4), "expand": draw(1, 1, 4, 6), "head": draw(6, 3)}
+  params = {
+    "reduce": draw(1, 1, 6, 4),
+    "grouped": draw(3, 3, 2, 4),
+    "expand": draw(1, 1, 4, 6),
+    "head": draw(6, 3),
+  }
   params["norm"] = {"scale": 1 + draw(4), "bias": draw(4)}
   return classified(model), params, draw(N, 4, 3, 6), draw.labels
 
@@ -1595,7 +1824,12 @@ def depthwise_separable_block_with_squeeze_and_excite(draw):
     y = convolve(y * jax.nn.sigmoid(squeezed @ p["excite"]), p["project"]) + x
     return y.mean((1, 2)) @ p["head"]
 
-  params = {"expand": draw(1, 1, 3, 6), "scale": draw(6), "depthwise": draw(3, 3, 1, 6), "squeeze": draw(6, 2)}
+  params = {
+    "expand": draw(1, 1, 3, 6),
+    "scale": draw(6),
+    "depthwise": draw(3, 3, 1, 6),
+    "squeeze": draw(6, 2),
+  }
   params |= {"excite": draw(2, 6), "project": draw(1, 1, 6, 3), "head": draw(3, 3)}
   return classified(model), params, draw(N, 4, 4, 3), draw.labels
 
@@ -1623,14 +1857,25 @@ def u_net(draw):
     up = lax.conv_transpose(b, p["up"], (2, 2), "SAME", dimension_numbers=_NHWC)
     return convolve(jnp.concatenate([a, up], -1), p["out"], padding="SAME")
 
-  params = {"in": draw(3, 3, 1, 3), "down": draw(3, 3, 3, 4), "up": draw(2, 2, 4, 3), "out": draw(3, 3, 6, 1)}
+  params = {
+    "in": draw(3, 3, 1, 3),
+    "down": draw(3, 3, 3, 4),
+    "up": draw(2, 2, 4, 3),
+    "out": draw(3, 3, 6, 1),
+  }
   return scored(model), params, draw(N, 4, 4, 1), draw.labels
 
 
 def _attention_params(draw, width=4, heads=2, size=2):
   projections = {name: draw(width, heads, size) for name in "qkv"}
   norms = {f"scale{i}": 1 + draw(width) for i in (1, 2)} | {f"bias{i}": draw(width) for i in (1, 2)}
-  return {**projections, "o": draw(heads, size, width), **norms, "up": draw(width, 6), "down": draw(6, width)}
+  return {
+    **projections,
+    "o": draw(heads, size, width),
+    **norms,
+    "up": draw(width, 6),
+    "down": draw(6, width),
+  }
 
 
 def _attend(p, x, bias: Any = 0.0):
@@ -1654,7 +1899,12 @@ def vision_transformer(draw):
     return layer_norm(_transformer_block(p["block"], x))[:, 0] @ p["head"]
 
   params = {"token": draw(4), "embed": draw(8, 4), "position": draw(5, 4), "head": draw(4, 3)}
-  return classified(model), params | {"block": _attention_params(draw)}, draw(N, 4, 4, 2), draw.labels
+  return (
+    classified(model),
+    params | {"block": _attention_params(draw)},
+    draw(N, 4, 4, 2),
+    draw.labels,
+  )
 
 
 @case
@@ -1674,10 +1924,17 @@ def swin_block_with_shifted_windows(draw):
     bias = p["relative"][index.reshape(-1)].reshape(4, 4, 2).transpose(2, 0, 1)
     windows = _transformer_block(p["block"], windows, bias + mask)
     x = windows.reshape(n, 2, 2, window, window, c).swapaxes(2, 3).reshape(n, side, side, c)
-    merged = jnp.roll(x, (1, 1), (1, 2)).reshape(n, 2, 2, 2, 2, c).swapaxes(2, 3).reshape(n, 4, 4 * c)
+    merged = (
+      jnp.roll(x, (1, 1), (1, 2)).reshape(n, 2, 2, 2, 2, c).swapaxes(2, 3).reshape(n, 4, 4 * c)
+    )
     return (layer_norm(merged) @ p["merge"]).mean(1) @ p["head"]
 
-  params = {"relative": draw(9, 2), "merge": draw(16, 5), "head": draw(5, 3), "block": _attention_params(draw)}
+  params = {
+    "relative": draw(9, 2),
+    "merge": draw(16, 5),
+    "head": draw(5, 3),
+    "block": _attention_params(draw),
+  }
   return classified(model), params, draw(N, side, side, 4), draw.labels
 
 
@@ -1690,8 +1947,15 @@ def language_model_scanned_and_rematerialised(draw):
     log_p = jax.nn.log_softmax(layer_norm(h) @ p["table"].T)
     return -jnp.sum(jnp.take_along_axis(log_p, x[:, 1:, None], -1)[..., 0] * (y[:, None] + 1), -1)
 
-  blocks = jax.tree.map(lambda *leaves: np.stack(leaves), *(_attention_params(draw) for _ in range(2)))
-  return loss, {"table": draw(6, 4), "position": draw(3, 4), "blocks": blocks}, draw.ints(6, N, 4), draw.labels
+  blocks = jax.tree.map(
+    lambda *leaves: np.stack(leaves), *(_attention_params(draw) for _ in range(2))
+  )
+  return (
+    loss,
+    {"table": draw(6, 4), "position": draw(3, 4), "blocks": blocks},
+    draw.ints(6, N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1706,7 +1970,9 @@ def rotary_grouped_query_attention(draw):
   def model(p, x):
     q = rotate((x @ p["q"]).reshape(*x.shape[:2], 4, 4))
     k, v = jnp.split((x @ p["kv"]).reshape(*x.shape[:2], 4, 4), 2, axis=2)
-    weights = jax.nn.softmax(jnp.einsum("ntkge,nske->nkgts", q.reshape(*q.shape[:2], 2, 2, 4), rotate(k)))
+    weights = jax.nn.softmax(
+      jnp.einsum("ntkge,nske->nkgts", q.reshape(*q.shape[:2], 2, 2, 4), rotate(k))
+    )
     y = jnp.einsum("nkgts,nske->ntkge", weights, v).reshape(*x.shape[:2], 16) @ p["o"]
     norm = lambda x: x * lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + 1e-3) * p["norm"]
     return norm(x + y)
@@ -1728,7 +1994,12 @@ def mixture_of_experts(draw):
     hidden = jax.nn.relu(jnp.einsum("ntd,edf->netf", x, p["up"]))
     return jnp.einsum("netf,efd,nte->ntd", hidden, p["down"], kept)
 
-  return scored(model), {"gate": draw(4, 3), "up": draw(3, 4, 5), "down": draw(3, 5, 4)}, draw(N, 4, 4), draw.labels
+  return (
+    scored(model),
+    {"gate": draw(4, 3), "up": draw(3, 4, 5), "down": draw(3, 5, 4)},
+    draw(N, 4, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1748,7 +2019,9 @@ def mixer_with_group_norm(draw):
   def model(p, x):
     x = x + jax.nn.gelu(x.swapaxes(1, 2) @ p["tokens"]).swapaxes(1, 2)
     grouped = x.reshape(*x.shape[:2], 2, 2)
-    grouped = (grouped - grouped.mean((1, 3), keepdims=True)) / jnp.sqrt(grouped.var((1, 3), keepdims=True) + 1e-3)
+    grouped = (grouped - grouped.mean((1, 3), keepdims=True)) / jnp.sqrt(
+      grouped.var((1, 3), keepdims=True) + 1e-3
+    )
     return jnp.tanh(grouped.reshape(x.shape) * p["scale"] @ p["channels"]).mean(1) @ p["head"]
 
   params = {"tokens": draw(3, 3), "scale": draw(4), "channels": draw(4, 4), "head": draw(4, 3)}
@@ -1779,7 +2052,9 @@ def linen_scan_with_remat(draw):
     def __call__(self, x, _):
       return x + linen.Dense(4)(linen.tanh(linen.Dense(3)(linen.LayerNorm()(x)))), None
 
-  stack = linen.scan(linen.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+  stack = linen.scan(
+    linen.remat(Block), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+  )
   module, inputs = stack(), draw(N, 3, 4)
   params = draw.like(module.init, jax.random.key(0), inputs, None)["params"]
   return scored(lambda p, x: module.apply({"params": p}, x, None)[0]), params, inputs, draw.labels
@@ -1800,7 +2075,12 @@ def nnx_module(draw):
   graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
   model = lambda p, x: nnx.merge(graph, p, rest)(x["image"], x["kind"])
   params = jax.tree.map(np.asarray, params)
-  return classified(model), params, {"image": draw(N, 4, 4, 2), "kind": draw.ints(3, N)}, draw.labels
+  return (
+    classified(model),
+    params,
+    {"image": draw(N, 4, 4, 2), "kind": draw.ints(3, N)},
+    draw.labels,
+  )
 
 
 @case
@@ -1820,10 +2100,14 @@ def equinox_module(draw):
 
     def __call__(self, image):
       tokens = jax.vmap(self.norm)(self.conv(image).reshape(3, -1).T)
-      h, _ = lax.scan(lambda h, token: (self.cell(token, h), None), jnp.zeros(4, image.dtype), tokens)
+      h, _ = lax.scan(
+        lambda h, token: (self.cell(token, h), None), jnp.zeros(4, image.dtype), tokens
+      )
       return self.out(h)
 
-  shapes, static = eqx.partition(eqx.filter_eval_shape(Model, jax.random.key(0)), lambda x: hasattr(x, "shape"))
+  shapes, static = eqx.partition(
+    eqx.filter_eval_shape(Model, jax.random.key(0)), lambda x: hasattr(x, "shape")
+  )
   params = jax.tree.map(lambda leaf: draw(*leaf.shape), shapes)
   model = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
   return classified(model), params, draw(N, 2, 4, 4), draw.labels
@@ -1893,7 +2177,12 @@ def mutable_array_inside(draw):
     total[...] *= p["scale"]
     return total[...] @ p["b"]
 
-  return one_by_one(model), {"a": draw(4, 3), "scale": draw(3), "b": draw(3, 2)}, draw(N, 4), draw.labels
+  return (
+    one_by_one(model),
+    {"a": draw(4, 3), "scale": draw(3), "b": draw(3, 2)},
+    draw(N, 4),
+    draw.labels,
+  )
 
 
 @case
@@ -1904,7 +2193,12 @@ def ragged_experts(draw):
     y = lax.ragged_dot(x["x"].reshape(-1, 3)[order], p, sizes)
     return y[jnp.argsort(order)].reshape(*x["x"].shape[:2], -1)
 
-  return scored(model), draw(2, 3, 4), {"x": draw(N, 4, 3), "expert": draw.ints(2, N, 4)}, draw.labels
+  return (
+    scored(model),
+    draw(2, 3, 4),
+    {"x": draw(N, 4, 3), "expert": draw.ints(2, N, 4)},
+    draw.labels,
+  )
 
 
 @case
@@ -1948,11 +2242,15 @@ def _overlapping_slices(h, new, made, size):
 
 
 def _scanned(h, new, made, size):
-  return lax.scan(lambda h, w: (jnp.tanh(h @ w) + 0.3 * h, None), h, new(2, h.shape[1], h.shape[1]))[0]
+  return lax.scan(
+    lambda h, w: (jnp.tanh(h @ w) + 0.3 * h, None), h, new(2, h.shape[1], h.shape[1])
+  )[0]
 
 
 def _rematerialised(h, new, made, size):
-  return jax.checkpoint(lambda a, b, h: h + jnp.tanh(h @ a) @ b)(new(h.shape[1], size), new(size, h.shape[1]), h)
+  return jax.checkpoint(lambda a, b, h: h + jnp.tanh(h @ a) @ b)(
+    new(h.shape[1], size), new(size, h.shape[1]), h
+  )
 
 
 def _there_and_back(h, new, made, size):
@@ -1965,7 +2263,9 @@ OPERATIONS = {
   "dense transposed": lambda h, new, made, size: h @ new(size, h.shape[1]).T,
   "dense scaled": lambda h, new, made, size: h @ (-0.5 * new(h.shape[1], size)),
   "tied": _tied,
-  "stopped": lambda h, new, made, size: h + 0.1 * jnp.sum(lax.stop_gradient(made[0])) if made else h,
+  "stopped": lambda h, new, made, size: (
+    h + 0.1 * jnp.sum(lax.stop_gradient(made[0])) if made else h
+  ),
   "bias": lambda h, new, made, size: h + new(h.shape[1]),
   "scale": lambda h, new, made, size: h * new(h.shape[1]) * new(),
   "activation": lambda h, new, made, size: ACTIVATIONS[size % 3](h),
@@ -1979,11 +2279,15 @@ OPERATIONS = {
   "prompt": lambda h, new, made, size: jnp.concatenate([new(1, h.shape[1]), h]),
   "mix tokens": lambda h, new, made, size: new(size, h.shape[0]) @ h,
   "pool": lambda h, new, made, size: jnp.mean(h, 0, keepdims=True),
-  "convolution": lambda h, new, made, size: convolve(h[None], new(2, h.shape[1], size), _NWC, padding="SAME")[0],
+  "convolution": lambda h, new, made, size: convolve(
+    h[None], new(2, h.shape[1], size), _NWC, padding="SAME"
+  )[0],
 }
 
 
-def graph(program: list[tuple[str, int]], tokens: int, width: int, seed: int) -> tuple[Any, Any, Any, Any]:
+def graph(
+  program: list[tuple[str, int]], tokens: int, width: int, seed: int
+) -> tuple[Any, Any, Any, Any]:
   """A model that applies the operations one after another, as a case."""
   draw = Draw(str(seed))
 

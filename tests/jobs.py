@@ -20,14 +20,20 @@ def free_address() -> str:
     return f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def start_job(program: Sequence[object], count: int, **variables: str) -> list[subprocess.Popen[str]]:
+def start_job(
+  program: Sequence[object], count: int, **variables: str
+) -> list[subprocess.Popen[str]]:
   """Start `count` processes of one program with the flags that say who they are; one alone gets none."""
   address = free_address()
   options: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   options["env"] = environment() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables
   processes = []
   for index in range(count):
-    flags = () if count == 1 else ("--coordinator", address, "--process-id", index, "--num-processes", count)
+    flags = (
+      ()
+      if count == 1
+      else ("--coordinator", address, "--process-id", index, "--num-processes", count)
+    )
     processes.append(subprocess.Popen([sys.executable, *map(str, (*program, *flags))], **options))
   return processes
 
@@ -39,4 +45,7 @@ def finish_job(processes: Sequence[subprocess.Popen[str]], seconds: float = 100)
   finally:
     for process in processes:
       process.kill()
-  return [Outcome(process.returncode, out, err) for process, (out, err) in zip(processes, ends, strict=True)]
+  return [
+    Outcome(process.returncode, out, err)
+    for process, (out, err) in zip(processes, ends, strict=True)
+  ]

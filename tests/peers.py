@@ -15,13 +15,14 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import distributed, training
-from mnemonic_jax.checkpoints import Checkpoints
+from mnemonic_jax import training
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.watchdog import Watchdog
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, signals
+from mnemonic_jax.runs.checkpoints import Checkpoints
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.watchdog import Watchdog
 
 GROWTH = 0.5  # of a weight, per step and device
 
@@ -36,14 +37,18 @@ def main() -> int:
   parser.add_argument("--peer-timeout", type=float, default=60)
   parser.add_argument("--steps", type=int, default=4)
   parser.add_argument("--seconds", type=float, default=0.0)
-  parser.add_argument("--fails", type=int, default=-1, help="the process that cannot read what all read")
   parser.add_argument(
-    "--stuck", default="", help="where process 1 stops for ever, alive: start-up, input or checkpoint"
+    "--fails", type=int, default=-1, help="the process that cannot read what all read"
+  )
+  parser.add_argument(
+    "--stuck",
+    default="",
+    help="where process 1 stops for ever, alive: start-up, input or checkpoint",
   )
   options = parser.parse_args()
   try:
     signals.exit_at_once()
-    distributed.initialize(
+    processes.initialize(
       options.coordinator,
       options.process_id,
       options.num_processes,
@@ -70,7 +75,9 @@ def read_or_fail(options: argparse.Namespace) -> None:
 
 def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[jax.Array]:
   while True:
-    yield jax.make_array_from_process_local_data(sharding, np.full(jax.local_device_count(), GROWTH, np.float32))
+    yield jax.make_array_from_process_local_data(
+      sharding, np.full(jax.local_device_count(), GROWTH, np.float32)
+    )
     pass_or_stick(options, "input")
 
 
@@ -86,14 +93,16 @@ def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
     return training.init_train_state(params, {}, optimizer, jax.random.key(0)), jnp.ones((2, 1, 3))
 
   @jax.jit
-  def one_step(state: training.TrainState, batch: jax.Array) -> tuple[training.TrainState, jax.Array]:
+  def one_step(
+    state: training.TrainState, batch: jax.Array
+  ) -> tuple[training.TrainState, jax.Array]:
     params = {"w": state.params["w"] + batch.sum()}
     return state._replace(params=params, step=state.step + 1), jax.lax.with_sharding_constraint(
       params["w"].sum(), whole
     )
 
   pass_or_stick(options, "start-up")
-  distributed.together(lambda: read_or_fail(options))
+  processes.together(lambda: read_or_fail(options))
   state, codes = first()
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
     if checkpoints.latest_step() is not None:
@@ -117,9 +126,9 @@ def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
           if asked:
             stop.stop_if_asked(f"stopped after step {done}; the checkpoint is written.")
         time.sleep(options.seconds)
-  distributed.barrier("trained")
+  processes.barrier("trained")
   print(files.dumps({"steps": done, "total": float(total), "devices": jax.device_count()}))
 
 
 if __name__ == "__main__":
-  distributed.leave(main())
+  processes.leave(main())

@@ -36,7 +36,9 @@ def picture(number: int, format: str = "JPEG") -> bytes:
   top = (17 * number) % (photograph.shape[0] - height)
   left = (29 * number) % (photograph.shape[1] - width)
   buffer = io.BytesIO()
-  Image.fromarray(photograph[top : top + height, left : left + width]).save(buffer, format, quality=95)
+  Image.fromarray(photograph[top : top + height, left : left + width]).save(
+    buffer, format, quality=95
+  )
   return buffer.getvalue()
 
 
@@ -74,13 +76,19 @@ def birds(folder: pathlib.Path) -> None:
       images.append(f"{number + 1} {name}.jpg")
       splits.append(f"{number + 1} {int(training)}")
       boxes.append(f"{number + 1} 10.0 10.0 50.0 40.0")
-    for name, lines in (("images", images), ("train_test_split", splits), ("bounding_boxes", boxes)):
+    for name, lines in (
+      ("images", images),
+      ("train_test_split", splits),
+      ("bounding_boxes", boxes),
+    ):
       add(archive, f"CUB_200_2011/{name}.txt", ("\n".join(lines) + "\n").encode())
 
 
 def cars(folder: pathlib.Path) -> None:
   """cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat."""
-  fields = [(name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
+  fields = [
+    (name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")
+  ]
   annotations: dict[bool, list] = {True: [], False: []}
   with (
     tarfile.open(folder / "cars_train.tgz", "w:gz") as train,
@@ -106,7 +114,9 @@ def imagenet(folder: pathlib.Path) -> None:
     tarfile.open(folder / "ILSVRC2012_img_train.tar", "w") as train,
     tarfile.open(folder / "ILSVRC2012_img_val.tar", "w") as validation,
   ):
-    for synset, group in itertools.groupby(examples("imagenet2012"), key=lambda example: synsets[example[1]]):
+    for synset, group in itertools.groupby(
+      examples("imagenet2012"), key=lambda example: synsets[example[1]]
+    ):
       inner = io.BytesIO()
       with tarfile.open(fileobj=inner, mode="w") as archive:
         for number, _, training in group:
@@ -122,7 +132,9 @@ def stand_in_for_tensorflow() -> None:
 
   def open_or_pass(file, mode="r"):
     opened = file if hasattr(file, "read") else open(file, mode)  # noqa: SIM115
-    return contextlib.nullcontext(opened) if mode == "rb" else opened  # tensorflow's opens itself again after its end
+    return (
+      contextlib.nullcontext(opened) if mode == "rb" else opened
+    )  # tensorflow's opens itself again after its end
 
   gfile = types.SimpleNamespace(
     GFile=open_or_pass,
@@ -131,7 +143,8 @@ def stand_in_for_tensorflow() -> None:
     walk=os.walk,
   )
   stand_in = types.SimpleNamespace(
-    io=types.SimpleNamespace(gfile=gfile), compat=types.SimpleNamespace(as_text=lambda text: os.fspath(text))
+    io=types.SimpleNamespace(gfile=gfile),
+    compat=types.SimpleNamespace(as_text=lambda text: os.fspath(text)),
   )
   for name in (
     "core.download.extractor",
@@ -187,7 +200,11 @@ def main(out: str, name: str) -> None:
 
     def download_and_extract(self, urls):
       one = lambda url: local(self, url) if url.endswith(".mat") else self.extract(local(self, url))
-      return {key: one(url) for key, url in urls.items()} if isinstance(urls, dict) else [one(url) for url in urls]
+      return (
+        {key: one(url) for key, url in urls.items()}
+        if isinstance(urls, dict)
+        else [one(url) for url in urls]
+      )
 
     manager.download, manager.download_and_extract = download, download_and_extract
     builder = tfds.builder(name, data_dir=out, file_format="array_record")

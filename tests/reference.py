@@ -18,7 +18,9 @@ def mix(images, labels, codes, replaced, choice):
 
 def cross_entropy(logits, label):
   """log(1 + sum_{j != y} exp(l_j - l_y)); no difference of large numbers."""
-  return math.log1p(sum(math.exp(logits[j] - logits[label]) for j in range(len(logits)) if j != label))
+  return math.log1p(
+    sum(math.exp(logits[j] - logits[label]) for j in range(len(logits)) if j != label)
+  )
 
 
 def residual(logits, label):
@@ -31,7 +33,9 @@ def residual(logits, label):
 
 def regression_logits(params, x):
   kernel, bias = params["kernel"].astype(np.float64), params["bias"].astype(np.float64)
-  return np.array([sum(x[i] * kernel[i, j] for i in range(len(x))) + bias[j] for j in range(len(bias))])
+  return np.array(
+    [sum(x[i] * kernel[i, j] for i in range(len(x))) + bias[j] for j in range(len(bias))]
+  )
 
 
 def regression_gradient(params, x, label):
@@ -46,7 +50,9 @@ def _hidden(params, x):
 
 
 def mlp_logits(params, x):
-  return regression_logits({"kernel": params["kernel2"], "bias": params["bias2"]}, _hidden(params, x))
+  return regression_logits(
+    {"kernel": params["kernel2"], "bias": params["bias2"]}, _hidden(params, x)
+  )
 
 
 def mlp_gradient(params, x, label):
@@ -79,7 +85,9 @@ def _layers(array, layer_axis):
   indices = list(np.ndindex(np.shape(array)))
   if layer_axis is None:
     return [indices]
-  return [[i for i in indices if i[layer_axis] == layer] for layer in range(np.shape(array)[layer_axis])]
+  return [
+    [i for i in indices if i[layer_axis] == layer] for layer in range(np.shape(array)[layer_axis])
+  ]
 
 
 def amplitude(fisher_forget, fisher_remain, layer_axis=None, overflow=math.inf):
@@ -147,7 +155,18 @@ def class_fishers(gradient, params, codes, forget, remain):
   return side
 
 
-def forget(logits, gradient, params, codes, forget, remain, lambda1, lambda2, layer_axis=None, overflow=math.inf):
+def forget(
+  logits,
+  gradient,
+  params,
+  codes,
+  forget,
+  remain,
+  lambda1,
+  lambda2,
+  layer_axis=None,
+  overflow=math.inf,
+):
   """The whole of it. Returns (params, sign, eta); layer_axis: {leaf name: axis}."""
   axes = layer_axis or {}
   fisher_forget, fisher_remain = class_fishers(gradient, params, codes, forget, remain)

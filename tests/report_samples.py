@@ -10,7 +10,9 @@ import numpy as np
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
-def make_report(num_classes: int, classes: list[int], *, error: float = 1.0, loss: float = 0.005) -> dict[str, Any]:
+def make_report(
+  num_classes: int, classes: list[int], *, error: float = 1.0, loss: float = 0.005
+) -> dict[str, Any]:
   """Make a forget JSON whose test error after is `error` and whose loss on the kept classes is `loss`."""
   rng = np.random.default_rng(num_classes)
   before = np.round(rng.uniform(0.93, 1.0, num_classes), 3)
@@ -49,7 +51,9 @@ def make_evidence(num_classes: int, classes: list[int]) -> dict[str, Any]:
   for c in classes:
     after[c, kept] = rng.multinomial(before[c].sum(), rng.dirichlet(np.full(len(kept), 0.4)))
   return {
-    "class_names": DIGITS[:num_classes] if num_classes <= 10 else [f"kind {c}" for c in range(num_classes)],
+    "class_names": DIGITS[:num_classes]
+    if num_classes <= 10
+    else [f"kind {c}" for c in range(num_classes)],
     "config": "digits",
     "dataset": "digits",
     "model": "mlp",
@@ -75,7 +79,12 @@ def make_evidence(num_classes: int, classes: list[int]) -> dict[str, Any]:
         "forget_error": 1.0,
         "note": "output bias of the class set very low",
       },
-      {"name": "Retrain", "retain_accuracy": 0.9741, "forget_error": 1.0, "note": "trained without the class, 3 seeds"},
+      {
+        "name": "Retrain",
+        "retain_accuracy": 0.9741,
+        "forget_error": 1.0,
+        "note": "trained without the class, 3 seeds",
+      },
     ],
   }
 
@@ -85,7 +94,9 @@ def make_codes(num_classes: int, shape: tuple[int, ...], per_class: int = 1) -> 
   return np.random.default_rng(7).uniform(size=(num_classes, per_class, *shape)).astype(np.float32)
 
 
-def _layer(path: str, shape: list[int], norm: float, change: float, largest: float, share: float) -> dict[str, Any]:
+def _layer(
+  path: str, shape: list[int], norm: float, change: float, largest: float, share: float
+) -> dict[str, Any]:
   return {
     "path": path,
     "shape": shape,

@@ -24,7 +24,9 @@ def trained_once(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def forgotten_once(trained_once: pathlib.Path, tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+def forgotten_once(
+  trained_once: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> pathlib.Path:
   """The same, with class 3 forgotten; copy it, do not write to it."""
   folder = tmp_path_factory.mktemp("runs") / "forgotten"
   shutil.copytree(trained_once, folder)
@@ -52,7 +54,9 @@ class Disk:
 
   def remount(self, options: str) -> None:
     """Change its size or make it read-only."""
-    subprocess.run(["mount", "-o", f"remount,{options}", str(self.path)], check=True, capture_output=True)
+    subprocess.run(
+      ["mount", "-o", f"remount,{options}", str(self.path)], check=True, capture_output=True
+    )
 
   def leave(self, kibibytes: int) -> pathlib.Path:
     """Fill it up to what is left free; remove the file returned to make room again."""
@@ -67,7 +71,9 @@ def disk(tmp_path: pathlib.Path) -> Iterator[Disk]:
   path = tmp_path / "disk"
   path.mkdir()
   try:
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(path)], check=True, capture_output=True)
+    subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(path)], check=True, capture_output=True
+    )
   except (OSError, subprocess.CalledProcessError):
     pytest.skip("needs the right to mount a tmpfs")
   try:

@@ -34,9 +34,21 @@ COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main;
 # What the JSON of a forget promises.
 FORGET_KEYS = {
   *(
-    f"{key}_{when}" for key in ("retain_accuracy", "forget_error", "per_class_accuracy") for when in ("before", "after")
+    f"{key}_{when}"
+    for key in ("retain_accuracy", "forget_error", "per_class_accuracy")
+    for when in ("before", "after")
   ),
-  *("requested", "classes", "lambda1", "lambda2", "sign", "seconds", "checkpoint", "codes_sha256", "versions"),
+  *(
+    "requested",
+    "classes",
+    "lambda1",
+    "lambda2",
+    "sign",
+    "seconds",
+    "checkpoint",
+    "codes_sha256",
+    "versions",
+  ),
   *("params_sha256_before", "params_sha256_after"),
 }
 
@@ -63,7 +75,9 @@ class Outcome:
     ours = [line for line in lines if line.startswith("mnemonic:")]
     assert len(ours) == 1, self.err
     assert len(ours[0]) < 700, self.err
-    strays = [line for line in lines[: lines.index(ours[0])] if not line.startswith(("train: ", "read "))]
+    strays = [
+      line for line in lines[: lines.index(ours[0])] if not line.startswith(("train: ", "read "))
+    ]
     assert not strays, strays  # what follows it is its second line
     return self.err[self.err.index("mnemonic:") :]
 
@@ -120,7 +134,8 @@ def environment() -> dict[str, str]:
   kept = {
     key: value
     for key, value in os.environ.items()
-    if key == "JAX_DISABLE_MOST_OPTIMIZATIONS" or not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
+    if key == "JAX_DISABLE_MOST_OPTIMIZATIONS"
+    or not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
   }
   return kept | {"XDG_CACHE_HOME": _compiled()}
 
@@ -155,4 +170,6 @@ def wait_for(condition: Callable[[], Any], process: subprocess.Popen[str]) -> bo
 def snapshot(folder: pathlib.Path) -> dict[str, str]:
   """SHA-256 of every file below a folder."""
   files = sorted(path for path in folder.rglob("*") if path.is_file())
-  return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+  return {
+    str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+  }

@@ -35,7 +35,9 @@ def main(trainings: int, forgets: int) -> int:
     started = time.monotonic()
     trained = finish(begin_training(whole)).json
     seconds = trained["seconds"]
-    print(f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {time.monotonic() - started:.1f} s in all")
+    print(
+      f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {time.monotonic() - started:.1f} s in all"
+    )
     losses = killed = 0
     for number in range(1, trainings + 1):
       moment = randomness.uniform(0, 0.9 * seconds)
@@ -56,11 +58,15 @@ def main(trainings: int, forgets: int) -> int:
       problems, line, hit = forgetting_trial(run, begin, randomness.uniform(0, span), forgotten)
       losses, killed = losses + bool(problems), killed + hit
       print(f"forget {number:2d}: {line}: {'; '.join(problems) or 'nothing lost'}", flush=True)
-  print(f"{trainings + forgets} trials, {killed} killed before they were done, {losses} with a loss")
+  print(
+    f"{trainings + forgets} trials, {killed} killed before they were done, {losses} with a loss"
+  )
   return 1 if losses else 0
 
 
-def training_trial(run: pathlib.Path, moment: float, writing: float, expected: dict) -> tuple[list[str], str, bool]:
+def training_trial(
+  run: pathlib.Path, moment: float, writing: float, expected: dict
+) -> tuple[list[str], str, bool]:
   """Kill a training, `writing` seconds into a checkpoint if not 0, run the same command again, and compare."""
   process = begin_checkpointing(run, moment) if writing else begin_training(run)
   outcome = stop(process, SIGKILL, writing or moment)
@@ -74,7 +80,9 @@ def training_trial(run: pathlib.Path, moment: float, writing: float, expected: d
     if result["params_sha256"] != expected["params_sha256"]:
       problems.append("other params than undisturbed")
     if steps and 44 * result["resumed_from_epoch"] < steps[-1]:
-      problems.append(f"resumed from epoch {result['resumed_from_epoch']} though checkpoint {steps[-1]} was there")
+      problems.append(
+        f"resumed from epoch {result['resumed_from_epoch']} though checkpoint {steps[-1]} was there"
+      )
   if "Traceback" in again.err:
     problems.append("a traceback")
   where = f"{1000 * writing:2.0f} ms into a checkpoint, " if writing else ""
@@ -83,7 +91,9 @@ def training_trial(run: pathlib.Path, moment: float, writing: float, expected: d
   return problems, line, outcome.code == -SIGKILL
 
 
-def forgetting_trial(run: pathlib.Path, begin, delay: float, expected: dict) -> tuple[list[str], str, bool]:
+def forgetting_trial(
+  run: pathlib.Path, begin, delay: float, expected: dict
+) -> tuple[list[str], str, bool]:
   """Kill a forget, forget again, and compare with the undisturbed one."""
   checkpoints, earlier = snapshot(run / "checkpoints"), finished_forgets(run)
   outcome = stop(begin(run, 5), SIGKILL, delay)

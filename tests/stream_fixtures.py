@@ -23,7 +23,10 @@ def prepared_sets(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   program = pathlib.Path(__file__).with_name("prepared_sets.py")
   for name in CLASSES:
     done = subprocess.run(
-      [sys.executable, str(program), str(folder), name], text=True, capture_output=True, env=environment()
+      [sys.executable, str(program), str(folder), name],
+      text=True,
+      capture_output=True,
+      env=environment(),
     )
     assert done.returncode == 0, done.stderr
   return folder

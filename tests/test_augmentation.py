@@ -43,6 +43,8 @@ def test_a_picture_depends_on_its_own_key_alone():
   images = pictures()
   whole = augmentation.crop_and_flip(keys(), images)
   order = np.random.default_rng(1).permutation(64)
-  np.testing.assert_array_equal(jax.jit(augmentation.crop_and_flip)(keys()[order], images[order]), whole[order])
+  np.testing.assert_array_equal(
+    jax.jit(augmentation.crop_and_flip)(keys()[order], images[order]), whole[order]
+  )
   assert not np.array_equal(augmentation.crop_and_flip(keys(seed=1), images), whole)
   assert jnp.any(whole != images)

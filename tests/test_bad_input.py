@@ -40,7 +40,13 @@ def fisher_with(loss_fn=None, **change):
 
 
 def forget_with(**change):
-  arguments = {"logits_fn": regression, "params": PARAMS, "codes": CODES, "classes": [0], "strength": STRENGTH} | change
+  arguments = {
+    "logits_fn": regression,
+    "params": PARAMS,
+    "codes": CODES,
+    "classes": [0],
+    "strength": STRENGTH,
+  } | change
   return lambda: mj.forget(**arguments)
 
 
@@ -268,7 +274,9 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+  ("call", "error", "message"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_bad_input_is_refused_with_its_name_value_and_remedy(call, error, message):
   with pytest.raises(error, match=f"(?s){message}"):
     call()
@@ -282,7 +290,9 @@ def test_an_unhashable_model_is_refused_by_name():
       return regression(params, inputs)
 
   for call in (forget_with(logits_fn=Model()), evaluate_with(IMAGES, LABELS, logits_fn=Model())):
-    with pytest.raises(TypeError, match=r"logits_fn: got an unhashable Model.*Wrap it in a def or lambda"):
+    with pytest.raises(
+      TypeError, match=r"logits_fn: got an unhashable Model.*Wrap it in a def or lambda"
+    ):
       call()
 
 

@@ -14,20 +14,22 @@ from sklearn.datasets import load_digits
 from toys import assert_trees_close, cpu_mesh, host, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import blending
+from mnemonic_jax.data import mixup
 
-BOTH = pytest.mark.parametrize("blend", [blending.mixup, blending.cutmix])
+BOTH = pytest.mark.parametrize("blend", [mixup.mixup, mixup.cutmix])
 
 
 def digits(examples, classes=None):
   """Real pictures (N, 8, 8, 1) in [0, 1]; each a class of its own unless `classes` says how many there are."""
   images = jnp.asarray(load_digits().images[:examples, ..., None] / 16, jnp.float32)
-  return images, jax.nn.one_hot(jnp.arange(examples) % (classes or examples), classes or examples, dtype=jnp.float32)
+  return images, jax.nn.one_hot(
+    jnp.arange(examples) % (classes or examples), classes or examples, dtype=jnp.float32
+  )
 
 
 def test_mixup_is_the_mean_that_its_targets_tell():
   images, targets = digits(50)
-  mixed, weights = blending.mixup(jax.random.key(0), images, targets, 0.4)
+  mixed, weights = mixup.mixup(jax.random.key(0), images, targets, 0.4)
   own = np.diagonal(np.asarray(weights)).astype(np.float64)
   np.testing.assert_allclose(np.asarray(weights).sum(1), 1, rtol=1e-6)
   assert np.count_nonzero(np.asarray(weights)) <= 100
@@ -39,7 +41,7 @@ def test_mixup_is_the_mean_that_its_targets_tell():
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 4.0])
 def test_the_weights_of_mixup_follow_the_beta_distribution(alpha):
   images, targets = jnp.zeros((8000, 1, 1, 1)), jnp.tile(jnp.eye(2), (4000, 1))
-  _, weights = blending.mixup(jax.random.key(1), images, targets, alpha)
+  _, weights = mixup.mixup(jax.random.key(1), images, targets, alpha)
   own = np.where(np.arange(8000) % 2, weights[:, 1], weights[:, 0])
   variance = 1 / (4 * (2 * alpha + 1))
   assert own.mean() == pytest.approx(0.5, abs=4 * (variance / 8000) ** 0.5)
@@ -48,14 +50,18 @@ def test_the_weights_of_mixup_follow_the_beta_distribution(alpha):
 
 def boxes(alpha, examples, height, width):
   """Which pixels came from the next picture, (N, H, W), and what the targets say of them, (N,)."""
-  images = (jnp.arange(examples, dtype=jnp.float32) % 2)[:, None, None, None] * jnp.ones((examples, height, width, 2))
+  images = (jnp.arange(examples, dtype=jnp.float32) % 2)[:, None, None, None] * jnp.ones(
+    (examples, height, width, 2)
+  )
   targets = jax.nn.one_hot(jnp.arange(examples) % 2, 2, dtype=jnp.float32)
-  pasted, weights = blending.cutmix(jax.random.key(2), images, targets, alpha)
+  pasted, weights = mixup.cutmix(jax.random.key(2), images, targets, alpha)
   np.testing.assert_array_equal(pasted[..., 0], pasted[..., 1])
   of_class_1 = np.asarray(pasted[..., 0])
   assert set(np.unique(of_class_1)) <= {0.0, 1.0}
   odd = (np.arange(examples) % 2).astype(bool)
-  return np.where(odd[:, None, None], 1 - of_class_1, of_class_1), np.where(odd, weights[:, 0], weights[:, 1])
+  return np.where(odd[:, None, None], 1 - of_class_1, of_class_1), np.where(
+    odd, weights[:, 0], weights[:, 1]
+  )
 
 
 def test_cutmix_pastes_one_box_and_the_targets_have_its_exact_share():
@@ -82,7 +88,7 @@ def test_the_sides_of_a_box_follow_the_square_root():
 
 def test_pixels_come_from_the_example_or_the_next_one():
   images, targets = digits(30)
-  pasted, weights = blending.cutmix(jax.random.key(3), images, targets, 1.0)
+  pasted, weights = mixup.cutmix(jax.random.key(3), images, targets, 1.0)
   following = jnp.roll(images, -1, axis=0)
   assert bool(((pasted == images) | (pasted == following)).all())
   assert bool((pasted != images).any()) and bool((pasted != following).any())
@@ -90,12 +96,14 @@ def test_pixels_come_from_the_example_or_the_next_one():
   np.testing.assert_allclose(weights[own, own] + weights[own, (own + 1) % 30], 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("blend", [blending.mixup, pytest.param(blending.cutmix, marks=pytest.mark.long)])
+@pytest.mark.parametrize("blend", [mixup.mixup, pytest.param(mixup.cutmix, marks=pytest.mark.long)])
 def test_the_key_decides_and_jit_vmap_and_dtype_do_not(blend):
   images, targets = digits(16)
   call_it = partial(blend, alpha=1.0)
   first = call_it(jax.random.key(0), images, targets)
-  assert_trees_close(jax.jit(call_it)(jax.random.key(0), images, targets), host(first), rtol=1e-6, atol=1e-7)
+  assert_trees_close(
+    jax.jit(call_it)(jax.random.key(0), images, targets), host(first), rtol=1e-6, atol=1e-7
+  )
   assert bool((call_it(jax.random.key(1), images, targets)[1] != first[1]).any())
   keys = jnp.stack([jax.random.key(0), jax.random.key(1)])
   both = jax.vmap(call_it)(keys, jnp.stack([images] * 2), jnp.stack([targets] * 2))
@@ -120,7 +128,9 @@ def test_a_sharded_batch_is_blended_the_same(blend, axis_type):
 @BOTH
 def test_an_example_alone_stays(blend):
   images, targets = digits(1)
-  assert_trees_close(blend(jax.random.key(0), images, targets, 1.0), host((images, targets)), rtol=1e-6)
+  assert_trees_close(
+    blend(jax.random.key(0), images, targets, 1.0), host((images, targets)), rtol=1e-6
+  )
 
 
 @BOTH
@@ -128,7 +138,11 @@ def test_an_example_alone_stays(blend):
   ("change", "error", "words"),
   [
     ({"key": 0}, TypeError, "key: got 0"),
-    ({"images": jnp.zeros((4, 8, 8, 1), jnp.uint8)}, TypeError, "images: got an array of dtype uint8"),
+    (
+      {"images": jnp.zeros((4, 8, 8, 1), jnp.uint8)},
+      TypeError,
+      "images: got an array of dtype uint8",
+    ),
     ({"images": jnp.zeros((4, 64))}, ValueError, r"images: got shape \(4, 64\)"),
     ({"images": jnp.zeros((0, 8, 8, 1))}, ValueError, r"images: got shape \(0, 8, 8, 1\)"),
     ({"targets": jnp.zeros(4, jnp.int32)}, TypeError, "targets: got an array of dtype int32"),
@@ -162,8 +176,12 @@ def seen_by_a_step(blend, rate=0.5):
 
   optimizer = optax.sgd(0.0)
   images, _ = digits(64)
-  codes = -1 - jnp.arange(10, dtype=jnp.float32)[:, None, None, None, None] * jnp.ones((10, 1, 8, 8, 1))
-  state = mj.init_train_state(jnp.zeros((1, 10)), {}, optimizer, jax.random.key(0))._replace(step=jnp.int32(5))
+  codes = -1 - jnp.arange(10, dtype=jnp.float32)[:, None, None, None, None] * jnp.ones(
+    (10, 1, 8, 8, 1)
+  )
+  state = mj.init_train_state(jnp.zeros((1, 10)), {}, optimizer, jax.random.key(0))._replace(
+    step=jnp.int32(5)
+  )
   step = mj.make_train_step(apply, optimizer, codes, rate=rate, loss=loss, blend=blend)
   _, metrics = step(state, images, jnp.asarray(load_digits().target[:64], jnp.int32))
   return seen["images"], seen["targets"], metrics
@@ -189,11 +207,16 @@ def test_codes_are_drawn_as_without_blending_and_stay_pure(blend):
 @pytest.mark.long
 @BOTH
 def test_a_sharded_step_blends_and_mixes_the_same(blend):
-  apply = lambda params, model_state, inputs, train: (inputs.reshape(len(inputs), -1) @ params, model_state)
+  apply = lambda params, model_state, inputs, train: (
+    inputs.reshape(len(inputs), -1) @ params,
+    model_state,
+  )
   optimizer, codes = optax.sgd(0.3), mj.make_codes(jax.random.key(1), 10, (8, 8, 1))
   images, labels = digits(16)[0], jnp.arange(16, dtype=jnp.int32) % 10
   state = mj.init_train_state(jnp.zeros((64, 10)), {}, optimizer, jax.random.key(0))
-  step = jax.jit(mj.make_train_step(apply, optimizer, codes, rate=0.5, blend=partial(blend, alpha=1.0)))
+  step = jax.jit(
+    mj.make_train_step(apply, optimizer, codes, rate=0.5, blend=partial(blend, alpha=1.0))
+  )
   single, _ = step(state, images, labels)
   for axis_type in ("Auto", "Explicit"):
     mesh = cpu_mesh(4, axis_type)

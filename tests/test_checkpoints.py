@@ -14,15 +14,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mnemonic_jax import training
-from mnemonic_jax.checkpoints import Checkpoints
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.runs.checkpoints import Checkpoints
 
 # A train state on a mesh of this process's devices, the kernel split over them; `action` saves or compares it.
 PROGRAM = """
 import sys, pathlib, jax, jax.numpy as jnp, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mnemonic_jax import training
-from mnemonic_jax.checkpoints import Checkpoints
+from mnemonic_jax.runs.checkpoints import Checkpoints
 folder, action, rows, columns = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 assert len(jax.devices()) == rows * columns
 mesh = jax.make_mesh((rows, columns), ("data", "model"))
@@ -51,7 +51,9 @@ print("well")
 def on_devices(folder, action: str, rows: int, columns: int) -> None:
   flags = f"--xla_force_host_platform_device_count={rows * columns}"
   command = [sys.executable, "-c", PROGRAM, str(folder), action, str(rows), str(columns)]
-  done = subprocess.run(command, text=True, capture_output=True, env=os.environ | {"XLA_FLAGS": flags}, timeout=120)
+  done = subprocess.run(
+    command, text=True, capture_output=True, env=os.environ | {"XLA_FLAGS": flags}, timeout=120
+  )
   assert done.stdout == "well\n" and not done.stderr, done.stderr
 
 
@@ -63,7 +65,9 @@ def test_a_checkpoint_is_read_on_another_mesh(written, read, tmp_path):
 
 
 def state_of(value: float) -> training.TrainState:
-  return training.init_train_state({"w": jnp.full((300, 300), value)}, {}, optax.sgd(0.1), jax.random.key(0))
+  return training.init_train_state(
+    {"w": jnp.full((300, 300), value)}, {}, optax.sgd(0.1), jax.random.key(0)
+  )
 
 
 def test_a_state_may_be_donated_while_it_is_written(tmp_path):
@@ -76,7 +80,9 @@ def test_a_state_may_be_donated_while_it_is_written(tmp_path):
       overwrite(state)  # as the next train step does
     checkpoints.wait()
     restored, _ = checkpoints.restore(state_of(0), codes)
-    assert checkpoints.latest_step() == 5 and sorted(p.name for p in (tmp_path / "run").iterdir()) == ["4", "5"]
+    assert checkpoints.latest_step() == 5 and sorted(
+      p.name for p in (tmp_path / "run").iterdir()
+    ) == ["4", "5"]
   np.testing.assert_array_equal(restored.params["w"], 5.0)
 
 

@@ -15,13 +15,22 @@ import termios
 import pytest
 from running import COMMAND, FORGET_KEYS, TINY, call, command, environment, finish, start
 
-from mnemonic_jax import config as configs
 from mnemonic_jax.cli import commands
+from mnemonic_jax.runs import config as configs
 
 pytest_plugins = ["run_fixtures"]
 
 VERBS = ("run", "train", "forget", "evaluate", "report", "export", "configs")
-TRAIN_KEYS = {"run", "config", "epochs", "steps", "test_accuracy", "checkpoint", "codes_sha256", "params_sha256"}
+TRAIN_KEYS = {
+  "run",
+  "config",
+  "epochs",
+  "steps",
+  "test_accuracy",
+  "checkpoint",
+  "codes_sha256",
+  "params_sha256",
+}
 
 
 def test_run_trains_forgets_and_reports(tmp_path):
@@ -31,7 +40,12 @@ def test_run_trains_forgets_and_reports(tmp_path):
     pytest.skip("the package is not installed beside this Python")
   words = [str(script), "run", "digits", *TINY, "--forget.classes", "3", "5", "--json"]
   process = subprocess.Popen(
-    words, cwd=tmp_path, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    words,
+    cwd=tmp_path,
+    env=environment(),
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
   )
   outcome = finish(process)
   result = outcome.json
@@ -42,7 +56,9 @@ def test_run_trains_forgets_and_reports(tmp_path):
   assert result["train"]["params_sha256"] == result["forget"]["params_sha256_before"]
   assert result["train"]["codes_sha256"] == result["forget"]["codes_sha256"]
   assert (tmp_path / result["forget"]["report"]).read_text().startswith("<!doctype html>")
-  assert sorted(path.name for path in (tmp_path / "runs" / "digits").iterdir() if path.name[0] != ".") == [
+  assert sorted(
+    path.name for path in (tmp_path / "runs" / "digits").iterdir() if path.name[0] != "."
+  ) == [
     "checkpoints",
     "config.json",
     "forgets",
@@ -50,7 +66,9 @@ def test_run_trains_forgets_and_reports(tmp_path):
     "tensorboard",
   ]
   lines = outcome.err.splitlines()
-  assert lines and all(re.fullmatch(r"train: \d/3 epochs, .*epochs/s, \d+ s left", line) for line in lines), lines
+  assert lines and all(
+    re.fullmatch(r"train: \d/3 epochs, .*epochs/s, \d+ s left", line) for line in lines
+  ), lines
 
 
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
@@ -76,12 +94,19 @@ def test_each_verb_prints_one_json_object(forgotten):
   evaluated = call("evaluate", forgotten, "--json").json
   assert evaluated["classes"] == [3]
   for name in ("trained", "forgotten"):
-    assert evaluated[name].keys() >= {"retain_accuracy", "forget_error", "per_class_accuracy", "accuracy"}
+    assert evaluated[name].keys() >= {
+      "retain_accuracy",
+      "forget_error",
+      "per_class_accuracy",
+      "accuracy",
+    }
   assert evaluated["trained"]["forget_error"] < evaluated["forgotten"]["forget_error"]
   report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
   assert evaluated["forgotten"]["retain_accuracy"] == report["retain_accuracy_after"]
   assert evaluated["trained"]["per_class_accuracy"] == report["per_class_accuracy_before"]
-  assert call("report", forgotten, "--json").json == {"report": str(forgotten / "forgets" / "0001" / "report.html")}
+  assert call("report", forgotten, "--json").json == {
+    "report": str(forgotten / "forgets" / "0001" / "report.html")
+  }
   assert set(call("configs", "--json").json) == set(configs.names())
   assert call("configs", "digits", "--json").json["train"]["seed"] == 0
 
@@ -89,7 +114,9 @@ def test_each_verb_prints_one_json_object(forgotten):
 def test_a_class_without_test_examples_has_no_error(forgotten):
   report = json.loads((forgotten / "forgets" / "0001" / "report.json").read_text())
   unknown = dict.fromkeys(("forget_error_before", "forget_error_after"), float("nan"))
-  text = commands._forget_text({**report, "report": "page", "verdicts": {"params": "Not measured"}, **unknown})
+  text = commands._forget_text(
+    {**report, "report": "page", "verdicts": {"params": "Not measured"}, **unknown}
+  )
   assert re.search(r"error, forgotten classes +none +none\n", text) and "nan" not in text
   assert text.startswith("tried to forget 3 in ") and "\n  verdict  Not measured\n" in text
 
@@ -103,17 +130,28 @@ def test_a_class_that_was_not_forgotten_is_not_called_so(forgotten):
   assert text.startswith("forgot 3 in ") and "\n  verdict  Forgotten\n" in text
   verdicts = {"params": "Forgotten", "ema": "Not forgotten"}
   text = commands._forget_text({**report, "report": "page", "verdicts": verdicts})
-  assert text.startswith("tried to forget 3 in ") and "verdict  Forgotten; their average: Not forgotten\n" in text
+  assert (
+    text.startswith("tried to forget 3 in ")
+    and "verdict  Forgotten; their average: Not forgotten\n" in text
+  )
 
 
 def test_each_verb_prints_text_for_people(forgotten):
   evaluated = call("evaluate", forgotten, "--classes", 3, 4)
   assert (evaluated.code, evaluated.err) == (0, "")
-  assert "classes 3, 4 counted as forgotten" in evaluated.out and "error of forgotten" in evaluated.out
+  assert (
+    "classes 3, 4 counted as forgotten" in evaluated.out and "error of forgotten" in evaluated.out
+  )
   everything = call("evaluate", forgotten, "--classes", *range(10))
-  assert (everything.code, "accuracy of kept none" in everything.out, "nan" in everything.out) == (0, True, False)
+  assert (everything.code, "accuracy of kept none" in everything.out, "nan" in everything.out) == (
+    0,
+    True,
+    False,
+  )
   again = call("forget", forgotten, "--classes", 5, "--forget.lambda1", 0.5)
-  assert re.match(r"tried to forget 3, 5 in \d+\.\d\d s", again.out) and again.err == ""  # three epochs are too few
+  assert (
+    re.match(r"tried to forget 3, 5 in \d+\.\d\d s", again.out) and again.err == ""
+  )  # three epochs are too few
   assert json.loads((forgotten / "forgets" / "0002" / "report.json").read_text())["lambda1"] == 0.5
   trained = call("train", "digits", "--out", forgotten, *TINY)
   assert trained.out.startswith("trained digits: 3 epochs")
@@ -155,9 +193,40 @@ def test_help_names_every_verb():
 @pytest.mark.parametrize(
   "words",
   [
-    ("train", "digits", "--out", "RUN", "--train.epochs", "1", "--model.hidden=8", "--forget.classes", "3", "5"),
-    ("train", "--train.epochs", "1", "--model.hidden", "8", "--forget.classes", "3", "5", "digits", "--out", "RUN"),
-    ("train", "--forget.classes=[3, 5]", "--json", "--out=RUN", "digits", "--train.epochs=1", "--model.hidden=8"),
+    (
+      "train",
+      "digits",
+      "--out",
+      "RUN",
+      "--train.epochs",
+      "1",
+      "--model.hidden=8",
+      "--forget.classes",
+      "3",
+      "5",
+    ),
+    (
+      "train",
+      "--train.epochs",
+      "1",
+      "--model.hidden",
+      "8",
+      "--forget.classes",
+      "3",
+      "5",
+      "digits",
+      "--out",
+      "RUN",
+    ),
+    (
+      "train",
+      "--forget.classes=[3, 5]",
+      "--json",
+      "--out=RUN",
+      "digits",
+      "--train.epochs=1",
+      "--model.hidden=8",
+    ),
   ],
   ids=["after", "before", "between"],
 )
@@ -165,7 +234,11 @@ def test_overrides_may_stand_anywhere(words, tmp_path):
   run = tmp_path / "run.1"
   assert call(*(word.replace("RUN", str(run)) for word in words)).code == 0
   config = json.loads((run / "config.json").read_text())["config"]
-  assert (config["train"]["epochs"], config["model"]["hidden"], config["forget"]["classes"]) == (1, 8, [3, 5])
+  assert (config["train"]["epochs"], config["model"]["hidden"], config["forget"]["classes"]) == (
+    1,
+    8,
+    [3, 5],
+  )
 
 
 def test_a_negative_number_is_a_value(tmp_path):

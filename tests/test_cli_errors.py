@@ -31,18 +31,33 @@ def train(run: object, *overrides: object) -> tuple[object, ...]:
   [
     (("train", "digit", "--out", "x"), "Did you mean digits?"),
     (("train", "no/such.toml", "--out", "x"), "no such named config and no such file"),
-    (("train", "digits", "--out", "x", "--train.epoch", 5), "unknown field train.epoch. Did you mean train.epochs?"),
+    (
+      ("train", "digits", "--out", "x", "--train.epoch", 5),
+      "unknown field train.epoch. Did you mean train.epochs?",
+    ),
     (("train", "digits", "--out", "x", "--trian.epochs", 5), "Did you mean train.epochs?"),
     (("train", "digits", "--out", "x", "--train.epochs"), "--train.epochs: expected a value"),
-    (("train", "digits", "--out", "x", "--train.epochs", 0), "train.epochs: got 0; expected a number of at least 1"),
-    (("train", "digits", "--out", "x", "--train.epochs", 2.5), "train.epochs: got 2.5; expected int"),
-    (("train", "digits", "--out", "x", "--train.epochs", "many"), "train.epochs: got 'many'; expected int"),
+    (
+      ("train", "digits", "--out", "x", "--train.epochs", 0),
+      "train.epochs: got 0; expected a number of at least 1",
+    ),
+    (
+      ("train", "digits", "--out", "x", "--train.epochs", 2.5),
+      "train.epochs: got 2.5; expected int",
+    ),
+    (
+      ("train", "digits", "--out", "x", "--train.epochs", "many"),
+      "train.epochs: got 'many'; expected int",
+    ),
     (
       ("train", "digits", "--out", "x", "--train.seed", -1),
       "train.seed: got -1; expected a number from 0 to 4294967295",
     ),
     (("train", "digits", "--out", "x", "--train.seed", 2**32), "train.seed: got 4294967296"),
-    (("train", "digits", "--out", "x", "--codes.rate", 1.5), "codes.rate: got 1.5; expected a number from 0 to 1"),
+    (
+      ("train", "digits", "--out", "x", "--codes.rate", 1.5),
+      "codes.rate: got 1.5; expected a number from 0 to 1",
+    ),
     (("train", "digits", "--out", "x", "--codes.rate=nan"), "codes.rate: got nan"),
     (("train", "digits", "--out", "x", "--forget.lambda1", "inf"), "forget.lambda1: got inf"),
     (
@@ -50,8 +65,14 @@ def train(run: object, *overrides: object) -> tuple[object, ...]:
       "forget.lambda1: got 1e+39; expected a number of at",
     ),
     (("train", "digits", "--out", "x", "--forget.lambda1", "1" + 400 * "0"), "forget.lambda1: got"),
-    (("train", "digits", "--out", "x", "--train.warmup_steps", 2**31), "train.warmup_steps: got 2147483648"),
-    (("train", "digits", "--out", "x", "--codes.distribution", "gauss"), "expected one of normal, uniform"),
+    (
+      ("train", "digits", "--out", "x", "--train.warmup_steps", 2**31),
+      "train.warmup_steps: got 2147483648",
+    ),
+    (
+      ("train", "digits", "--out", "x", "--codes.distribution", "gauss"),
+      "expected one of normal, uniform",
+    ),
     (("train", "digits", "--out", "x", "--epochs", 5), "unknown argument --epochs"),
     (("train", "digits", "extra", "--out", "x"), "unknown argument extra"),
     (("configs", "digit"), "Did you mean digits?"),
@@ -66,7 +87,14 @@ def test_bad_usage_is_refused_before_anything_is_made(arguments, message, tmp_pa
 
 @pytest.mark.parametrize(
   "arguments",
-  [(), ("unlearn",), ("train", "digits"), ("forget", "x"), ("forget", "x", "--classes", "three"), ("report",)],
+  [
+    (),
+    ("unlearn",),
+    ("train", "digits"),
+    ("forget", "x"),
+    ("forget", "x", "--classes", "three"),
+    ("report",),
+  ],
 )
 def test_argparse_refuses_the_rest(arguments):
   outcome = call(*arguments)
@@ -132,7 +160,9 @@ def test_the_forget_that_is_not_there(forgotten_once, trained_once):
 
 
 def test_a_strength_beyond_float32(trained):
-  message = call("forget", trained, "--classes", 3, "--forget.lambda1", 1e300, "--forget.lambda2", 1e300).refusal(2)
+  message = call(
+    "forget", trained, "--classes", 3, "--forget.lambda1", 1e300, "--forget.lambda2", 1e300
+  ).refusal(2)
   assert message.startswith("mnemonic: forget.lambda1: got 1e+300")
   assert not list((trained / "forgets").glob("*"))
 
@@ -145,14 +175,19 @@ def test_a_training_that_diverges_says_so(tmp_path):
 
 
 def test_a_batch_larger_than_the_data(tmp_path):
-  assert "train.batch_size: got 5000" in call(*train(tmp_path / "run", "--train.batch_size", 5000)).refusal()
+  assert (
+    "train.batch_size: got 5000"
+    in call(*train(tmp_path / "run", "--train.batch_size", 5000)).refusal()
+  )
   assert call(*train(tmp_path / "run")).json["epochs"] == 3
 
 
 # ---- run folders
 
 
-@pytest.mark.parametrize("verb", [("forget", "--classes", 1), ("evaluate",), ("report",)], ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+  "verb", [("forget", "--classes", 1), ("evaluate",), ("report",)], ids=lambda verb: verb[0]
+)
 def test_a_run_folder_that_is_missing(verb, tmp_path):
   assert "no such run folder" in call(verb[0], tmp_path / "nothing", *verb[1:]).refusal()
   (tmp_path / "empty").mkdir()
@@ -177,7 +212,11 @@ def test_a_run_folder_that_is_missing(verb, tmp_path):
 def test_a_damaged_config_json(text, message, forgotten):
   whole = (forgotten / "config.json").read_bytes()
   (forgotten / "config.json").write_bytes(text.encode("latin-1"))
-  for outcome in (call(*train(forgotten)), call("forget", forgotten, "--classes", 1), call("evaluate", forgotten)):
+  for outcome in (
+    call(*train(forgotten)),
+    call("forget", forgotten, "--classes", 1),
+    call("evaluate", forgotten),
+  ):
     assert message in (refusal := outcome.refusal()) and "config.json" in refusal
   (forgotten / "config.json").write_bytes(whole)
   assert call("evaluate", forgotten, "--json").json["classes"] == [3]
@@ -198,7 +237,11 @@ def test_a_run_of_another_config_is_not_touched(trained_once):
 
 
 def test_where_the_data_lie_and_how_to_forget_may_change(trained_once):
-  result = call(*train(trained_once, "--forget.lambda1", 0.5, "--execution.microbatch", 2, "--data.data_dir", "x")).json
+  result = call(
+    *train(
+      trained_once, "--forget.lambda1", 0.5, "--execution.microbatch", 2, "--data.data_dir", "x"
+    )
+  ).json
   assert result["resumed_from_epoch"] == 3
 
 
@@ -227,11 +270,17 @@ def test_a_damaged_checkpoint_says_how_to_go_on(damage, forgotten):
   whole = call(*train(forgotten)).json["params_sha256"]
   damage(forgotten)
   before = snapshot(forgotten)
-  for outcome in (call(*train(forgotten)), call("forget", forgotten, "--classes", 1), call("evaluate", forgotten)):
+  for outcome in (
+    call(*train(forgotten)),
+    call("forget", forgotten, "--classes", 1),
+    call("evaluate", forgotten),
+  ):
     message = outcome.refusal()
     assert "132: cannot be restored" in message and "Move" in message
   assert snapshot(forgotten) == before
-  shutil.move(forgotten / "checkpoints" / "132", forgotten.parent / "damaged")  # as the message says
+  shutil.move(
+    forgotten / "checkpoints" / "132", forgotten.parent / "damaged"
+  )  # as the message says
   result = call(*train(forgotten)).json
   assert (result["resumed_from_epoch"], result["params_sha256"]) == (2, whole)
   assert call("forget", forgotten, "--classes", 1, "--json").json["classes"] == [1, 3]
@@ -297,14 +346,30 @@ def test_a_package_that_is_missing(monkeypatch):
 
 
 def test_stderr_is_closed(trained):
-  words = ["sh", "-c", 'exec "$@" 2>&-', "sh", *COMMAND, "forget", str(trained), "--classes", "3", "--json"]
-  outcome = subprocess.run(words, stdout=subprocess.PIPE, env=environment(), check=True, timeout=300)
+  words = [
+    "sh",
+    "-c",
+    'exec "$@" 2>&-',
+    "sh",
+    *COMMAND,
+    "forget",
+    str(trained),
+    "--classes",
+    "3",
+    "--json",
+  ]
+  outcome = subprocess.run(
+    words, stdout=subprocess.PIPE, env=environment(), check=True, timeout=300
+  )
   assert json.loads(outcome.stdout)["classes"] == [3]
 
 
 def test_a_training_that_is_not_finished(trained):
   shutil.rmtree(trained / "checkpoints" / "132")
-  assert "training stands at epoch 2 of 3. Finish it" in call("forget", trained, "--classes", 1).refusal()
+  assert (
+    "training stands at epoch 2 of 3. Finish it"
+    in call("forget", trained, "--classes", 1).refusal()
+  )
   assert call(*train(trained)).json["resumed_from_epoch"] == 2
   assert call("forget", trained, "--classes", 1).code == 0
 
@@ -316,7 +381,9 @@ def test_a_run_trained_without_codes(tmp_path):
   assert call("evaluate", tmp_path / "run").code == 0
 
 
-@pytest.mark.parametrize("text", ["", '{"classes": [3', "[]", '{"classes": "all"}', '{"classes": [true]}'])
+@pytest.mark.parametrize(
+  "text", ["", '{"classes": [3', "[]", '{"classes": "all"}', '{"classes": [true]}']
+)
 def test_a_damaged_report_of_a_forget(text, forgotten):
   (forgotten / "forgets" / "0001" / "report.json").write_text(text)
   for verb in (("forget", forgotten, "--classes", 1), ("evaluate", forgotten)):
@@ -339,14 +406,25 @@ def test_damaged_params_of_a_forget(forgotten):
     file.write_bytes(b"")
   message = call("evaluate", forgotten).refusal()
   assert "0001/params: cannot be restored" in message and "Forget again" in message
-  again = call("forget", forgotten, "--classes", 3, "--json").json  # a forget starts from the checkpoint
+  again = call(
+    "forget", forgotten, "--classes", 3, "--json"
+  ).json  # a forget starts from the checkpoint
   assert again["classes"] == [3]
   assert call("evaluate", forgotten).code == 0
 
 
 def test_two_processes_on_one_run(tmp_path):
   run = tmp_path / "run"
-  settings = ("--out", run, "--model.hidden", 32, "--train.epochs", 100000, "--train.checkpoint_every", 100000)
+  settings = (
+    "--out",
+    run,
+    "--model.hidden",
+    32,
+    "--train.epochs",
+    100000,
+    "--train.checkpoint_every",
+    100000,
+  )
   first = start("train", "digits", *settings)
   try:
     assert wait_for(lambda: (run / "metrics.jsonl").exists(), first)
@@ -390,7 +468,8 @@ def test_the_disk_is_full_from_the_start(free, disk):
 
 
 @pytest.mark.parametrize(
-  "free", [0, pytest.param(12, marks=pytest.mark.long), 40, pytest.param(72, marks=pytest.mark.long), 100]
+  "free",
+  [0, pytest.param(12, marks=pytest.mark.long), 40, pytest.param(72, marks=pytest.mark.long), 100],
 )
 def test_the_disk_is_full_while_forgetting(free, disk, forgotten_once):
   run = pathlib.Path(shutil.copytree(forgotten_once, disk.path / "run"))
@@ -407,7 +486,9 @@ def test_the_disk_is_full_while_reporting(disk, forgotten_once):
   run = pathlib.Path(shutil.copytree(forgotten_once, disk.path / "run"))
   before = snapshot(run)
   filler = disk.leave(8)
-  assert "report.html: cannot be written: No space left" in call("report", run, "--hide-codes").refusal()
+  assert (
+    "report.html: cannot be written: No space left" in call("report", run, "--hide-codes").refusal()
+  )
   assert snapshot(run) == before
   assert call("evaluate", run).code == 0  # needs no room
   filler.unlink()

@@ -12,17 +12,22 @@ import reference
 from toys import mlp, regression
 
 import mnemonic_jax as mj
-from mnemonic_jax import _code_fishers, _passes
+from mnemonic_jax import _code_fishers
+from mnemonic_jax.fisher import passes
 
 CLASSES = 4
 
 
 def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
   """(f_F, f_R) as `forget` computes them, float64; both in the same unknown units per leaf."""
-  options = _code_fishers.Options.make(params, codes, loss, None, None, "highest", mj.Execution(microbatch))
+  options = _code_fishers.Options.make(
+    params, codes, loss, None, None, "highest", mj.Execution(microbatch)
+  )
   side = np.isin(np.arange(len(codes)), forget)
   sides = jnp.asarray(side), jnp.asarray(~side)
-  made = _code_fishers.class_fishers_in_range(logits_fn, options, params, codes, sides, {"compile": 0.0})
+  made = _code_fishers.class_fishers_in_range(
+    logits_fn, options, params, codes, sides, {"compile": 0.0}
+  )
   made = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
   return jax.tree.map(lambda x: x[0], made), jax.tree.map(lambda x: x[1], made)
 
@@ -46,7 +51,9 @@ def wanted_ratio(params, forget=(0,)):
 def assert_ratio(made, wanted):
   for name, ratio in wanted.items():
     finite = np.isfinite(ratio)
-    np.testing.assert_allclose(made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=2e-5)
+    np.testing.assert_allclose(
+      made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=2e-5
+    )
 
 
 @pytest.mark.parametrize("microbatch", [None, 1, 3])
@@ -57,7 +64,9 @@ def test_confident_codes_have_the_right_ratio(margin, microbatch):
   assert_ratio(fishers(regression, params, codes, microbatch=microbatch), wanted_ratio(params))
 
 
-@pytest.mark.parametrize("margins", [[0.5, 20.0, 20.0, 20.0], [20.0, 0.5, 20.0, 20.0], [20.0, 20.0, 20.0, 0.5]])
+@pytest.mark.parametrize(
+  "margins", [[0.5, 20.0, 20.0, 20.0], [20.0, 0.5, 20.0, 20.0], [20.0, 20.0, 20.0, 0.5]]
+)
 @pytest.mark.parametrize("microbatch", [None, 1, 2, 3])
 def test_microbatches_of_very_different_size_add_up(margins, microbatch):
   params = confident(margins)
@@ -90,8 +99,12 @@ def test_a_hidden_unit_that_is_saturated_on_all_codes(bias):
   }
   params = jax.tree.map(lambda leaf: np.float64(np.float32(leaf)), params)
   codes = rng.normal(size=(CLASSES, 1, 5)).astype(np.float32)
-  forget, remain = reference.class_fishers(reference.mlp_gradient, params, codes.astype(np.float64), [0], [1, 2, 3])
-  made = fishers(mlp, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), jnp.asarray(codes))
+  forget, remain = reference.class_fishers(
+    reference.mlp_gradient, params, codes.astype(np.float64), [0], [1, 2, 3]
+  )
+  made = fishers(
+    mlp, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params), jnp.asarray(codes)
+  )
   ratio = made[0]["kernel2"] / made[1]["kernel2"]
   np.testing.assert_allclose(ratio, forget["kernel2"] / remain["kernel2"], rtol=1e-4)
 
@@ -115,9 +128,12 @@ def test_a_layer_without_any_gradient_has_zeros():
 
 def test_one_pass_is_enough_where_gradients_are_ordinary(monkeypatch):
   shifts = []
-  real = _passes.squared_gradients
-  note = lambda *args, shift=0, **options: (shifts.append(shift), real(*args, shift=shift, **options))[1]
-  monkeypatch.setattr(_passes, "squared_gradients", note)
+  real = passes.squared_gradients
+  note = lambda *args, shift=0, **options: (
+    shifts.append(shift),
+    real(*args, shift=shift, **options),
+  )[1]
+  monkeypatch.setattr(passes, "squared_gradients", note)
   fishers(regression, confident([5.0] * CLASSES), jnp.eye(CLASSES)[:, None])
   assert shifts == [0]
 
@@ -126,24 +142,33 @@ def test_one_pass_is_enough_where_gradients_are_ordinary(monkeypatch):
 def test_half_precision_logits_and_params(dtype):
   exact = confident([6.0, 5.0, 7.0, 6.0])
   params = jax.tree.map(lambda leaf: leaf.astype(dtype), exact)
-  made, wanted = fishers(regression, params, jnp.eye(CLASSES, dtype=dtype)[:, None]), wanted_ratio(exact)
+  made, wanted = (
+    fishers(regression, params, jnp.eye(CLASSES, dtype=dtype)[:, None]),
+    wanted_ratio(exact),
+  )
   for name, ratio in wanted.items():
     finite = np.isfinite(ratio)
-    np.testing.assert_allclose(made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=0.1)
+    np.testing.assert_allclose(
+      made[0][name][finite] / made[1][name][finite], ratio[finite], rtol=0.1
+    )
 
 
 def test_residuals_beyond_what_a_power_of_two_undoes():
   """Brought down by 2**-100, residuals of 2**60 ask for a factor below the normal range: the largest one is taken."""
   loss = lambda logits, labels: 2.0**60 * logits[:, 0]
-  objective = _passes.Objective(lambda w, x, y: x @ w, (True,), "highest", loss)
+  objective = passes.Objective(lambda w, x, y: x @ w, (True,), "highest", loss)
   batch, weights = (jnp.full((2, 3), 2.0**20), jnp.zeros(2, jnp.int32)), jnp.full((1, 2), 0.5)
-  (sums,), exponent = _passes.squared_gradients(objective, jnp.ones((3, 2)), batch, weights, None, shift=-100)
+  (sums,), exponent = passes.squared_gradients(
+    objective, jnp.ones((3, 2)), batch, weights, None, shift=-100
+  )
   np.testing.assert_allclose(sums[0, :, 0], 2.0 ** (2 * (20 + 60 - int(exponent))))
 
 
 def test_traced_calls_share_one_power_of_two():
   params, codes = confident([60.0, 59.5, 60.25, 60.0]), jnp.eye(CLASSES)[:, None]
-  step = jax.jit(lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Strength(1.0, 10.0)))
+  step = jax.jit(
+    lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Strength(1.0, 10.0))
+  )
   traced = step(jnp.arange(CLASSES) == 0)[0]
   eager = mj.forget(regression, params, codes, [0], strength=mj.Strength(1.0, 10.0)).params
   for name in params:

@@ -22,13 +22,17 @@ import mnemonic_jax as mj
   distribution=st.sampled_from(["normal", "uniform"]),
 )
 def test_shape_and_dtype(classes, per_class, shape, dtype, distribution):
-  codes = mj.make_codes(jax.random.key(1), classes, shape, per_class=per_class, distribution=distribution, dtype=dtype)
+  codes = mj.make_codes(
+    jax.random.key(1), classes, shape, per_class=per_class, distribution=distribution, dtype=dtype
+  )
   assert codes.shape == (classes, per_class, *shape) and codes.dtype == dtype
 
 
 def test_normal_codes_are_standard_normal_and_the_default():
   codes = np.asarray(mj.make_codes(jax.random.key(0), 10, (4096,)))
-  np.testing.assert_array_equal(codes, mj.make_codes(jax.random.key(0), 10, (4096,), distribution="normal"))
+  np.testing.assert_array_equal(
+    codes, mj.make_codes(jax.random.key(0), 10, (4096,), distribution="normal")
+  )
   assert abs(codes.mean()) < 0.02 and abs(codes.std() - 1) < 0.02 and codes.min() < -3
 
 
@@ -63,7 +67,10 @@ def test_golden_codes():
   # Runs record the PRNG implementation; a change of these numbers makes every stored seed mean other codes.
   codes = mj.make_codes(jax.random.key(0, impl="threefry2x32"), 2, (2,))
   np.testing.assert_allclose(
-    codes.ravel(), GOLDEN, rtol=1e-6, err_msg="The codes of a seed changed: say so in the CHANGELOG, then update."
+    codes.ravel(),
+    GOLDEN,
+    rtol=1e-6,
+    err_msg="The codes of a seed changed: say so in the CHANGELOG, then update.",
   )
 
 

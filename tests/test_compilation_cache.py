@@ -30,7 +30,11 @@ def config():
   """jax's settings and the warnings hook as they were."""
   import warnings
 
-  names = ("compilation_cache_dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes")
+  names = (
+    "compilation_cache_dir",
+    "persistent_cache_min_compile_time_secs",
+    "persistent_cache_min_entry_size_bytes",
+  )
   before = {name: getattr(jax.config, f"jax_{name}") for name in names}
   show = warnings.showwarning
   yield
@@ -89,7 +93,10 @@ def test_the_users_own_cache_folder_and_switch_are_respected(tmp_path, config, m
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "theirs"))
   compilation_cache.enable()
-  assert jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs") and not (tmp_path / "ours").exists()
+  assert (
+    jax.config.jax_compilation_cache_dir == str(tmp_path / "theirs")
+    and not (tmp_path / "ours").exists()
+  )
   jax.config.update("jax_compilation_cache_dir", None)
   monkeypatch.setattr(type(jax.config), "jax_enable_compilation_cache", False, raising=False)
   compilation_cache.enable()

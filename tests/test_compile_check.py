@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from test_models import PUBLISHED
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import models, sharding
+from mnemonic_jax import models
 from mnemonic_jax.models import vit as vit_model
+from mnemonic_jax.multihost import sharding
+from mnemonic_jax.runs import config as configs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"))
 import compile_check
@@ -101,7 +102,11 @@ def test_collectives_of_a_tpu_program():
   assert (reduce.group, reduce.times, reduce.bytes) == (16, 12, 2 * (384 + 384 * 384 + 1152))
   assert reduce.sent(16) == 2 * reduce.bytes * 15 / 16
   permute = found["collective-permute", (1, 224, 224, 3)]
-  assert (permute.times, permute.bytes, permute.sent(16)) == (1, 4 * 224 * 224 * 3, 4 * 224 * 224 * 3)
+  assert (permute.times, permute.bytes, permute.sent(16)) == (
+    1,
+    4 * 224 * 224 * 3,
+    4 * 224 * 224 * 3,
+  )
   unknown = found["all-reduce", ()]  # the loop of a rejection sampler ends when it ends
   assert (unknown.times, unknown.known, unknown.bytes) == (1, False, 4)
 
@@ -112,7 +117,11 @@ def test_collectives_of_a_cpu_program():
     + sorted(hlo.collectives(hlo.parse(CPU)), key=lambda one: one.kind, reverse=True)[:2]
   )
   assert (gather.kind, gather.group, gather.times, gather.known) == ("all-gather", 4, 6, True)
-  assert (scatter.kind, scatter.group, scatter.bytes) == ("reduce-scatter", 4, 4 * 4 * 8 * 32)  # its operand
+  assert (scatter.kind, scatter.group, scatter.bytes) == (
+    "reduce-scatter",
+    4,
+    4 * 4 * 8 * 32,
+  )  # its operand
   assert (reduce.kind, reduce.group, reduce.bytes) == ("all-reduce", 4, 4 * 2 * 32)
 
 
@@ -157,11 +166,18 @@ def test_many_params_in_one_collective_are_the_model():
 
 
 def report(**changed):
-  memory = {"arguments": 2**30, "outputs": 0, "aliased": 0, "temporaries": 2**34, "code": 0, "used": 17 * 2**30}
+  memory = {
+    "arguments": 2**30,
+    "outputs": 0,
+    "aliased": 0,
+    "temporaries": 2**34,
+    "code": 0,
+    "used": 17 * 2**30,
+  }
   found = hlo.collectives(hlo.parse(TPU))
-  return compile_check.Report("train step", 1.0, memory, found, 0.05, {"body/mul f32[8]": 0.02}, 1e12, [])._replace(
-    **changed
-  )
+  return compile_check.Report(
+    "train step", 1.0, memory, found, 0.05, {"body/mul f32[8]": 0.02}, 1e12, []
+  )._replace(**changed)
 
 
 def test_what_does_not_fit_is_said():
@@ -169,14 +185,19 @@ def test_what_does_not_fit_is_said():
   assert said == "train step: 17.00 GiB a device, and the chip has 16."
   assert compile_check.problems([report()], CHIPS["v6e"]) == []
   (said,) = compile_check.problems([report(whole=["one all-gather makes f32[12, 8]"])], None)
-  assert said == "train step: every device gets a whole stack of layers, or the model: one all-gather makes f32[12, 8]."
+  assert (
+    said
+    == "train step: every device gets a whole stack of layers, or the model: one all-gather makes f32[12, 8]."
+  )
 
 
 def test_the_table_counts_bytes_by_kind():
   lines = compile_check.table(report(), 16, CHIPS["v5e"]).splitlines()
   assert "used 17.000 of 16" in lines[1] and "5.08 ms at the bfloat16 peak" in lines[2]
   assert lines[4].split() == ["20.00", "ms", "body/mul", "f32[8]"]
-  (gathers,) = (line for line in lines if line.split()[:2] == ["all-gather", "12"] and "sent" in line)
+  (gathers,) = (
+    line for line in lines if line.split()[:2] == ["all-gather", "12"] and "sent" in line
+  )
   assert gathers.split()[3:] == ["3.38", "MiB", "sent", "2.95", "MiB"]
   assert sum("in loops of unknown length" in line for line in lines) == 1
 
@@ -188,21 +209,44 @@ def test_more_than_the_memory_of_a_chip_is_one_message():
         "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm.\n Used 20G of 15.75G"
       )
 
-  with pytest.raises(compile_check.MnemonicError, match=r"train step: does not fit, says the compiler: .* Used 20G of"):
+  with pytest.raises(
+    compile_check.MnemonicError,
+    match=r"train step: does not fit, says the compiler: .* Used 20G of",
+  ):
     compile_check._compiled("train step", Lowered())
 
 
-TINY = ["--topology", "cpu", "--model", "vit_ti16", "--batch", "16", "--classes", "8", "--data.side", "32"]
+TINY = [
+  "--topology",
+  "cpu",
+  "--model",
+  "vit_ti16",
+  "--batch",
+  "16",
+  "--classes",
+  "8",
+  "--data.side",
+  "32",
+]
 
 
 @pytest.mark.parametrize(
   ("arguments", "said"),
   [
-    (["--topology", "v99:4x4"], "--topology: got 'v99:4x4'; expected v4, v5e, v5p or v6e and a shape, such as v5e:4x4"),
+    (
+      ["--topology", "v99:4x4"],
+      "--topology: got 'v99:4x4'; expected v4, v5e, v5p or v6e and a shape, such as v5e:4x4",
+    ),
     (["--topology", "h200:1"], "--topology: got 'h200:1'"),
     ([*TINY, "--fsdp", "3"], "mesh: got data 2 x fsdp 3 for 8 devices; expected a product of 8"),
-    ([*TINY, "--train.batch_size", "12"], "train.batch_size: got 12 for 8 devices; expected a multiple of 8"),
-    (["--topology", "cpu", "--config", "imagenet_resnet18"], "model.name: got 'resnet18'; expected one of vit_ti16"),
+    (
+      [*TINY, "--train.batch_size", "12"],
+      "train.batch_size: got 12 for 8 devices; expected a multiple of 8",
+    ),
+    (
+      ["--topology", "cpu", "--config", "imagenet_resnet18"],
+      "model.name: got 'resnet18'; expected one of vit_ti16",
+    ),
     (["--topology", "cpu", "--config", "vit"], "vit"),
   ],
 )
@@ -219,12 +263,17 @@ def test_the_very_programs_compile_here():
   reports = compile_check.check(config, 8, sharding.make_mesh(2, 4), None)
   step, fishers, update = reports
   assert [one.program for one in reports] == ["train step", "forget: Fishers", "forget: update"]
-  assert compile_check.problems(reports, None) == [] and all(one.memory["used"] > 0 for one in reports)
+  assert compile_check.problems(reports, None) == [] and all(
+    one.memory["used"] > 0 for one in reports
+  )
   assert {"all-gather", "all-reduce"} <= {one.kind for one in step.collectives}
   assert "reduce-scatter" in {one.kind for one in fishers.collectives}
   # No pass brings all codes to every device.
   gathered = [
-    shape for one in (*fishers.collectives, *update.collectives) for shape in one.shapes if one.kind == "all-gather"
+    shape
+    for one in (*fishers.collectives, *update.collectives)
+    for shape in one.shapes
+    if one.kind == "all-gather"
   ]
   assert gathered and not any(shape.elements == 8 * 32 * 32 * 3 for shape in gathered)
 
@@ -237,20 +286,27 @@ def test_without_remat_every_layer_that_was_gathered_is_kept(capsys):
   assert found["mesh"] == {"data": 2, "fsdp": 4} and len(found["programs"]) == 3
   assert found["problems"] and all(f"error: {said}" in err for said in found["problems"])
   assert any(
-    said.startswith("train step: every device gets a whole stack") and "keeps" in said for said in found["problems"]
+    said.startswith("train step: every device gets a whole stack") and "keeps" in said
+    for said in found["problems"]
   )
 
 
 @pytest.mark.parametrize("name", cost_model.VITS)
 def test_params_on_paper_are_those_published(name):
   vit = cost_model.VITS[name]
-  assert (vit.width, vit.depth, vit.heads) == vit_model.SIZES[name.removeprefix("vit_").rstrip("0123456789")]
+  assert (vit.width, vit.depth, vit.heads) == vit_model.SIZES[
+    name.removeprefix("vit_").rstrip("0123456789")
+  ]
   (published,) = (count for model, _, count in PUBLISHED if model == name)
   assert vit.params() + 2 * vit.width == published  # those have a class token, and its position
 
 
 @pytest.mark.parametrize(
-  "name", ["vit_s16", *(pytest.param(f"vit_{size}", marks=pytest.mark.long) for size in ("b16", "l16", "h14"))]
+  "name",
+  [
+    "vit_s16",
+    *(pytest.param(f"vit_{size}", marks=pytest.mark.long) for size in ("b16", "l16", "h14")),
+  ],
 )
 def test_params_on_paper_are_those_of_the_models(name):
   model = models.make(name, shape=(224, 224, 3), num_classes=1000, pool="mean", scan=True)
@@ -265,7 +321,11 @@ def test_flops_on_paper_are_those_that_xla_counts():
   model = models.make("vit_s16", shape=(224, 224, 3), num_classes=1000, pool="mean")
   params, state = jax.eval_shape(model.init, jax.random.key(0))
   image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-  counted = jax.jit(lambda p, x: model.apply(p, state, x, False)[0]).lower(params, image).cost_analysis()["flops"]
+  counted = (
+    jax.jit(lambda p, x: model.apply(p, state, x, False)[0])
+    .lower(params, image)
+    .cost_analysis()["flops"]
+  )
   assert 0.96 < cost_model.VITS["vit_s16"].forward_flops() / counted < 1
 
 
@@ -273,17 +333,25 @@ def test_shares_on_paper_are_those_of_the_rules():
   model = models.make("vit_s16", shape=(224, 224, 3), num_classes=1000, pool="mean", scan=True)
   params, _ = jax.eval_shape(model.init, jax.random.key(0))
   placed = sharding.tree_shardings(sharding.make_mesh(2, 4), params)
-  share = sum(4 * np.prod(p.shard_shape(x.shape)) for x, p in zip(*map(jax.tree.leaves, (params, placed)), strict=True))
+  share = sum(
+    4 * np.prod(p.shard_shape(x.shape))
+    for x, p in zip(*map(jax.tree.leaves, (params, placed)), strict=True)
+  )
   on_paper = cost_model.state_bytes(cost_model.VITS["vit_s16"].params(), 4)["params"]
   np.testing.assert_allclose(share, on_paper, rtol=0.02)  # small leaves are copied
 
 
 def test_a_forget_grows_with_its_classes_alone():
   vit, machine = cost_model.VITS["vit_l16"], cost_model.MACHINES[2]
-  once, ten = (cost_model.forget_seconds(vit, machine, classes, machine.speed.flops) for classes in (2048, 20480))
+  once, ten = (
+    cost_model.forget_seconds(vit, machine, classes, machine.speed.flops)
+    for classes in (2048, 20480)
+  )
   assert 9.9 < ten / once < 11
 
 
 def test_the_page_shows_the_tables_that_the_script_makes():
   text = cost_model.PAGE.read_text()
-  assert cost_model.filled(text) == text, "run python experiments/imagenet_vit/cost_model.py --write"
+  assert cost_model.filled(text) == text, (
+    "run python experiments/imagenet_vit/cost_model.py --write"
+  )

@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 
-from mnemonic_jax import config as configs
 from mnemonic_jax.errors import UsageError
+from mnemonic_jax.runs import config as configs
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -29,7 +29,12 @@ def test_a_config_survives_its_own_record():
 
 def test_an_override_changes_one_field_only():
   plain, changed = configs.load("digits"), configs.load("digits", {"train.epochs": 5})
-  assert dataclasses.replace(changed, train=dataclasses.replace(changed.train, epochs=plain.train.epochs)) == plain
+  assert (
+    dataclasses.replace(
+      changed, train=dataclasses.replace(changed.train, epochs=plain.train.epochs)
+    )
+    == plain
+  )
 
 
 def test_one_class_needs_no_list_and_an_integer_is_a_number():
@@ -48,18 +53,24 @@ def test_a_new_head_needs_a_file_to_leave_the_old_one_in():
 
 def test_mixup_and_cutmix_exclude_each_other():
   assert configs.load("digits", {"train.mixup": 0.2}).train.mixup == 0.2
-  with pytest.raises(UsageError, match=r"train\.mixup: got 0\.2 with train\.cutmix 1\.0; expected one of them"):
+  with pytest.raises(
+    UsageError, match=r"train\.mixup: got 0\.2 with train\.cutmix 1\.0; expected one of them"
+  ):
     configs.load("digits", {"train.mixup": 0.2, "train.cutmix": 1})
 
 
 @pytest.mark.parametrize(
-  ("option", "name"), [("scan", "mlp"), ("scan", "swin_t"), ("remat", "mlp"), ("remat", "resnet18_small")]
+  ("option", "name"),
+  [("scan", "mlp"), ("scan", "swin_t"), ("remat", "mlp"), ("remat", "resnet18_small")],
 )
 def test_an_option_that_the_model_does_not_have_is_refused(option, name):
   for having in ("vit_ti16", "swin_t") if option == "remat" else ("vit_ti16",):
-    assert getattr(configs.load("digits", {"model.name": having, f"model.{option}": True}).model, option)
+    assert getattr(
+      configs.load("digits", {"model.name": having, f"model.{option}": True}).model, option
+    )
   with pytest.raises(
-    UsageError, match=rf"model\.{option}: got true for model\.name '{name}'; only vit_ti16, .* have it"
+    UsageError,
+    match=rf"model\.{option}: got true for model\.name '{name}'; only vit_ti16, .* have it",
   ):
     configs.load("digits", {"model.name": name, f"model.{option}": True})
 
@@ -113,7 +124,9 @@ def test_a_bad_value_names_field_and_value(field, value):
   assert str(shown) in str(caught.value) and "expected" in str(caught.value)
 
 
-@pytest.mark.parametrize(("field", "value"), [("codes.rate", 0), ("codes.rate", 1), ("train.seed", 2**32 - 1)])
+@pytest.mark.parametrize(
+  ("field", "value"), [("codes.rate", 0), ("codes.rate", 1), ("train.seed", 2**32 - 1)]
+)
 def test_bounds_are_inclusive(field, value):
   section, _, name = field.partition(".")
   assert getattr(getattr(configs.load("digits", {field: value}), section), name) == value

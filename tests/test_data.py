@@ -40,7 +40,9 @@ def test_digits_are_scikit_learns_and_split_without_overlap():
   assert train.images.dtype == test.images.dtype == np.uint8 and train.labels.dtype == np.int32
   assert train.images.shape == (1437, 8, 8, 1) and test.images.shape == (360, 8, 8, 1)
   source = load_digits()
-  everything = sorted(zip(rows(source.images.astype(np.uint8)[..., None]), source.target.tolist(), strict=True))
+  everything = sorted(
+    zip(rows(source.images.astype(np.uint8)[..., None]), source.target.tolist(), strict=True)
+  )
   ours = [*zip(rows(train.images), train.labels.tolist(), strict=True)]
   ours += zip(rows(test.images), test.labels.tolist(), strict=True)
   assert sorted(ours) == everything  # each picture once, with its own label
@@ -55,7 +57,9 @@ def test_digits_are_stratified():
 def test_the_digits_split_is_fixed():
   """These numbers change only if every published figure is to be measured anew."""
   digits = data.load("digits")
-  digest = hashlib.sha256(digits.test.images.tobytes() + digits.test.labels.astype("<i4").tobytes()).hexdigest()
+  digest = hashlib.sha256(
+    digits.test.images.tobytes() + digits.test.labels.astype("<i4").tobytes()
+  ).hexdigest()
   assert digest == "b73ad886c973a728a3983062b04e72cc2f7effc9643c50702683ffd0c5faf323"
   assert np.array_equal(digits.test.images, data.load("digits").test.images)
 
@@ -105,7 +109,9 @@ def idx(name: str, header: int) -> np.ndarray:
   """The bytes after the header of an idx file, zipped or not."""
   (file,) = (SHARED / "mnist").glob(f"{name}*")
   content = file.read_bytes()
-  return np.frombuffer(gzip.decompress(content) if file.suffix == ".gz" else content, np.uint8)[header:]
+  return np.frombuffer(gzip.decompress(content) if file.suffix == ".gz" else content, np.uint8)[
+    header:
+  ]
 
 
 def test_mnist_is_byte_for_byte_the_original(tfds_folder, capfd):
@@ -114,7 +120,9 @@ def test_mnist_is_byte_for_byte_the_original(tfds_folder, capfd):
   for split, (images, labels) in IDX.items():
     ours = getattr(mnist, split)
     assert ours.images.dtype == np.uint8 and ours.images.shape[1:] == (28, 28, 1)
-    theirs = sorted(zip(rows(idx(images, 16).reshape(-1, 784)), idx(labels, 8).tolist(), strict=True))
+    theirs = sorted(
+      zip(rows(idx(images, 16).reshape(-1, 784)), idx(labels, 8).tolist(), strict=True)
+    )
     assert sorted(zip(rows(ours.images), ours.labels.tolist(), strict=True)) == theirs
   err = capfd.readouterr().err
   assert "read mnist test: 10000/10000 images" in err
@@ -127,7 +135,9 @@ def test_a_damaged_prepared_set_says_what_to_do(tfds_folder, tmp_path):
   copy.mkdir(parents=True)
   for file in version.iterdir():
     content = file.read_bytes()
-    (copy / file.name).write_bytes(content[: len(content) // 2] if "array_record" in file.name else content)
+    (copy / file.name).write_bytes(
+      content[: len(content) // 2] if "array_record" in file.name else content
+    )
   with pytest.raises(MnemonicError, match="Delete that folder and prepare it again") as caught:
     data.load("mnist", str(tmp_path))
   assert "split 'train'" in str(caught.value)
@@ -140,25 +150,33 @@ def test_a_picture_of_another_shape_is_named(shape, tfds_folder, monkeypatch):
   real = pictures.decode
   monkeypatch.setattr(pictures, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
   with pytest.raises(
-    MnemonicError, match=r"split 'train' .* a picture is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)"
+    MnemonicError,
+    match=r"split 'train' .* a picture is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)",
   ):
     data.load("mnist", str(tfds_folder))
 
 
 @pytest.mark.parametrize(
   ("labels", "message"),
-  [([0, 1, 2, 3], r"holds the label 3; expected 0 to 2"), ([0, 2, 2, 0], r"class 1 \(b\) has no training example")],
+  [
+    ([0, 1, 2, 3], r"holds the label 3; expected 0 to 2"),
+    ([0, 2, 2, 0], r"class 1 \(b\) has no training example"),
+  ],
 )
 def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
   split = Split(np.zeros((4, 2, 2, 1), np.uint8), np.asarray(labels, np.int32))
-  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  monkeypatch.setattr(
+    data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c"))
+  )
   with pytest.raises(MnemonicError, match=message):
     data.load("mnist")
 
   # A label of the test split alone, also where nothing is trained.
   whole = Split(split.images, np.array([0, 1, 2, 0], np.int32))
   wrong = Split(split.images, np.array([0, 1, 2, -1], np.int32))
-  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (whole, wrong, ("a", "b", "c")))
+  monkeypatch.setattr(
+    data.prepared, "load", lambda *arguments, **options: (whole, wrong, ("a", "b", "c"))
+  )
   with pytest.raises(MnemonicError, match=r"holds the label -1; expected 0 to 2"):
     data.load("mnist", training=False)
 
@@ -175,19 +193,27 @@ def test_labels_that_do_not_fit_are_refused(labels, message, monkeypatch):
     ("cars196", "dataset", (-2.118, -2.036, -1.804), (2.249, 2.429, 2.640)),
   ],
 )
-def test_what_a_model_sees_of_the_darkest_and_the_brightest_pixel(name, normalization, darkest, brightest, monkeypatch):
+def test_what_a_model_sees_of_the_darkest_and_the_brightest_pixel(
+  name, normalization, darkest, brightest, monkeypatch
+):
   black = np.zeros((3, 2, 2, len(darkest)), np.uint8)
   split = Split(black, np.arange(3, dtype=np.int32))
-  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  monkeypatch.setattr(
+    data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c"))
+  )
   dataset = data.load(name, normalization=normalization)
   for pixels, seen in (black, darkest), (np.full_like(black, dataset.levels), brightest):
-    np.testing.assert_allclose(dataset.preprocess(pixels), np.broadcast_to(seen, pixels.shape), atol=5e-4)
+    np.testing.assert_allclose(
+      dataset.preprocess(pixels), np.broadcast_to(seen, pixels.shape), atol=5e-4
+    )
 
 
 def test_what_does_not_train_needs_no_training_example(monkeypatch):
   """The pictures of a class to forget may be gone."""
   split = Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 2, 2, 0], np.int32))
-  monkeypatch.setattr(data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c")))
+  monkeypatch.setattr(
+    data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c"))
+  )
   assert data.load("mnist", training=False).train is split
 
 
@@ -205,9 +231,15 @@ def test_a_set_is_decoded_once(tmp_path, monkeypatch):
     return decoded.kept(source, "set-train", decode)
 
   first, again = load(), load()
-  assert len(calls) == 1 and all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(first, again, strict=True))
+  assert len(calls) == 1 and all(
+    np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(first, again, strict=True)
+  )
   (copy,) = cache.iterdir()
-  for damage in (b"", copy.read_bytes()[:-30], copy.read_bytes().replace(first.images.tobytes(), bytes(12))):
+  for damage in (
+    b"",
+    copy.read_bytes()[:-30],
+    copy.read_bytes().replace(first.images.tobytes(), bytes(12)),
+  ):
     copy.write_bytes(damage)
     calls.clear()
     load()

@@ -13,10 +13,10 @@ from jobs import finish_job, free_address, start_job
 from peers import GROWTH
 from running import snapshot, wait_for
 
-from mnemonic_jax import distributed
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.roll_call import roll_call
-from mnemonic_jax.watchdog import Watchdog
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.roll_call import roll_call
+from mnemonic_jax.multihost.watchdog import Watchdog
 
 PEERS = pathlib.Path(__file__).with_name("peers.py")
 
@@ -29,7 +29,9 @@ def start_long(run, count, *flags):
   """The same, without end; return when a few steps are done."""
   processes = start(run, count, "--steps", 100000, "--seconds", 0.02, *flags)
   metrics = run / "metrics.jsonl"
-  assert wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, processes[0])
+  assert wait_for(
+    lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 3, processes[0]
+  )
   return processes
 
 
@@ -44,9 +46,13 @@ def test_two_processes_share_a_run_and_one_resumes_it(tmp_path):
   run = tmp_path / "run"
   results = [outcome.json for outcome in finish_job(start(run, 2, "--steps", 4))]
   start_sum, leaves = sum(range(24)), 24
-  after_four = start_sum + 4 * leaves * GROWTH * 2  # each step sums what each device has, an all-reduce
+  after_four = (
+    start_sum + 4 * leaves * GROWTH * 2
+  )  # each step sums what each device has, an all-reduce
   assert results == [{"steps": 4, "total": after_four, "devices": 2}] * 2
-  assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+  assert [
+    json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+  ] == [1, 2, 3, 4]
   assert len(list((run / "tensorboard").iterdir())) == 1
   assert {path.name for path in run.iterdir()} == {
     ".lock",
@@ -75,7 +81,10 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tm
   try:
     for outcome in finish_job(others, seconds=20):
       assert outcome.code == 1
-      assert "another process is dead or stuck" in (message := ours(outcome)) and " of 3. Resume with" in message
+      assert (
+        "another process is dead or stuck" in (message := ours(outcome))
+        and " of 3. Resume with" in message
+      )
   finally:
     processes[lost].kill()
     processes[lost].communicate()
@@ -84,27 +93,38 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tm
 @pytest.mark.parametrize(
   ("where", "said"),
   [
-    pytest.param("start-up", "start-up did not end within 9 s (--startup-timeout)", marks=pytest.mark.long),
+    pytest.param(
+      "start-up", "start-up did not end within 9 s (--startup-timeout)", marks=pytest.mark.long
+    ),
     ("checkpoint", "the checkpoint of step 4 did not end within 9 s (--startup-timeout)"),
   ],
   ids=["start-up", "checkpoint"],
 )
-def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeout(where, said, tmp_path):
+def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeout(
+  where, said, tmp_path
+):
   processes = start(tmp_path / "run", 2, "--stuck", where, "--startup-timeout", 9)
   for outcome in finish_job(processes, seconds=40):
     assert outcome.code == 1
-    assert said in (message := ours(outcome)) and "dead or stuck, or this one takes that long by itself" in message
+    assert (
+      said in (message := ours(outcome))
+      and "dead or stuck, or this one takes that long by itself" in message
+    )
     assert message.endswith("and with a larger --startup-timeout if all was well and only slow.")
 
 
 @pytest.mark.long
 def test_a_process_without_input_says_so_and_the_others_that_it_may_be_that(tmp_path):
-  waiting, stuck = finish_job(start(tmp_path / "run", 2, "--stuck", "input", "--peer-timeout", 3), seconds=40)
+  waiting, stuck = finish_job(
+    start(tmp_path / "run", 2, "--stuck", "input", "--peer-timeout", 3), seconds=40
+  )
   for outcome in (waiting, stuck):
     assert outcome.code == 1
     assert "no step finished for 3 s after step 1 (--peer-timeout)" in ours(outcome)
     assert "with a larger --peer-timeout if all was well and only slow" in ours(outcome)
-  assert "another process is dead or stuck, or waits for its input; its own log says more" in ours(waiting)
+  assert "another process is dead or stuck, or waits for its input; its own log says more" in ours(
+    waiting
+  )
   assert "this process waits for its next batch, so its input is stuck or too slow" in ours(stuck)
 
 
@@ -124,10 +144,17 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step_after_a_checkpoint(s
 @pytest.mark.long
 def test_what_slurm_says_is_enough(tmp_path):
   port = free_address().split(":")[1]
-  shared = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2", "JAX_COORDINATOR_PORT": port}
+  shared = {
+    "SLURM_JOB_ID": "1",
+    "SLURM_STEP_NODELIST": "localhost",
+    "SLURM_NTASKS": "2",
+    "JAX_COORDINATOR_PORT": port,
+  }
   processes = []
   for index in ("0", "1"):
-    processes += start_job((PEERS, tmp_path / "run"), 1, **shared, SLURM_PROCID=index, SLURM_LOCALID=index)
+    processes += start_job(
+      (PEERS, tmp_path / "run"), 1, **shared, SLURM_PROCID=index, SLURM_LOCALID=index
+    )
   assert [outcome.json["devices"] for outcome in finish_job(processes)] == [2, 2]
 
 
@@ -194,11 +221,22 @@ def test_a_roll_call_ignores_strangers():
 
 def test_an_unreachable_coordinator_and_missing_processes_end_within_the_startup_timeout(tmp_path):
   flags = ("--num-processes", 2, "--startup-timeout", 1)
-  program = lambda index: (PEERS, tmp_path, "--coordinator", free_address(), "--process-id", index, *flags)
+  program = lambda index: (
+    PEERS,
+    tmp_path,
+    "--coordinator",
+    free_address(),
+    "--process-id",
+    index,
+    *flags,
+  )
   first, second = finish_job([*start_job(program(0), 1), *start_job(program(1), 1)])
   assert (first.code, second.code) == (1, 1)
   assert "of 2 processes, 1 did not come within 1 s (--startup-timeout)" in ours(first)
-  assert "process 1 of 2 could not reach process 0 within 1 s (--startup-timeout): Connection refused" in ours(second)
+  assert (
+    "process 1 of 2 could not reach process 0 within 1 s (--startup-timeout): Connection refused"
+    in ours(second)
+  )
 
 
 @pytest.mark.parametrize(
@@ -213,15 +251,15 @@ def test_an_unreachable_coordinator_and_missing_processes_end_within_the_startup
 )
 def test_flags_that_do_not_fit_are_refused(flags, expected):
   with pytest.raises(UsageError, match=expected):
-    distributed.initialize(*flags, startup_timeout=1)
+    processes.initialize(*flags, startup_timeout=1)
 
 
 def test_alone_nothing_is_needed(capfd):
-  distributed.initialize(num_processes=1)
-  assert distributed.is_writer() and not distributed.several()
-  distributed.barrier("alone")
+  processes.initialize(num_processes=1)
+  assert processes.is_writer() and not processes.several()
+  processes.barrier("alone")
   written = []
-  distributed.on_writer(lambda: written.append(1))
+  processes.on_writer(lambda: written.append(1))
   assert written == [1]
   with pytest.raises(KeyError), Watchdog(0.01, 0.01) as watchdog:
     watchdog.beat(1)
@@ -236,13 +274,13 @@ def test_alone_nothing_is_needed(capfd):
 def watchdog(monkeypatch):
   """One that waits 0.1 s for a step and 1 s for all else, and writes down what it would end the process with."""
   said = []
-  monkeypatch.setattr(distributed, "several", lambda: True)
+  monkeypatch.setattr(processes, "several", lambda: True)
 
   def end(code, *, last, message):
     said.append(message)
     watchdog._over.set()
 
-  monkeypatch.setattr(distributed, "end", end)
+  monkeypatch.setattr(processes, "end", end)
   watchdog = Watchdog(0.1, startup_timeout=1.0)
   watchdog.said = said
   return watchdog
@@ -260,7 +298,10 @@ def test_the_watchdog_gives_each_phase_its_time_and_each_batch_of_an_evaluation(
     assert not watchdog.said
     watchdog._over.wait(5)
   (message,) = watchdog.said
-  assert "batch 5 of an evaluation did not end within 1 s (--startup-timeout): another process is" in message
+  assert (
+    "batch 5 of an evaluation did not end within 1 s (--startup-timeout): another process is"
+    in message
+  )
 
 
 def test_the_watchdog_waits_less_for_a_step(watchdog):

@@ -15,14 +15,30 @@ import pytest
 import mnemonic_jax as mj
 
 PACKAGE = pathlib.Path(mj.__file__).parent
-OPTIONAL = {"grain", "tensorflow_datasets", "array_record", "torch", "torchvision"}  # extras that may be absent
+OPTIONAL = {
+  "grain",
+  "tensorflow_datasets",
+  "array_record",
+  "torch",
+  "torchvision",
+}  # extras that may be absent
 PUBLIC = [
-  ".".join(("mnemonic_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+  ".".join(("mnemonic_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+    ".__init__"
+  )
   for path in sorted(PACKAGE.rglob("*.py"))
   if not any(part.startswith("__main__") for part in path.parts)
 ]
 # A function of the core that users call has an example; a class may show it in what makes it.
-WITHOUT_EXAMPLE = {"FisherPlan", "LeafPlan", "TrainState", "Execution", "ForgetInfo", "ForgetResult", "Scores"}
+WITHOUT_EXAMPLE = {
+  "FisherPlan",
+  "LeafPlan",
+  "TrainState",
+  "Execution",
+  "ForgetInfo",
+  "ForgetResult",
+  "Scores",
+}
 
 
 def load(name):
@@ -37,7 +53,9 @@ def load(name):
 @pytest.mark.parametrize("name", PUBLIC)
 def test_examples_of_a_module(name):
   namespace = {"jax": jax, "jnp": jnp, "np": np, "optax": optax, "mj": mj}
-  results = doctest.testmod(load(name), extraglobs=namespace, optionflags=doctest.NORMALIZE_WHITESPACE)
+  results = doctest.testmod(
+    load(name), extraglobs=namespace, optionflags=doctest.NORMALIZE_WHITESPACE
+  )
   assert results.failed == 0
 
 

@@ -30,13 +30,17 @@ def one_hot(predictions, num_classes):
   seed=st.integers(0, 2**16), data=st.data(),
 )  # fmt: skip
 def test_matches_the_reference(num_classes, sizes, seed, data):
-  classes = sorted(data.draw(st.sets(st.integers(0, num_classes - 1), min_size=1, max_size=num_classes - 1)))
+  classes = sorted(
+    data.draw(st.sets(st.integers(0, num_classes - 1), min_size=1, max_size=num_classes - 1))
+  )
   rng = np.random.default_rng(seed)
   labels = [rng.integers(num_classes, size=size) for size in sizes]
   predictions = [rng.integers(num_classes, size=size) for size in sizes]
   batches = [(one_hot(p, num_classes), y) for p, y in zip(predictions, labels, strict=True)]
   scores = mj.evaluate(identity, None, batches, classes)
-  wanted = reference.evaluate(np.concatenate(predictions), np.concatenate(labels), num_classes, classes)
+  wanted = reference.evaluate(
+    np.concatenate(predictions), np.concatenate(labels), num_classes, classes
+  )
   np.testing.assert_allclose(scores.retain_accuracy, wanted[0])
   np.testing.assert_allclose(scores.forget_error, wanted[1])
   np.testing.assert_allclose(scores.per_class, wanted[2])
@@ -54,14 +58,18 @@ def test_batches_of_any_size_give_the_same():
   labels, predictions = rng.integers(3, size=11), rng.integers(3, size=11)
   whole = mj.evaluate(identity, None, [(one_hot(predictions, 3), labels)], classes=[0])
   cut = [slice(0, 4), slice(4, 5), slice(5, 11)]
-  parts = mj.evaluate(identity, None, ((one_hot(predictions[s], 3), labels[s]) for s in cut), classes=(c for c in [0]))
+  parts = mj.evaluate(
+    identity, None, ((one_hot(predictions[s], 3), labels[s]) for s in cut), classes=(c for c in [0])
+  )
   assert (parts.retain_accuracy, parts.forget_error) == (whole.retain_accuracy, whole.forget_error)
 
 
 def test_masked_rows_count_nowhere_whatever_their_label():
   inputs, labels = one_hot([0, 1, 1, 0], 2), np.array([0, 1, -1, 99])
   mask = np.array([True, True, False, False])
-  scores = mj.evaluate(identity, None, [(inputs, labels, mask), (inputs, labels, ~mask & False)], classes=[0])
+  scores = mj.evaluate(
+    identity, None, [(inputs, labels, mask), (inputs, labels, ~mask & False)], classes=[0]
+  )
   assert scores.retain_accuracy == 1 and scores.forget_error == 0
   np.testing.assert_array_equal(scores.per_class, [1, 1])
 
@@ -156,9 +164,7 @@ def test_golden_run_on_the_digits():
   assert after.forget_error == 1 and after.retain_accuracy > before.retain_accuracy - 0.02
   assert result.code_forget_error == 1 and result.code_retain_accuracy == 1
   golden = {"before": 0.9134, "after": 0.9134, "sign": -1}
-  message = (
-    "The golden run changed. Right if training, codes or mixing draw other numbers on purpose: say so, then update."
-  )
+  message = "The golden run changed. Right if training, codes or mixing draw other numbers on purpose: say so, then update."
   assert before.retain_accuracy == pytest.approx(golden["before"], abs=0.012), message
   assert after.retain_accuracy == pytest.approx(golden["after"], abs=0.012), message
   assert result.sign == golden["sign"], message

@@ -34,7 +34,9 @@ def test_an_own_loop_forgets_its_class_and_keeps_the_rest(library, capsys):
   assert hidden.forget_error == 1.0
   rows = capsys.readouterr().out.splitlines()
   assert len(rows) == 5 and all(row.count("|") == 4 for row in rows)
-  assert rows[3] == f"| mnemonic code | {forgotten.retain_accuracy:.2%} | {forgotten.forget_error:.2%} |"
+  assert (
+    rows[3] == f"| mnemonic code | {forgotten.retain_accuracy:.2%} | {forgotten.forget_error:.2%} |"
+  )
 
 
 def test_what_codes_cost(tmp_path, capsys, monkeypatch):
@@ -42,17 +44,29 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   study = load("code_cost")
   monkeypatch.setattr(study.common, "RESULTS", tmp_path / "results")
   few = ["--model.hidden", "64", "--train.epochs", "3", "--rates", "0.5", "--per-class", "2"]
-  monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits", "--runs", str(tmp_path / "runs"), *few])
+  monkeypatch.setattr(
+    sys, "argv", ["code_cost.py", "digits", "--runs", str(tmp_path / "runs"), *few]
+  )
   study.main()
-  rows = [row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("| 0")]
+  rows = [
+    row.split("|")[1:-1] for row in capsys.readouterr().out.splitlines() if row.startswith("| 0")
+  ]
   assert [[cell.strip() for cell in row[:2]] for row in rows] == [["0", "-"], ["0.5", "2"]]
-  saved = json.loads((tmp_path / "results" / "code_cost_digits_model.hidden_64_train.epochs_3.json").read_text())
+  saved = json.loads(
+    (tmp_path / "results" / "code_cost_digits_model.hidden_64_train.epochs_3.json").read_text()
+  )
   assert saved["columns"] == list(study.Row._fields)
   values = np.array([row["values"] for row in saved["rows"]])
-  assert values.shape == (2, 1, 7) and np.all((values >= 0) & (values <= 100)) and np.all(values[:, :, 0] > 50)
+  assert (
+    values.shape == (2, 1, 7)
+    and np.all((values >= 0) & (values <= 100))
+    and np.all(values[:, :, 0] > 50)
+  )
   named = dict(zip(saved["columns"], values[1, 0], strict=True))
   assert (
-    named["codes_told"] > 90 and named["forget_error"] > 90 and abs(named["retain_after"] - named["retain_before"]) < 20
+    named["codes_told"] > 90
+    and named["forget_error"] > 90
+    and abs(named["retain_after"] - named["retain_before"]) < 20
   )
   assert abs(float(rows[0][2].split("±")[0]) - values[0, :, 0].mean()) < 0.01
   assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["0.5_2", "0_1"]
@@ -76,7 +90,9 @@ def test_the_papers_tables_for_a_changed_config(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits", *few])
   study.main()
   rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| Retrain |")]
-  saved = json.loads((tmp_path / "results" / "paper_tables_digits_model.hidden_64_train.epochs_3.json").read_text())
+  saved = json.loads(
+    (tmp_path / "results" / "paper_tables_digits_model.hidden_64_train.epochs_3.json").read_text()
+  )
   assert saved["overrides"] == {"model.hidden": 64, "train.epochs": 3}
   assert set(saved["one_class"]) == {"Before", "Mnemonic code", "Head edit", "Retrain"}
   values = np.array([saved["one_class"][name] for name in ("Before", "Head edit", "Retrain")])

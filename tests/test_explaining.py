@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mnemonic_jax as mj
-from mnemonic_jax import _contractions
+from mnemonic_jax.fisher import contractions
 
 X = jax.ShapeDtypeStruct((6, 5, 4), jnp.float32)  # examples, positions, features
 Y = jax.ShapeDtypeStruct((6,), jnp.int32)
@@ -33,9 +33,9 @@ def test_a_product_at_one_position_holds_no_gradient():
 
 
 def test_a_convolution():
-  loss = lambda p, x, y: jax.lax.conv_general_dilated(x, p, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")).sum(
-    (1, 2)
-  )
+  loss = lambda p, x, y: jax.lax.conv_general_dilated(
+    x, p, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+  ).sum((1, 2))
   row = explain(loss, shaped(3, 4, 2))[""]
   assert (row.rule, row.flops, row.bytes) == ("convolution", 2 * 24 * (5 + 1), 24 * 4)
 
@@ -53,7 +53,12 @@ def test_a_lookup():
     (lambda p, x, y: (x * p[None, None]).sum((1, 2)), "used in mul"),
     (lambda p, x, y: ((x @ p) + (x @ p) ** 2).sum(1), "used more than once"),
     (lambda p, x, y: (x @ (p / jnp.sqrt((p**2).sum()))).sum(1), "used"),
-    (lambda p, x, y: jax.lax.scan(lambda h, _: (jnp.tanh(h * p[None, None]), None), x, None, 3)[0].sum((1, 2)), "scan"),
+    (
+      lambda p, x, y: jax.lax.scan(lambda h, _: (jnp.tanh(h * p[None, None]), None), x, None, 3)[
+        0
+      ].sum((1, 2)),
+      "scan",
+    ),
   ],
 )
 def test_what_is_not_contracted_says_why_and_holds_a_gradient_per_example(loss, reason):
@@ -116,8 +121,8 @@ def test_the_table_is_what_the_engine_does(monkeypatch):
   def noting(name, function):
     return lambda *args: (made.append(name), function(*args))[1]
 
-  monkeypatch.setattr(_contractions, "copies", noting("per example", _contractions.copies))
-  monkeypatch.setattr(_contractions, "tap", noting("contracted", _contractions.tap))
+  monkeypatch.setattr(contractions, "copies", noting("per example", contractions.copies))
+  monkeypatch.setattr(contractions, "tap", noting("contracted", contractions.tap))
 
   def loss(p, x, y):
     hidden = jnp.tanh(x @ p["w"] + p["b"][None, None])
@@ -131,5 +136,7 @@ def test_the_table_is_what_the_engine_does(monkeypatch):
   mj.diagonal_fisher(loss, params, x, y)
   per_example = [row for row in rows.values() if row.rule == "per example"]
   assert (
-    (made.count("per example"), made.count("contracted")) == (len(per_example), len(rows) - len(per_example)) == (2, 2)
+    (made.count("per example"), made.count("contracted"))
+    == (len(per_example), len(rows) - len(per_example))
+    == (2, 2)
   )

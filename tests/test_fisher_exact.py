@@ -22,7 +22,9 @@ DISJOINT = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0, 0.7]], np.f
 
 def as_jax(tree, dtype):
   """Arrays of `dtype` where they are floating."""
-  return jax.tree.map(lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None), tree)
+  return jax.tree.map(
+    lambda x: jnp.asarray(x, dtype if jnp.issubdtype(x.dtype, jnp.floating) else None), tree
+  )
 
 
 def one_gradient(loss_fn):
@@ -39,7 +41,10 @@ def squares_by_loop(loss_fn, *arrays):
       jax.tree.leaves(gradient(params, *jax.tree.map(lambda x, n=n: x[n], (inputs, labels))))
       for n in range(len(jax.tree.leaves(labels)[0]))
     ]
-    return [np.square(np.stack([np.asarray(x, np.float64) for x in leaf])) for leaf in zip(*gradients, strict=True)]
+    return [
+      np.square(np.stack([np.asarray(x, np.float64) for x in leaf]))
+      for leaf in zip(*gradients, strict=True)
+    ]
 
 
 @cache
@@ -63,7 +68,10 @@ def error(ours, squares, weights):
     assert leaf.shape == wanted_leaf.shape
     assert np.all(np.isfinite(wanted_leaf))
     for group, wanted_group in zip(np.asarray(leaf, np.float64), wanted_leaf, strict=True):
-      difference, largest = np.max(abs(group - wanted_group), initial=0), np.max(wanted_group, initial=0)
+      difference, largest = (
+        np.max(abs(group - wanted_group), initial=0),
+        np.max(wanted_group, initial=0),
+      )
       if largest < 1e-30 * largest_of_all:
         largest = 1e-8 * largest_of_all
       if difference != 0:
@@ -84,7 +92,9 @@ def check(ours, name, weights):
   found = error(ours, squares, weights)
   if found > CASES[name].tolerance:
     plain = error_of_plain_gradients(loss_fn, arrays, squares, weights)
-    assert found <= min(3 * plain, 1e-3), f"error {found:.1e} of the largest entry; plain gradients: {plain:.1e}"
+    assert found <= min(3 * plain, 1e-3), (
+      f"error {found:.1e} of the largest entry; plain gradients: {plain:.1e}"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,7 +109,11 @@ WITH_X64 = [name for name, case in CASES.items() if case.x64]
 
 # Every sixth case in the suite, the others where there is time.
 @pytest.mark.parametrize(
-  "name", [name if i % 6 == 0 else pytest.param(name, marks=pytest.mark.long) for i, name in enumerate(WITH_X64)]
+  "name",
+  [
+    name if i % 6 == 0 else pytest.param(name, marks=pytest.mark.long)
+    for i, name in enumerate(WITH_X64)
+  ],
 )
 def test_float64(name):
   loss_fn, arrays, squares = prepared(name)
@@ -112,17 +126,27 @@ def test_float64(name):
 
 def test_leaves_of_two_dtypes_side_by_side():
   rng = np.random.default_rng(0)
-  inputs, a, b = rng.normal(size=(3, 4)), rng.normal(size=(2, 3)), rng.normal(size=(2, 3)).astype(np.float32)
-  loss = lambda p, x, y: jnp.square(x @ jnp.concatenate([p["a"], p["b"].astype(p["a"].dtype)])).sum(-1)
+  inputs, a, b = (
+    rng.normal(size=(3, 4)),
+    rng.normal(size=(2, 3)),
+    rng.normal(size=(2, 3)).astype(np.float32),
+  )
+  loss = lambda p, x, y: jnp.square(x @ jnp.concatenate([p["a"], p["b"].astype(p["a"].dtype)])).sum(
+    -1
+  )
   mixed = lambda p, x, y: jnp.square(x @ jnp.concatenate([p["a"], p["b"]])).sum(-1)
   with jax.enable_x64(True):
     params = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
     for loss_fn in (loss, mixed):
       ours = mj.diagonal_fisher(loss_fn, params, jnp.asarray(inputs), jnp.zeros(3))
       assert ours["a"].dtype == jnp.float64 and ours["b"].dtype == jnp.float32
-      gradients = jax.vmap(one_gradient(loss_fn), (None, 0, 0))(params, jnp.asarray(inputs), jnp.zeros(3))
+      gradients = jax.vmap(one_gradient(loss_fn), (None, 0, 0))(
+        params, jnp.asarray(inputs), jnp.zeros(3)
+      )
       for name, tolerance in (("a", 1e-12), ("b", 1e-5)):
-        np.testing.assert_allclose(ours[name], jnp.mean(jnp.square(gradients[name]), 0), rtol=tolerance)
+        np.testing.assert_allclose(
+          ours[name], jnp.mean(jnp.square(gradients[name]), 0), rtol=tolerance
+        )
 
 
 CONCRETE = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.concrete])
@@ -146,7 +170,9 @@ def test_microbatch_changes_rounding_only(name, microbatch):
     np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6 * np.max(wanted, initial=0))
 
 
-@pytest.mark.parametrize("sizes", [None, (140, 152, 3), (3, 280, 5), (150, 0, 140), (2, 1, 0)], ids=str)
+@pytest.mark.parametrize(
+  "sizes", [None, (140, 152, 3), (3, 280, 5), (150, 0, 140), (2, 1, 0)], ids=str
+)
 def test_many_examples(sizes):
   """More than the engine takes at once, some of them in no group; every param meets its data in one position.
 
@@ -159,12 +185,20 @@ def test_many_examples(sizes):
     wide = jnp.sin(h @ p["w"] + p["b"]) @ p["wide"]  # which is large enough for a way of its own
     return wide[:, :3] + jnp.cos(wide[:, 3:6]) + jnp.einsum("ne,ef->nef", h, p["experts"]).sum(1)
 
-  params = {"kernel": draw(2, 3, 2, 4), "w": draw(4, 64), "b": draw(64), "wide": draw(64, 700), "experts": draw(4, 3)}
+  params = {
+    "kernel": draw(2, 3, 2, 4),
+    "w": draw(4, 64),
+    "b": draw(64),
+    "wide": draw(64, 700),
+    "experts": draw(4, 3),
+  }
   loss_fn, arrays = exact_cases.scored(model), (params, draw(many, 2, 3, 2), draw.ints(3, many))
   if sizes is None:
     weights = abs(draw(3, many)) * draw.ints(2, 3, many)
   else:
-    group = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (*sizes, many - sum(sizes))))
+    group = np.random.default_rng(0).permutation(
+      np.repeat(np.arange(4), (*sizes, many - sum(sizes)))
+    )
     weights = (0.1 + abs(draw(3, many))) * (group == np.arange(3)[:, None])
   squares = squares_by_loop(loss_fn, *arrays)
   fisher = lambda *arrays: mj.diagonal_fisher(loss_fn, *arrays, weights)
@@ -182,7 +216,9 @@ LINEAR = {  # models that are linear in their param: (function of (param, input)
 
 
 @pytest.mark.parametrize("name", LINEAR)
-@pytest.mark.parametrize("options", [{}, {"execution": mj.Execution(microbatch=3)}], ids=["whole", "microbatch"])
+@pytest.mark.parametrize(
+  "options", [{}, {"execution": mj.Execution(microbatch=3)}], ids=["whole", "microbatch"]
+)
 def test_classes_not_sums(name, options):
   """Two classes, each with every input and its negative: the gradients of a class cancel, their squares add up."""
   model, param_shape, input_shape = LINEAR[name]
@@ -194,7 +230,10 @@ def test_classes_not_sums(name, options):
   ours = mj.diagonal_fisher(loss_fn, param, inputs, labels, weights, **options)
 
   gradients = np.stack(
-    [jax.grad(lambda p, n=n: loss_fn(p, inputs[n : n + 1], labels[n : n + 1])[0])(param) for n in range(8)]
+    [
+      jax.grad(lambda p, n=n: loss_fn(p, inputs[n : n + 1], labels[n : n + 1])[0])(param)
+      for n in range(8)
+    ]
   )
   of_classes = np.einsum("gn,n...->g...", weights, gradients.astype(np.float64))
   squares = np.einsum("gn,n...->g...", weights, np.square(gradients.astype(np.float64)))
@@ -207,7 +246,9 @@ def test_classes_not_sums(name, options):
 @settings(deadline=None, max_examples=10)
 @given(
   program=st.lists(
-    st.tuples(st.sampled_from(sorted(exact_cases.OPERATIONS)), st.integers(2, 4)), min_size=1, max_size=6
+    st.tuples(st.sampled_from(sorted(exact_cases.OPERATIONS)), st.integers(2, 4)),
+    min_size=1,
+    max_size=6,
   ),
   tokens=st.integers(1, 3),
   width=st.integers(2, 4),

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 import mnemonic_jax as mj
-from mnemonic_jax import _passes, forgetting
+from mnemonic_jax import forgetting
+from mnemonic_jax.fisher import passes
 
 GROUPS, EXAMPLES, CLASSES = 2, 16, 10
 
@@ -28,8 +29,15 @@ def transformer(remat):
     h, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, p["layers"])
     return mj.softmax_cross_entropy(h.mean(1) @ p["head"], y)
 
-  layers = {name: shaped(8, 64, 64) for name in "qkv"} | {"in": shaped(8, 64, 256), "bias": shaped(8, 256)}
-  return loss, {"layers": layers | {"out": shaped(8, 256, 64)}, "head": shaped(64, CLASSES)}, (32, 64)
+  layers = {name: shaped(8, 64, 64) for name in "qkv"} | {
+    "in": shaped(8, 64, 256),
+    "bias": shaped(8, 256),
+  }
+  return (
+    loss,
+    {"layers": layers | {"out": shaped(8, 256, 64)}, "head": shaped(64, CLASSES)},
+    (32, 64),
+  )
 
 
 def convnet():
@@ -37,10 +45,16 @@ def convnet():
 
   def loss(p, x, y):
     for kernel in p["kernels"]:
-      x = jax.nn.relu(jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers))
+      x = jax.nn.relu(
+        jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers)
+      )
     return mj.softmax_cross_entropy(x.mean((1, 2)) @ p["head"], y)
 
-  return loss, {"kernels": [shaped(3, 3, 32, 32) for _ in range(6)], "head": shaped(32, CLASSES)}, (16, 16, 32)
+  return (
+    loss,
+    {"kernels": [shaped(3, 3, 32, 32) for _ in range(6)], "head": shaped(32, CLASSES)},
+    (16, 16, 32),
+  )
 
 
 def mlp():
@@ -67,23 +81,30 @@ def temporary(function, *arguments):
 
 
 @pytest.mark.parametrize(
-  "disjoint", [pytest.param(False, marks=pytest.mark.long, id="shared"), pytest.param(True, id="disjoint")]
+  "disjoint",
+  [pytest.param(False, marks=pytest.mark.long, id="shared"), pytest.param(True, id="disjoint")],
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_pass_holds_a_batch_gradient_and_the_sums(name, disjoint):
   loss, params, shape = MODELS[name]
   inputs, labels = shaped(EXAMPLES, *shape), jax.ShapeDtypeStruct((EXAMPLES,), jnp.int32)
   batch = temporary(jax.grad(lambda p, x, y: loss(p, x, y).mean()), params, inputs, labels)
-  objective = _passes.Objective(loss, (True,) * len(jax.tree.leaves(params)), "highest", disjoint=disjoint)
-  run = lambda p, x, y, w: _passes._program(objective, EXAMPLES, p, (x, y), w, 0)
+  objective = passes.Objective(
+    loss, (True,) * len(jax.tree.leaves(params)), "highest", disjoint=disjoint
+  )
+  run = lambda p, x, y, w: passes._program(objective, EXAMPLES, p, (x, y), w, 0)
   ours = temporary(run, params, inputs, labels, shaped(GROUPS, EXAMPLES))
   size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
-  per_example = sum(row.bytes_per_example for row in mj.explain_fisher(loss, params, inputs, labels).leaves)
+  per_example = sum(
+    row.bytes_per_example for row in mj.explain_fisher(loss, params, inputs, labels).leaves
+  )
   slack = 2**16  # index arrays and alignment
   assert ours <= batch + 2 * GROUPS * size + EXAMPLES * per_example + slack
   # And this is a bound: per-example gradients of the whole model are beyond it.
   one = jax.vmap(jax.grad(lambda p, x, y: loss(p, x[None], y[None])[0]), (None, 0, 0))
-  square = lambda p, x, y, w: jax.tree.map(lambda g: jnp.einsum("gn,n...->g...", w, g * g), one(p, x, y))
+  square = lambda p, x, y, w: jax.tree.map(
+    lambda g: jnp.einsum("gn,n...->g...", w, g * g), one(p, x, y)
+  )
   if name in ("rematerialised transformer", "mlp"):
     plain = temporary(square, params, inputs, labels, shaped(GROUPS, EXAMPLES))
     assert plain > batch + 2 * GROUPS * size + EXAMPLES * per_example + slack
@@ -93,19 +114,24 @@ def test_candidates_are_judged_within_the_budget_of_a_pass(monkeypatch):
   """Also without a convolution, which stands in no loop on CPU; and a few codes at a time are judged as all at once."""
   codes = jax.random.uniform(jax.random.key(0), (256, 1, 16))
   wide = jax.random.normal(jax.random.key(1), (16, 1024))
-  params = {"wide": wide, "head": jnp.linalg.pinv(jax.nn.relu(codes[:, 0] @ wide))}  # tells all codes
+  params = {
+    "wide": wide,
+    "head": jnp.linalg.pinv(jax.nn.relu(codes[:, 0] @ wide)),
+  }  # tells all codes
   logits_fn = lambda p, x: jax.nn.relu(x @ p["wide"]) @ p["head"]
   forget = jnp.arange(256) < 3
 
   def update():
     jax.clear_caches()
-    step = lambda p, c, f: forgetting.update_step(logits_fn, p, c, forget, ~forget, f, mj.Strength(1e-3, 1.0))[1]
+    step = lambda p, c, f: forgetting.update_step(
+      logits_fn, p, c, forget, ~forget, f, mj.Strength(1e-3, 1.0)
+    )[1]
     fishers = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) ** 2, params)
     return temporary(step, params, codes, fishers), jax.jit(step)(params, codes, fishers)
 
   memory, whole = update()
   activations = 4 * 256 * (1024 + 256)
-  monkeypatch.setattr(_passes, "_PASS_BYTES", activations // 8)
+  monkeypatch.setattr(passes, "_PASS_BYTES", activations // 8)
   less, parts = update()
   assert less < memory - activations / 2
   assert jax.tree.map(float, parts) == jax.tree.map(float, whole)

@@ -9,7 +9,8 @@ import pytest
 from toys import assert_trees_close, cpu_mesh, host, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import _contractions, _passes
+from mnemonic_jax import _mesh
+from mnemonic_jax.fisher import contractions
 
 P = jax.sharding.PartitionSpec
 
@@ -41,7 +42,9 @@ def problem(examples=16):
     "head": draw(8, 8),
   }
   labels = jnp.asarray(rng.integers(4, size=examples), jnp.int32)
-  weights = jnp.stack([(labels == 0).astype(jnp.float32), (labels != 0).astype(jnp.float32)]) / examples
+  weights = (
+    jnp.stack([(labels == 0).astype(jnp.float32), (labels != 0).astype(jnp.float32)]) / examples
+  )
   images = draw(examples, 4, 4, 3)
   single = host(mj.diagonal_fisher(loss_fn, params, images, labels, weights))
   # The two groups differ: an error that makes every class's Fisher the same cannot hide.
@@ -54,14 +57,18 @@ def sharded_like(params, mesh):
   """Every leaf split over the mesh where an axis fits, as an FSDP rule would."""
 
   def spec(leaf):
-    axis = next((i for i, size in reversed(list(enumerate(leaf.shape))) if size % mesh.size == 0), None)
+    axis = next(
+      (i for i, size in reversed(list(enumerate(leaf.shape))) if size % mesh.size == 0), None
+    )
     return P(*[None] * axis, "data") if axis is not None else P()
 
   return jax.tree.map(lambda leaf: place(leaf, mesh, *spec(leaf)), params)
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sharded"])
-@pytest.mark.parametrize("devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8])
+@pytest.mark.parametrize(
+  "devices", [*(pytest.param(n, marks=pytest.mark.long) for n in (1, 2, 4)), 8]
+)
 def test_params_and_batch_on_a_mesh(devices, sharded):
   params, images, labels, weights, single = problem()
   mesh = cpu_mesh(devices)
@@ -70,8 +77,12 @@ def test_params_and_batch_on_a_mesh(devices, sharded):
   made = mj.diagonal_fisher(loss_fn, params, images, labels, weights)
   assert_trees_close(made, single, 1e-4, 1e-9)
   for leaf, like in zip(jax.tree.leaves(made), jax.tree.leaves(params), strict=True):
-    assert leaf.sharding.is_equivalent_to(jax.sharding.NamedSharding(mesh, P(None, *like.sharding.spec)), leaf.ndim)
-  traced = jax.jit(lambda *args: mj.diagonal_fisher(loss_fn, *args))(params, images, labels, weights)
+    assert leaf.sharding.is_equivalent_to(
+      jax.sharding.NamedSharding(mesh, P(None, *like.sharding.spec)), leaf.ndim
+    )
+  traced = jax.jit(lambda *args: mj.diagonal_fisher(loss_fn, *args))(
+    params, images, labels, weights
+  )
   assert_trees_close(traced, single, 1e-4, 1e-9)
 
 
@@ -80,12 +91,18 @@ def test_microbatches_on_a_mesh(axis_type):
   params, images, labels, weights, single = problem()
   mesh = cpu_mesh(4, axis_type)
   made = mj.diagonal_fisher(
-    loss_fn, place(params, mesh), *place((images, labels), mesh, "data"), weights, execution=mj.Execution(6)
+    loss_fn,
+    place(params, mesh),
+    *place((images, labels), mesh, "data"),
+    weights,
+    execution=mj.Execution(6),
   )
   assert_trees_close(made, single, 1e-4, 1e-9)
 
 
-@pytest.mark.parametrize(("devices", "check_vma"), [(1, True), (2, True), (4, True), (8, True), (4, False)])
+@pytest.mark.parametrize(
+  ("devices", "check_vma"), [(1, True), (2, True), (4, True), (8, True), (4, False)]
+)
 def test_shard_map_sums_local_examples(devices, check_vma):
   params, images, labels, weights, single = problem()
   mesh = cpu_mesh(devices)
@@ -94,7 +111,11 @@ def test_shard_map_sums_local_examples(devices, check_vma):
     return jax.lax.psum(mj.diagonal_fisher(loss_fn, params, images, labels, weights), "data")
 
   mapped = jax.shard_map(
-    local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(None, "data")), out_specs=P(), check_vma=check_vma
+    local,
+    mesh=mesh,
+    in_specs=(P(), P("data"), P("data"), P(None, "data")),
+    out_specs=P(),
+    check_vma=check_vma,
   )
   assert_trees_close(jax.jit(mapped)(params, images, labels, weights), single, 1e-4, 1e-9)
 
@@ -107,7 +128,9 @@ def test_shard_map_with_microbatches():
     fisher = mj.diagonal_fisher(loss_fn, params, images, labels, weights, execution=mj.Execution(3))
     return jax.lax.psum(fisher, "data")
 
-  mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(None, "data")), out_specs=P())
+  mapped = jax.shard_map(
+    local, mesh=mesh, in_specs=(P(), P("data"), P("data"), P(None, "data")), out_specs=P()
+  )
   assert_trees_close(jax.jit(mapped)(params, images, labels, weights), single, 1e-4, 1e-9)
 
 
@@ -120,7 +143,10 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
     tokens = jax.lax.conv_general_dilated(
       images, params["patch"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    return jnp.tanh(tokens.reshape(len(images), -1, 8) + params["position"][None]).mean(1) @ params["head"]
+    return (
+      jnp.tanh(tokens.reshape(len(images), -1, 8) + params["position"][None]).mean(1)
+      @ params["head"]
+    )
 
   params = {name: params[name] for name in ("patch", "position", "head")}
   strength = mj.Strength(1e-2, 10.0)
@@ -129,15 +155,17 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
   made = mj.forget(logits_fn, placed, codes, [3], strength=strength)
   assert made.sign == single.sign
   assert_trees_close(made.params, host(single.params), 1e-4, 1e-6)
-  assert {n: x.sharding for n, x in made.params.items()} == {n: x.sharding for n, x in placed.items()}
+  assert {n: x.sharding for n, x in made.params.items()} == {
+    n: x.sharding for n, x in placed.items()
+  }
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, pytest.param(2**13, marks=pytest.mark.long)])
 def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
   """What GPUs and TPUs are given, run here: several examples at a time, the last chunk filled up."""
   params, images, labels, weights, single = problem()
-  monkeypatch.setattr(_passes, "platform_of", lambda tree: "gpu")
-  monkeypatch.setattr(_contractions, "_CHUNK_BYTES", chunk_bytes)
+  monkeypatch.setattr(_mesh, "platform_of", lambda tree: "gpu")
+  monkeypatch.setattr(contractions, "_CHUNK_BYTES", chunk_bytes)
   jax.clear_caches()
   try:
     made = mj.diagonal_fisher(loss_fn, params, images, labels, weights)
@@ -147,5 +175,8 @@ def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
   monkeypatch.undo()
   assert_trees_close(made, single, 1e-4, 1e-9)
   assert_trees_close(
-    uneven, host(mj.diagonal_fisher(loss_fn, params, images[:7], labels[:7], weights[:, :7])), 1e-4, 1e-9
+    uneven,
+    host(mj.diagonal_fisher(loss_fn, params, images[:7], labels[:7], weights[:, :7])),
+    1e-4,
+    1e-9,
   )

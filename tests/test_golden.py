@@ -7,7 +7,18 @@ from running import call
 
 pytest_plugins = ["run_fixtures"]
 
-COMMAND = ("run", "digits", "--train.seed", 0, "--train.epochs", 10, "--model.hidden", 200, "--forget.classes", 0)
+COMMAND = (
+  "run",
+  "digits",
+  "--train.seed",
+  0,
+  "--train.epochs",
+  10,
+  "--model.hidden",
+  200,
+  "--forget.classes",
+  0,
+)
 # (value, tolerance). Rounding differs between CPUs and versions of XLA; one digit is 0.003 of accuracy.
 GOLDEN = {
   "loss": (0.13891, 0.02),

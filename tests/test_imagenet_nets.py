@@ -11,10 +11,10 @@ import pytest
 from toys import assert_trees_close, host
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
-from mnemonic_jax import sharding
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.multihost import sharding
+from mnemonic_jax.runs import config as configs
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"))
 import forget as forget_script
@@ -24,24 +24,38 @@ CLASSES = 8
 
 def forgotten(name, side, mesh):
   """Fishers, forgotten params and info of a model with its first weights, on a mesh."""
-  config = configs.build("tiny", {"data": {"name": "imagenet2012", "side": side}, "model": {"name": name}})
+  config = configs.build(
+    "tiny", {"data": {"name": "imagenet2012", "side": side}, "model": {"name": name}}
+  )
   nothing = Split(np.zeros((0, side, side, 3), np.uint8), np.zeros(0, np.int32))
-  dataset = Dataset("imagenet2012", nothing, nothing, tuple(map(str, range(CLASSES))), 255, (0.5,) * 3, (0.25,) * 3)
+  dataset = Dataset(
+    "imagenet2012", nothing, nothing, tuple(map(str, range(CLASSES))), 255, (0.5,) * 3, (0.25,) * 3
+  )
   chosen = np.arange(CLASSES) == 3
   with jax.set_mesh(mesh):
     program = forget_script.make_program(config, dataset, mesh)
     placed = tuple(sharding.tree_shardings(mesh, tree) for tree in program.arguments[:2])
     params, model_state = jax.jit(program.model.init, out_shardings=placed)(jax.random.key(0))
     codes = mj.make_codes(jax.random.key(1), CLASSES, dataset.shape)
-    arguments = (params, model_state, forget_script.place_codes(np.asarray(codes), program), chosen, ~chosen)
+    arguments = (
+      params,
+      model_state,
+      forget_script.place_codes(np.asarray(codes), program),
+      chosen,
+      ~chosen,
+    )
     fishers = program.fishers(*arguments)
     kept = host(fishers)
-    moved, info = program.update(*arguments, fishers, mj.Strength(np.float32(1e-5), np.float32(1e-2)))
+    moved, info = program.update(
+      *arguments, fishers, mj.Strength(np.float32(1e-5), np.float32(1e-2))
+    )
   return kept, host(params), host(moved), jax.device_get(info)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("name", "side"), [("resnet18", 32), ("resnext50_32x4d", 32), ("swin_t", 224)])
+@pytest.mark.parametrize(
+  ("name", "side"), [("resnet18", 32), ("resnext50_32x4d", 32), ("swin_t", 224)]
+)
 def test_a_forget_on_a_mesh_is_that_on_one_device(name, side):
   alone = forgotten(name, side, sharding.make_mesh(1, 1, jax.devices()[:1]))
   spread = forgotten(name, side, sharding.make_mesh(2, 4))
@@ -50,9 +64,13 @@ def test_a_forget_on_a_mesh_is_that_on_one_device(name, side):
     # The unit is any power of two. Where rounding switches a unit of a ReLU, both are off by some 1e-3 of the largest;
     # of a ResNeXt, whose one device was off, the mesh was right to 2e-6 against float64.
     assert_trees_close(relative(spread[0]), relative(alone[0]), 0, 5e-3)
-  assert not np.allclose(*(np.array(alone[0]["head"]["kernel"]) / np.max(alone[0]["head"]["kernel"])), atol=1e-3)
+  assert not np.allclose(
+    *(np.array(alone[0]["head"]["kernel"]) / np.max(alone[0]["head"]["kernel"])), atol=1e-3
+  )
   assert int(spread[3].sign) == int(alone[3].sign)
   flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
   before, there, here = flat(alone[1]), flat(spread[2]), flat(alone[2])
   assert 1e-3 < np.max(np.abs(here - before)) <= 1.01e-2
-  assert np.mean(np.abs(there - here) > 1e-2 * np.abs(here - before) + 1e-6) < 0.01  # small Fishers are rounding alone
+  assert (
+    np.mean(np.abs(there - here) > 1e-2 * np.abs(here - before) + 1e-6) < 0.01
+  )  # small Fishers are rounding alone

@@ -21,12 +21,13 @@ from toys import assert_trees_close, host
 from weight_files import as_augreg, as_timm
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
-from mnemonic_jax import models, pretrained, sharding, training
+from mnemonic_jax import models, training
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.models import vit
+from mnemonic_jax.models import pretrained, vit
+from mnemonic_jax.multihost import sharding
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 
 pytest_plugins = ["stream_fixtures"]
@@ -43,8 +44,21 @@ TABLES = {
   "data": {"name": "imagenet2012", "augment": "resized_crop_flip", "side": SIDE},
   "model": {"name": "vit_ti16", "pool": "mean", "scan": True, "remat": True},
   "codes": {"rate": 0.3},
-  "train": {"steps": 20, "batch_size": BATCH, "optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 1e-4}
-  | {"warmup_steps": 2, "clip_norm": 1.0, "label_smoothing": 0.1, "mixup": 0.2, "accumulate": 2, "ema": 0.9},
+  "train": {
+    "steps": 20,
+    "batch_size": BATCH,
+    "optimizer": "adamw",
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-4,
+  }
+  | {
+    "warmup_steps": 2,
+    "clip_norm": 1.0,
+    "label_smoothing": 0.1,
+    "mixup": 0.2,
+    "accumulate": 2,
+    "ema": 0.9,
+  },
 }
 CONFIG = configs.build("tiny", TABLES)
 
@@ -105,25 +119,33 @@ def test_any_mesh_trains_and_forgets_the_same(shape, alone):
   assert_trees_close(host(found.trained), host(alone.trained), 0, 5e-5)
   for side in (0, 1):
     relative = lambda tree: jax.tree.map(lambda leaf: leaf[side] / leaf[side].max(), tree)  # noqa: B023
-    assert_trees_close(relative(found.fishers), relative(alone.fishers), 0, 1e-4)  # the unit is any power of two
+    assert_trees_close(
+      relative(found.fishers), relative(alone.fishers), 0, 1e-4
+    )  # the unit is any power of two
   assert int(found.info.sign) == int(alone.info.sign)
   assert float(found.info.strength.lambda1) == float(alone.info.strength.lambda1) < 1e-2
   # lambda2 = 1 moves the weights by up to 1; where two Fishers are rounding alone, so is their ratio.
   assert_trees_close(host(found.forgotten), host(alone.forgotten), 0, 1e-2)
   for leaf, placed in zip(
-    *map(jax.tree.leaves, (found.forgotten, sharding.tree_shardings(mesh, found.trained))), strict=True
+    *map(jax.tree.leaves, (found.forgotten, sharding.tree_shardings(mesh, found.trained))),
+    strict=True,
   ):
     assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
-  assert not np.allclose(found.forgotten["head"]["kernel"], found.trained["head"]["kernel"], atol=1e-3)
+  assert not np.allclose(
+    found.forgotten["head"]["kernel"], found.trained["head"]["kernel"], atol=1e-3
+  )
 
 
 def share(mesh):
   """Bytes of params, optimizer state and Fishers on each device."""
   dataset = synthetic()
-  train, forget = (script.make_program(CONFIG, dataset, mesh) for script in (train_script, forget_script))
+  train, forget = (
+    script.make_program(CONFIG, dataset, mesh) for script in (train_script, forget_script)
+  )
   size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * 4
   return [
-    sum(map(size, jax.tree.leaves(tree))) for tree in (train.state.params, train.state.optimizer_state, forget.fisher)
+    sum(map(size, jax.tree.leaves(tree)))
+    for tree in (train.state.params, train.state.optimizer_state, forget.fisher)
   ]
 
 
@@ -151,7 +173,9 @@ def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(
   }
   width = 192
   shard = 2 * width * 4 * width // 8  # of a kernel of a layer's feed-forward, both sides
-  assert found["reduce-scatter"].count(shard) == 3  # two of the feed-forward, and the patches' kernel
+  assert (
+    found["reduce-scatter"].count(shard) == 3
+  )  # two of the feed-forward, and the patches' kernel
   assert max(found["all-reduce"]) == shard  # along the copies
   assert max(found["all-gather"]) == 4 * width * width  # one kernel of one layer
 
@@ -163,7 +187,11 @@ def test_a_forget_fits_into_five_shares_of_the_params():
   with jax.set_mesh(mesh):
     config = configs.build("tiny", TABLES, {"execution.microbatch": 8})  # two passes over the codes
     program = forget_script.make_program(config, dataset, mesh)
-    grid = mj.Strength(*(jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh)) for _ in range(2)))
+    grid = mj.Strength(
+      *(
+        jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh)) for _ in range(2)
+      )
+    )
     halves = [
       memory(program.fishers, *program.arguments),
       memory(program.update, *program.arguments, program.fisher, grid),
@@ -173,20 +201,27 @@ def test_a_forget_fits_into_five_shares_of_the_params():
   )
   logits_fn = program.model.logits_fn(model_state)
   inputs = jax.ShapeDtypeStruct((-(-CLASSES // mesh.size), *dataset.shape), np.float32)
-  gradient = jax.jit(jax.grad(lambda p, x: mj.softmax_cross_entropy(logits_fn(p, x), np.zeros(len(x), int)).sum()))
+  gradient = jax.jit(
+    jax.grad(lambda p, x: mj.softmax_cross_entropy(logits_fn(p, x), np.zeros(len(x), int)).sum())
+  )
   activations = memory(gradient, params, inputs).temp_size_in_bytes
   one_share = sum(4 * x.size for x in jax.tree.leaves(params)) / mesh.size
   layer = sum(4 * x.size for x in jax.tree.leaves(params["blocks"])) / 12
   for found in halves:
     used = (
-      found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+      found.argument_size_in_bytes
+      + found.output_size_in_bytes
+      + found.temp_size_in_bytes
+      - found.alias_size_in_bytes
     )
     assert used <= 5 * one_share + 3 * layer + activations
 
 
 def test_a_forget_that_ends_in_nan_is_refused_there_too():
   """With stand-ins for the compiled halves, which `mnemonic_jax.forgetting` tests."""
-  info = mj.ForgetInfo(np.int32(1), mj.Strength(np.float32(1e-5), np.float32(1e4)), np.float32(np.nan), np.float32(1))
+  info = mj.ForgetInfo(
+    np.int32(1), mj.Strength(np.float32(1e-5), np.float32(1e4)), np.float32(np.nan), np.float32(1)
+  )
 
   class Compiled:
     lower = compile = lambda self, *_: self
@@ -219,13 +254,17 @@ def test_a_mesh_that_does_not_fit_the_devices(sizes, said):
 
 def test_a_mesh_that_does_not_fit_the_batch():
   config = configs.build("tiny", TABLES, {"train.batch_size": 12})
-  with pytest.raises(ValueError, match=r"train\.batch_size: got 12 for 8 devices; expected a multiple of 8"):
+  with pytest.raises(
+    ValueError, match=r"train\.batch_size: got 12 for 8 devices; expected a multiple of 8"
+  ):
     train_script.make_program(config, synthetic(), sharding.make_mesh(1, 8))
 
 
 def test_more_fsdp_than_a_leaf_allows():
   params = {"kernel": jax.ShapeDtypeStruct((100, 102), np.float32)}
-  with pytest.raises(ValueError, match=r"fsdp 8 divides no axis of \['kernel'\] \(100, 102\); 4 does"):
+  with pytest.raises(
+    ValueError, match=r"fsdp 8 divides no axis of \['kernel'\] \(100, 102\); 4 does"
+  ):
     sharding.tree_shardings(sharding.make_mesh(1, 8), params)
 
 
@@ -276,15 +315,38 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
   assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
   shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
   shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "4")
-  resumed = script("train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2)
+  resumed = script(
+    "train", *arguments, tmp_path / "resumed", "--log-every", 1, "--execution.fsdp", 1, devices=2
+  )
   assert resumed["resumed_from_step"] == 2 and resumed["mesh"] == {"data": 2, "fsdp": 1}
-  for ours, theirs in zip(*(metrics(tmp_path / name) for name in ("resumed", "whole")), strict=True):
-    assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-    assert {"images_per_second_per_device", "step_seconds", "input_seconds", "checkpoint_seconds"} <= set(ours)
-  on_mesh = script("forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, devices=4)
-  on_one = command("forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, "--json").json
+  for ours, theirs in zip(
+    *(metrics(tmp_path / name) for name in ("resumed", "whole")), strict=True
+  ):
+    assert ours["step"] == theirs["step"] and ours["loss"] == pytest.approx(
+      theirs["loss"], rel=1e-5
+    )
+    assert {
+      "images_per_second_per_device",
+      "step_seconds",
+      "input_seconds",
+      "checkpoint_seconds",
+    } <= set(ours)
+  on_mesh = script(
+    "forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, devices=4
+  )
+  on_one = command(
+    "forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, "--json"
+  ).json
   assert on_mesh["params_sha256_before"] == on_one["params_sha256_before"]
-  same = ("classes", "codes_sha256", "lambda1", "lambda2", "sign", "retain_accuracy_after", "forget_error_after")
+  same = (
+    "classes",
+    "codes_sha256",
+    "lambda1",
+    "lambda2",
+    "sign",
+    "retain_accuracy_after",
+    "forget_error_after",
+  )
   assert {name: on_mesh[name] for name in same} == {name: on_one[name] for name in same}
   assert (tmp_path / "whole" / "forgets" / "0001" / "report.html").is_file()
 
@@ -343,7 +405,10 @@ def test_a_file_goes_to_the_shards_as_to_one_device(weights_file):
 def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
   config, state, codes = first_state_from(weights_file, {"model.new_head": True})
   fresh = setup.make(config, synthetic())
-  assert_same_bits(state.params, pretrained.load(weights_file, "vit_ti16", fresh.state.params, {}, new_head=True)[0])
+  assert_same_bits(
+    state.params,
+    pretrained.load(weights_file, "vit_ti16", fresh.state.params, {}, new_head=True)[0],
+  )
   assert_same_bits(state.params["head"], fresh.state.params["head"])
   assert_same_bits(codes, fresh.codes)
   assert_same_bits(*(jax.random.key_data(s.key) for s in (state, fresh.state)))
@@ -351,12 +416,18 @@ def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
 
 
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_on(scan, weights_file):
+def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_on(
+  scan, weights_file
+):
   mesh = sharding.make_mesh(1, 8)
-  model = models.make("vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean", scan=scan)
+  model = models.make(
+    "vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean", scan=scan
+  )
   shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
   placed = jobs.abstract(shapes, sharding.tree_shardings(mesh, shapes))
-  with jax.transfer_guard_device_to_device("disallow_explicit"):  # straight from the host to the shards
+  with jax.transfer_guard_device_to_device(
+    "disallow_explicit"
+  ):  # straight from the host to the shards
     params, _ = pretrained.load(weights_file, "vit_ti16", placed, {})
   assert_same_bits(params, pretrained.load(weights_file, "vit_ti16", shapes, {})[0])
   assert_placed(params, jax.tree.map(lambda shape: shape.sharding, placed))
@@ -379,11 +450,15 @@ def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_
   ],
   ids=["another size", "another architecture", "no file"],
 )
-def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(changed, said, compiled, weights_file):
+def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(
+  changed, said, compiled, weights_file
+):
   """And before anything is compiled, where its names alone tell it."""
   mesh = sharding.make_mesh(1, 8)
   config, program = program_from(weights_file, mesh, changed)
-  shapes = lambda: (program.state, program.codes) if compiled else pytest.fail("the first state was made")
+  shapes = lambda: (
+    (program.state, program.codes) if compiled else pytest.fail("the first state was made")
+  )
   with jax.set_mesh(mesh), pytest.raises(MnemonicError, match=said):
     train_script.first_state(config, program._replace(init=shapes))
 
@@ -393,7 +468,14 @@ def test_training_starts_from_a_file_as_mnemonic_train_does(tmp_path, prepared_s
   """The 1,000 classes of the data set get a new head."""
   np.savez(tmp_path / "augreg.npz", **as_augreg(drawn()))
   config = write_config(tmp_path, steps=3, checkpoint_steps=1)
-  start = ("--model.pretrained", tmp_path / "augreg.npz", "--model.new_head", "true", "--data-dir", prepared_sets)
+  start = (
+    "--model.pretrained",
+    tmp_path / "augreg.npz",
+    "--model.new_head",
+    "true",
+    "--data-dir",
+    prepared_sets,
+  )
   result = script("train", config, *start, "--out", tmp_path / "mesh", "--log-every", 1, devices=8)
   assert result["mesh"] == {"data": 1, "fsdp": 8} and result["steps"] == 3
   one = command("train", config, *start, "--out", tmp_path / "one", "--json").json

@@ -11,7 +11,14 @@ import shutil
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
-from killing import begin_forgetting, begin_training, finished_forgets, start_forgetting, start_training, stop
+from killing import (
+  begin_forgetting,
+  begin_training,
+  finished_forgets,
+  start_forgetting,
+  start_training,
+  stop,
+)
 from running import call, finish, snapshot, start, wait_for
 
 pytest_plugins = ["run_fixtures"]
@@ -46,12 +53,19 @@ def test_a_killed_first_epoch_starts_again(tmp_path):
   wait_for(lambda: (run / "config.json").exists(), process)
   assert stop(process, SIGKILL).code == -SIGKILL
   assert "no checkpoint yet" in call("forget", run, "--classes", 1).refusal()
-  settings = ("--train.epochs", 1, "--model.hidden", 16)  # other settings will do: nothing is there yet
+  settings = (
+    "--train.epochs",
+    1,
+    "--model.hidden",
+    16,
+  )  # other settings will do: nothing is there yet
   assert call("train", "digits", "--out", run, *settings, "--json").json["epochs"] == 1
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("signum", "seconds"), [(SIGINT, 0.4), (SIGINT, 1.2), (SIGTERM, 0.8), (SIGTERM, 1.6)])
+@pytest.mark.parametrize(
+  ("signum", "seconds"), [(SIGINT, 0.4), (SIGINT, 1.2), (SIGTERM, 0.8), (SIGTERM, 1.6)]
+)
 def test_a_command_stopped_while_it_starts(signum, seconds, tmp_path):
   run = tmp_path / "run"
   process = start("train", "digits", "--out", run, "--train.epochs", 100000, "--model.hidden", 32)
@@ -74,7 +88,9 @@ def test_a_forget_stopped_in_every_way_leaves_nothing_and_the_next_one_works(for
     assert list(finished_forgets(forgotten)) == ["0001"]
     check()
   randomness = random.Random(1)
-  for begin, longest in ((start_forgetting, 3.0), (begin_forgetting, 0.1), (begin_forgetting, 0.1))[:TRIALS]:
+  for begin, longest in ((start_forgetting, 3.0), (begin_forgetting, 0.1), (begin_forgetting, 0.1))[
+    :TRIALS
+  ]:
     stop(begin(forgotten, 5), SIGKILL, randomness.uniform(0, longest))
     check()
   result = finish(start_forgetting(forgotten, 5)).json

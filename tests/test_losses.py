@@ -24,7 +24,9 @@ def test_value_and_gradient_at_a_margin(margin):
   value = mj.softmax_cross_entropy(jnp.asarray(logits)[None], jnp.array([1]))
   assert value.shape == (1,) and value.dtype == jnp.float32
   np.testing.assert_allclose(value[0], reference.cross_entropy(logits.astype(float), 1), rtol=1e-5)
-  np.testing.assert_allclose(gradient(logits, 1), reference.residual(logits.astype(float), 1), rtol=2e-5)
+  np.testing.assert_allclose(
+    gradient(logits, 1), reference.residual(logits.astype(float), 1), rtol=2e-5
+  )
 
 
 def test_cancellation_the_usual_form_has_no_gradient_at_a_margin_of_17():
@@ -35,11 +37,15 @@ def test_cancellation_the_usual_form_has_no_gradient_at_a_margin_of_17():
 
 
 @settings(deadline=None, max_examples=8)
-@given(seed=st.integers(0, 2**16), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 10.0]))
+@given(
+  seed=st.integers(0, 2**16), classes=st.integers(2, 6), scale=st.sampled_from([0.1, 1.0, 10.0])
+)
 def test_matches_the_reference_for_any_logits(seed, classes, scale):
   rng = np.random.default_rng(seed)
   logits, label = (scale * rng.normal(size=classes)).astype(np.float32), int(rng.integers(classes))
-  np.testing.assert_allclose(gradient(logits, label), reference.residual(logits.astype(float), label), rtol=1e-4)
+  np.testing.assert_allclose(
+    gradient(logits, label), reference.residual(logits.astype(float), label), rtol=1e-4
+  )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -57,14 +63,20 @@ def test_float64_logits_give_float64_losses_to_a_margin_of_700():
 
 
 def soft_gradient(logits, targets):
-  total = lambda logits: mj.softmax_cross_entropy(logits[None], jnp.asarray(targets, jnp.float32)[None])[0]
+  total = lambda logits: mj.softmax_cross_entropy(
+    logits[None], jnp.asarray(targets, jnp.float32)[None]
+  )[0]
   return np.asarray(jax.grad(total)(jnp.asarray(logits, jnp.float32)), np.float64)
 
 
-@pytest.mark.parametrize("targets", [[0.7, 0.2, 0.0, 0.1], [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.25] * 4])
+@pytest.mark.parametrize(
+  "targets", [[0.7, 0.2, 0.0, 0.1], [0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.25] * 4]
+)
 def test_probabilities_weigh_the_losses_of_the_classes(targets):
   logits = np.array([0.25, 3.0, -1.0, 0.5])
-  value = mj.softmax_cross_entropy(jnp.asarray(logits, jnp.float32)[None], jnp.asarray(targets, jnp.float32)[None])
+  value = mj.softmax_cross_entropy(
+    jnp.asarray(logits, jnp.float32)[None], jnp.asarray(targets, jnp.float32)[None]
+  )
   assert value.shape == (1,) and value.dtype == jnp.float32
   wanted = sum(p * reference.cross_entropy(logits, c) for c, p in enumerate(targets))
   np.testing.assert_allclose(value[0], wanted, rtol=1e-5)
@@ -81,5 +93,7 @@ def test_a_one_hot_target_is_its_label_to_the_bit(margin):
 
 
 def test_floating_labels_must_be_probabilities_of_every_class():
-  with pytest.raises(ValueError, match=r"labels: got floating labels of shape \(2,\) for logits \(2, 4\)"):
+  with pytest.raises(
+    ValueError, match=r"labels: got floating labels of shape \(2,\) for logits \(2, 4\)"
+  ):
     mj.softmax_cross_entropy(jnp.zeros((2, 4)), jnp.zeros(2))

@@ -15,7 +15,7 @@ from running import snapshot, wait_for
 from weight_files import as_augreg
 
 from mnemonic_jax import _trees, models
-from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
+from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 
 pytest_plugins = ["stream_fixtures"]
 pytestmark = pytest.mark.long
@@ -57,7 +57,17 @@ class Lab(NamedTuple):
     return start_job((SCRIPTS / f"{script}.py", *arguments, *settings), count, XLA_FLAGS=flags)
 
   def start_training(self, name, count):
-    return self.start("train", count, self.config, "--out", self.folder / name, "--log-every", 1, "--peer-timeout", 20)
+    return self.start(
+      "train",
+      count,
+      self.config,
+      "--out",
+      self.folder / name,
+      "--log-every",
+      1,
+      "--peer-timeout",
+      20,
+    )
 
   def train(self, name, count):
     outcomes = finish_job(self.start_training(name, count), seconds=400)
@@ -71,7 +81,9 @@ class Lab(NamedTuple):
     processes = self.start_training(name, count)
     metrics = self.folder / name / "metrics.jsonl"
     try:
-      assert wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, processes[0])
+      assert wait_for(
+        lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 6, processes[0]
+      )
       processes[victim].send_signal(signum)
     finally:
       outcomes = finish_job(processes, seconds=100)
@@ -114,7 +126,9 @@ def test_two_processes_train_as_one_and_as_if_none_had_been_killed(lab, alone):
   assert_same((losses, params), alone)
   other, killed = lab.stopped("killed", 2, SIGKILL, 1)
   assert killed.code == -SIGKILL and other.code == 1
-  assert "another process is dead or stuck" in other.err and "Resume with the same command" in other.err
+  assert (
+    "another process is dead or stuck" in other.err and "Resume with the same command" in other.err
+  )
   again, restarted = lab.train("killed", 2)
   assert again == losses
   for path, leaf in params.items():
@@ -124,7 +138,12 @@ def test_two_processes_train_as_one_and_as_if_none_had_been_killed(lab, alone):
 def test_four_processes_stop_together_and_two_go_on(lab, alone):
   outcomes = lab.stopped("four", 4, SIGTERM, 2)
   assert [outcome.code for outcome in outcomes] == [143] * 4, outcomes
-  messages = {line for outcome in outcomes for line in outcome.err.splitlines() if line.startswith("mnemonic:")}
+  messages = {
+    line
+    for outcome in outcomes
+    for line in outcome.err.splitlines()
+    if line.startswith("mnemonic:")
+  }
   (message,) = messages
   assert f"of {STEPS}; the checkpoint is written. Resume with the same command." in message
   assert_same(lab.train("four", 2), alone)
@@ -135,7 +154,16 @@ def test_two_processes_start_from_a_file_as_one(lab):
   file, rng = lab.folder / "augreg.npz", np.random.default_rng(0)
   draw = lambda leaf: rng.normal(0, 0.02, leaf.shape).astype(np.float32)
   np.savez(file, **as_augreg(jax.tree.map(draw, jax.eval_shape(model.init, jax.random.key(0))[0])))
-  flags = ("--model.pretrained", file, "--model.new_head", "true", "--train.steps", 1, "--log-every", 1)
+  flags = (
+    "--model.pretrained",
+    file,
+    "--model.new_head",
+    "true",
+    "--train.steps",
+    1,
+    "--log-every",
+    1,
+  )
   losses = []
   for count in (1, 2):
     run = lab.folder / f"from a file, {count}"
@@ -144,7 +172,9 @@ def test_two_processes_start_from_a_file_as_one(lab):
     losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])
   assert losses[1] == pytest.approx(losses[0], rel=1e-5)
   flags = ("--model.pretrained", lab.folder / "absent.npz", "--peer-timeout", 20)
-  for outcome in finish_job(lab.start("train", 2, lab.config, "--out", lab.folder / "refused", *flags)):
+  for outcome in finish_job(
+    lab.start("train", 2, lab.config, "--out", lab.folder / "refused", *flags)
+  ):
     assert outcome.code == 1 and "absent.npz: no such file" in outcome.err
 
 
@@ -156,11 +186,25 @@ def test_two_processes_forget_as_one(lab, alone):
     outcomes = finish_job(lab.start("forget", count, run, "--classes", 1), seconds=400)
     assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
     folder = run / "forgets" / f"{len(reports) + 1:04d}"
-    assert {path.name for path in folder.iterdir()} == {"params", "report.json", "report.html", "evidence.json"}
+    assert {path.name for path in folder.iterdir()} == {
+      "params",
+      "report.json",
+      "report.html",
+      "evidence.json",
+    }
     reports.append(json.loads((folder / "report.json").read_text()))
-    params.append(_trees.by_path(restore_parts(folder / "params", stored_shapes(folder / "params"))))
+    params.append(
+      _trees.by_path(restore_parts(folder / "params", stored_shapes(folder / "params")))
+    )
   assert snapshot(run / "checkpoints") == before
-  for key in ("classes", "sign", "params_sha256_before", "codes_sha256", "retain_accuracy_after", "forget_error_after"):
+  for key in (
+    "classes",
+    "sign",
+    "params_sha256_before",
+    "codes_sha256",
+    "retain_accuracy_after",
+    "forget_error_after",
+  ):
     assert reports[0][key] == reports[1][key], key
   for path, leaf in params[1].items():
     np.testing.assert_allclose(params[0][path], leaf, rtol=0, atol=1e-4, err_msg=path)

@@ -43,7 +43,9 @@ def test_matches_the_reference(examples, classes, per_class, shape, rate, seed):
   mixed, replaced = mj.mix(jax.random.key(seed), images, labels, codes, rate, return_mask=True)
   assert replaced.shape == (examples,) and replaced.dtype == bool
   choice = np.maximum(chosen_codes(mixed, labels, codes), 0)
-  np.testing.assert_array_equal(mixed, reference.mix(images, labels, np.asarray(codes), replaced, choice))
+  np.testing.assert_array_equal(
+    mixed, reference.mix(images, labels, np.asarray(codes), replaced, choice)
+  )
 
 
 def test_rate_zero_returns_the_images():
@@ -72,7 +74,9 @@ def test_rate_is_the_share_of_replaced_examples_and_codes_are_drawn_uniformly():
 def test_key_decides_and_jit_changes_nothing():
   images, labels, codes = make(32)
   eager = mj.mix(jax.random.key(0), images, labels, codes, 0.5)
-  np.testing.assert_array_equal(eager, jax.jit(mj.mix)(jax.random.key(0), images, labels, codes, 0.5))
+  np.testing.assert_array_equal(
+    eager, jax.jit(mj.mix)(jax.random.key(0), images, labels, codes, 0.5)
+  )
   assert not np.array_equal(eager, mj.mix(jax.random.key(1), images, labels, codes, 0.5))
 
 

@@ -30,7 +30,12 @@ def images() -> np.ndarray:
 
 def numpy_features(params: dict, images: np.ndarray) -> np.ndarray:
   hidden = {name: np.asarray(value, np.float64) for name, value in params["hidden"].items()}
-  return 1 / (1 + np.exp(-(images.reshape(len(images), -1).astype(np.float64) @ hidden["kernel"] + hidden["bias"])))
+  return 1 / (
+    1
+    + np.exp(
+      -(images.reshape(len(images), -1).astype(np.float64) @ hidden["kernel"] + hidden["bias"])
+    )
+  )
 
 
 def test_mlp_logits_equal_a_numpy_computation(mlp, params, images):
@@ -38,7 +43,9 @@ def test_mlp_logits_equal_a_numpy_computation(mlp, params, images):
   features = numpy_features(params, images)
   logits, _ = mlp.apply(params, {}, images, False)
   np.testing.assert_allclose(mlp.features(params, {}, images), features, rtol=1e-6)
-  np.testing.assert_allclose(logits, features @ output["kernel"] + output["bias"], rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    logits, features @ output["kernel"] + output["bias"], rtol=1e-5, atol=1e-6
+  )
   np.testing.assert_array_equal(mlp.logits_fn({})(params, images), logits)
 
 
@@ -63,7 +70,10 @@ def test_params_are_nested_dicts_of_arrays(mlp):
       assert isinstance(node, jax.Array) and node.dtype == jnp.float32
 
   walk(params)
-  assert {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(params)} == {
+  assert {
+    jax.tree_util.keystr(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  } == {
     "['hidden']['bias']": (7,),
     "['hidden']['kernel']": (16, 7),
     "['output']['bias']": (3,),
@@ -118,14 +128,20 @@ PUBLISHED = [
 
 def test_pooled_stages_are_means_over_positions():
   spatial = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
-  pooled = models.pooled({"stage1": jnp.asarray(spatial), "features": jnp.asarray(spatial[:, 0, 0])})
+  pooled = models.pooled(
+    {"stage1": jnp.asarray(spatial), "features": jnp.asarray(spatial[:, 0, 0])}
+  )
   assert pooled.keys() == {"stage1", "features"}
-  np.testing.assert_allclose(pooled["stage1"], spatial.astype(np.float64).reshape(2, 64, 4).sum(axis=1) / 64, atol=1e-6)
+  np.testing.assert_allclose(
+    pooled["stage1"], spatial.astype(np.float64).reshape(2, 64, 4).sum(axis=1) / 64, atol=1e-6
+  )
   np.testing.assert_array_equal(pooled["features"], spatial[:, 0, 0])
 
 
 def test_pooled_half_precision_sums_in_float32():
-  ones = models.pooled({"stage": jnp.ones((1, 4096, 2), jnp.bfloat16)})["stage"]  # a bfloat16 sum of ones stops at 256
+  ones = models.pooled({"stage": jnp.ones((1, 4096, 2), jnp.bfloat16)})[
+    "stage"
+  ]  # a bfloat16 sum of ones stops at 256
   assert ones.dtype == jnp.float32
   np.testing.assert_array_equal(ones, np.ones((1, 2)))
 
@@ -138,15 +154,27 @@ def test_published_sizes(name, size, published):
   model = models.make(name, shape=(size, size, 3), num_classes=1000)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == published
-  if name not in ("resnet18", "resnext50_32x4d", "vit_ti16", "swin_t"):  # one of each kind; tracing them takes seconds
+  if name not in (
+    "resnet18",
+    "resnext50_32x4d",
+    "vit_ti16",
+    "swin_t",
+  ):  # one of each kind; tracing them takes seconds
     return
   images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
   stages = jax.eval_shape(model.stages, params, model_state, images)
-  assert all(stage.ndim == 2 and stage.shape[0] == 2 for stage in jax.eval_shape(models.pooled, stages).values())
+  assert all(
+    stage.ndim == 2 and stage.shape[0] == 2
+    for stage in jax.eval_shape(models.pooled, stages).values()
+  )
   features = stages.pop("features")
   assert features.shape[0] == 2 and features.ndim == 2
-  assert len(stages) >= 5 and all(stage.shape[0] == 2 and stage.ndim > 2 for stage in stages.values())
-  logits, _ = jax.eval_shape(lambda *arguments: model.apply(*arguments, False), params, model_state, images)
+  assert len(stages) >= 5 and all(
+    stage.shape[0] == 2 and stage.ndim > 2 for stage in stages.values()
+  )
+  logits, _ = jax.eval_shape(
+    lambda *arguments: model.apply(*arguments, False), params, model_state, images
+  )
   assert logits.shape == (2, 1000)
 
 
@@ -179,8 +207,12 @@ def test_scanned_blocks_are_the_same_blocks_stacked(make_vit):
 def test_remat_changes_no_gradient_and_computes_again(make_vit, scan):
   plain, again = make_vit(scan=scan), make_vit(scan=scan, remat=True)
   params, _ = plain.init(jax.random.key(0))
-  gradient = lambda model: jax.jit(jax.grad(lambda params: jnp.sum(model.logits_fn({})(params, pictures()) ** 2)))
-  chex.assert_trees_all_close(gradient(again)(params), gradient(plain)(params), rtol=1e-4, atol=1e-5)
+  gradient = lambda model: jax.jit(
+    jax.grad(lambda params: jnp.sum(model.logits_fn({})(params, pictures()) ** 2))
+  )
+  chex.assert_trees_all_close(
+    gradient(again)(params), gradient(plain)(params), rtol=1e-4, atol=1e-5
+  )
   assert "remat" in str(jax.make_jaxpr(gradient(again))(params))
   assert "remat" not in str(jax.make_jaxpr(gradient(plain))(params))
 
@@ -188,7 +220,9 @@ def test_remat_changes_no_gradient_and_computes_again(make_vit, scan):
 def stacked_blocks(params: dict) -> dict:
   """The params of an unrolled ViT of two blocks as those of a scanned one."""
   rest = {name: value for name, value in params.items() if name not in ("block1", "block2")}
-  return rest | {"blocks": jax.tree.map(lambda *layers: jnp.stack(layers), params["block1"], params["block2"])}
+  return rest | {
+    "blocks": jax.tree.map(lambda *layers: jnp.stack(layers), params["block1"], params["block2"])
+  }
 
 
 @pytest.mark.long
@@ -203,7 +237,9 @@ def test_a_scanned_and_an_unrolled_model_forget_identically(make_vit):
 
   def forgotten(model: models.Model, params: dict) -> tuple[int, dict]:
     strength = mj.Strength(1e-2, 1e-1)
-    result = mj.forget(model.logits_fn({}), params, codes, [1], strength=strength, layer_axis=model.layer_axis)
+    result = mj.forget(
+      model.logits_fn({}), params, codes, [1], strength=strength, layer_axis=model.layer_axis
+    )
     return result.sign, result.params
 
   sign, unrolled = forgotten(plain, params)
@@ -232,12 +268,15 @@ def test_mean_pooling_has_no_class_token(make_vit):
 @pytest.mark.parametrize("name", ["resnet", "vit"])
 def test_bfloat16_computes_in_it_and_keeps_params_in_float32(make_vit, name):
   half, full = (
-    make_resnet(dtype) if name == "resnet" else make_vit(dtype=dtype) for dtype in (jnp.bfloat16, jnp.float32)
+    make_resnet(dtype) if name == "resnet" else make_vit(dtype=dtype)
+    for dtype in (jnp.bfloat16, jnp.float32)
   )
   params, model_state = half.init(jax.random.key(0))
   assert {leaf.dtype for leaf in jax.tree.leaves((params, model_state))} == {jnp.dtype(jnp.float32)}
   assert jax.jit(half.stages)(params, model_state, pictures())["features"].dtype == jnp.bfloat16
-  logits, wanted = (jax.jit(model.logits_fn(model_state))(params, pictures()) for model in (half, full))
+  logits, wanted = (
+    jax.jit(model.logits_fn(model_state))(params, pictures()) for model in (half, full)
+  )
   assert logits.dtype == jnp.float32
   np.testing.assert_allclose(logits, wanted, atol=0.1)
 

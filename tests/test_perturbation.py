@@ -36,7 +36,9 @@ def test_all_three_pieces_match_the_reference(shape, layer_axis, seed, lambda1, 
     layer_axis = None
   rng = np.random.default_rng(seed)
   # A third of the entries of each Fisher is zero: every combination of zeros happens.
-  draw = lambda: np.asarray(rng.exponential(size=shape) ** 3 * (rng.random(shape) > 0.3), np.float32)
+  draw = lambda: np.asarray(
+    rng.exponential(size=shape) ** 3 * (rng.random(shape) > 0.3), np.float32
+  )
   forget, remain, leaf = draw(), draw(), np.asarray(rng.normal(size=shape), np.float32)
   axis = None if layer_axis is None else layer_axis % len(shape)
 
@@ -47,7 +49,9 @@ def test_all_three_pieces_match_the_reference(shape, layer_axis, seed, lambda1, 
   wanted_scale = reference.layer_scale(wanted_eta, lambda1, lambda2, axis)
   np.testing.assert_allclose(np.broadcast_to(scale, shape), wanted_scale, rtol=1e-6)
   moved = mj.perturb(jnp.asarray(leaf), eta, scale, sign)
-  np.testing.assert_allclose(moved, reference.perturb(leaf, wanted_eta, wanted_scale, sign), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    moved, reference.perturb(leaf, wanted_eta, wanted_scale, sign), rtol=1e-5, atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("eta", [np.array([1, 2], np.int32), np.array([0.5, 2.0], np.float16), 2])
@@ -65,7 +69,9 @@ class TestAmplitude:
     np.testing.assert_array_equal(mj.amplitude(array(0, 1), array(0, 2)), [0, 0.5])
 
   def test_remain_zero_gives_the_layers_largest_finite_ratio(self):
-    np.testing.assert_array_equal(mj.amplitude(array(1, 3, 2, 1), array(0, 1, 1, 4)), [3, 3, 2, 0.25])
+    np.testing.assert_array_equal(
+      mj.amplitude(array(1, 3, 2, 1), array(0, 1, 1, 4)), [3, 3, 2, 0.25]
+    )
 
   def test_remain_zero_looks_at_its_own_layer_only(self):
     forget, remain = jnp.ones((2, 2)), jnp.array([[0.0, 1.0], [0.0, 0.25]])
@@ -86,10 +92,14 @@ class TestAmplitude:
 
   def test_unchanged_when_both_fishers_are_multiplied_by_one_number(self):
     forget, remain = array(1, 2, 3), array(3, 5, 7)
-    np.testing.assert_array_equal(mj.amplitude(forget, remain), mj.amplitude(forget * 2.0**-80, remain * 2.0**-80))
+    np.testing.assert_array_equal(
+      mj.amplitude(forget, remain), mj.amplitude(forget * 2.0**-80, remain * 2.0**-80)
+    )
 
   def test_none_leaves_stay_none(self):
-    eta = mj.amplitude({"a": array(1), "b": None}, {"a": array(2), "b": None}, layer_axis={"a": 0, "b": None})
+    eta = mj.amplitude(
+      {"a": array(1), "b": None}, {"a": array(2), "b": None}, layer_axis={"a": 0, "b": None}
+    )
     assert eta["b"] is None and eta["a"] == 0.5
 
 
@@ -125,7 +135,9 @@ class TestLayerScale:
 class TestPerturb:
   @pytest.mark.parametrize("sign", [1, -1])
   def test_sign(self, sign):
-    np.testing.assert_array_equal(mj.perturb(array(1, 1), array(2, 4), array(0.5)[0], sign), [1 + sign, 1 + 2 * sign])
+    np.testing.assert_array_equal(
+      mj.perturb(array(1, 1), array(2, 4), array(0.5)[0], sign), [1 + sign, 1 + 2 * sign]
+    )
 
   @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
   def test_computed_in_float32_then_rounded_once(self, dtype):
@@ -151,10 +163,14 @@ class TestPerturb:
 class TestStrength:
   def test_is_a_pytree_of_two_numbers_with_names(self):
     strength = mj.Strength(1e-3, 10.0)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(strength)]
+    paths = [
+      jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(strength)
+    ]
     assert paths == [".lambda1", ".lambda2"] and jax.tree.leaves(strength) == [1e-3, 10.0]
     assert jax.tree.map(lambda x: 2 * x, strength) == mj.Strength(2e-3, 20.0)
-    assert jax.tree.map(lambda x: None, strength).lambda1 is None  # jax passes placeholders: rebuilding checks nothing
+    assert (
+      jax.tree.map(lambda x: None, strength).lambda1 is None
+    )  # jax passes placeholders: rebuilding checks nothing
 
   def test_passes_through_jit_and_vmap(self):
     make = jax.jit(lambda lambda1: mj.Strength(lambda1, 2 * lambda1))

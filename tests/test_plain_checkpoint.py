@@ -20,7 +20,7 @@ from toys import cpu_mesh, place
 import mnemonic_jax as mj
 from mnemonic_jax import data, models
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
+from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 from mnemonic_jax.runs.hashing import params_sha256
 
 pytest_plugins = ["run_fixtures"]
@@ -50,7 +50,9 @@ def tree(trained_once: pathlib.Path) -> dict:
   return {**parts, "optimizer": [momentum, ()], "step": 132, "note": {}}
 
 
-def test_the_result_is_that_of_a_run_and_the_checkpoint_is_not_touched(tree, forgotten_once, tmp_path):
+def test_the_result_is_that_of_a_run_and_the_checkpoint_is_not_touched(
+  tree, forgotten_once, tmp_path
+):
   """In a process of its own, whose stderr must stay empty."""
   checkpoint, out = save(tmp_path / "plain", tree), tmp_path / "results" / "three"
   before = snapshot(checkpoint)
@@ -59,22 +61,32 @@ def test_the_result_is_that_of_a_run_and_the_checkpoint_is_not_touched(tree, for
   assert outcome.err == "" and snapshot(checkpoint) == before
   assert sorted(path.name for path in out.parent.iterdir()) == ["three"]
   theirs = forgotten_once / "forgets" / "0001"
-  assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in theirs.iterdir())
+  assert sorted(path.name for path in out.iterdir()) == sorted(
+    path.name for path in theirs.iterdir()
+  )
   assert out.stat().st_mode & 0o777 == 0o755
-  report, evidence = (json.loads((out / f"{name}.json").read_text()) for name in ("report", "evidence"))
+  report, evidence = (
+    json.loads((out / f"{name}.json").read_text()) for name in ("report", "evidence")
+  )
   reports.validate(report, evidence)
   assert result == {**report, "folder": str(out), "report": str(out / "report.html")}
   assert report.keys() >= FORGET_KEYS and report["checkpoint"] == str(checkpoint)
   expected = json.loads((theirs / "report.json").read_text())
   for name in set(expected) - {"seconds", "checkpoint"}:
     assert report[name] == expected[name], name
-  assert params_sha256(restore_parts(out / "params", stored_shapes(out / "params"))) == report["params_sha256_after"]
+  assert (
+    params_sha256(restore_parts(out / "params", stored_shapes(out / "params")))
+    == report["params_sha256_after"]
+  )
 
 
 def test_an_average_of_the_params_is_forgotten_too(tree, tmp_path):
   """That of a loop of one's own, and that of a checkpoint of ours."""
   average = jax.tree.map(lambda x: 0.9 * x, tree["params"])
-  forms = {"own": {"ema_params": average}, "ours": {"optimizer_state": {"inner": (), "average": average}}}
+  forms = {
+    "own": {"ema_params": average},
+    "ours": {"optimizer_state": {"inner": (), "average": average}},
+  }
   loss = {"optimizer_state": {"average": np.float32(0.5)}}  # an average of something else
   checkpoint = save(tmp_path / "loss", {**tree, **loss})
   assert "copies" not in call(*forget(checkpoint, tmp_path / "loss out", "--json")).json
@@ -95,7 +107,10 @@ def test_a_checkpoint_of_a_run_gives_its_average_up(tmp_path):
   of_run = call("forget", run, "--classes", 3, "--json").json
   of_plain = call(*forget(newest(run / "checkpoints"), tmp_path / "out", "--json")).json
   for copy in ("params", "ema"):
-    assert of_plain["copies"][copy]["params_sha256_after"] == of_run["copies"][copy]["params_sha256_after"]
+    assert (
+      of_plain["copies"][copy]["params_sha256_after"]
+      == of_run["copies"][copy]["params_sha256_after"]
+    )
 
 
 def test_fields_of_the_config_can_be_overridden(tree, tmp_path):
@@ -105,18 +120,28 @@ def test_fields_of_the_config_can_be_overridden(tree, tmp_path):
   text = call(*forget(checkpoint, tmp_path / "again", "--forget.lambda1", 0.5))
   assert " 3 in " in text.out and "verdict  " in text.out and text.err == ""
   for field in ("train.epochs", "codes.rate", "forget.classes"):
-    assert f"--{field}: a forget takes only" in call(*forget(checkpoint, tmp_path / "no", f"--{field}", 1)).refusal(2)
+    assert f"--{field}: a forget takes only" in call(
+      *forget(checkpoint, tmp_path / "no", f"--{field}", 1)
+    ).refusal(2)
 
 
 def test_where_the_data_set_is_gone(tree, forgotten_once, tmp_path):
   checkpoint = save(tmp_path / "plain", tree)
-  result = call(*forget(checkpoint, tmp_path / "out", "--unscored", "--data.name", "mnist", "--json")).json
+  result = call(
+    *forget(checkpoint, tmp_path / "out", "--unscored", "--data.name", "mnist", "--json")
+  ).json
   expected = json.loads((forgotten_once / "forgets" / "0001" / "report.json").read_text())
-  assert result["params_sha256_after"] == expected["params_sha256_after"] and result["retain_accuracy_after"] is None
-  other = save(tmp_path / "no codes", {name: part for name, part in tree.items() if name != "codes"})
+  assert (
+    result["params_sha256_after"] == expected["params_sha256_after"]
+    and result["retain_accuracy_after"] is None
+  )
+  other = save(
+    tmp_path / "no codes", {name: part for name, part in tree.items() if name != "codes"}
+  )
   assert "holds no codes" in call(*forget(other, tmp_path / "no", "--unscored")).refusal()
   assert (
-    "holds no codes" in call(*forget(save(tmp_path / "list", [np.ones(3)]), tmp_path / "no", "--unscored")).refusal()
+    "holds no codes"
+    in call(*forget(save(tmp_path / "list", [np.ones(3)]), tmp_path / "no", "--unscored")).refusal()
   )
 
 
@@ -152,7 +177,9 @@ def test_a_checkpoint_of_other_devices(tree, forgotten_once, tmp_path):
   checkpoint = save(tmp_path / "plain", {"params": params, "codes": place(tree["codes"], mesh)})
   outcome = command(*forget(checkpoint, tmp_path / "out", "--json"))
   expected = json.loads((forgotten_once / "forgets" / "0001" / "report.json").read_text())
-  assert outcome.json["params_sha256_after"] == expected["params_sha256_after"] and outcome.err == ""
+  assert (
+    outcome.json["params_sha256_after"] == expected["params_sha256_after"] and outcome.err == ""
+  )
 
 
 RESNET = ("--config", "digits", "--model.name", "resnet10_small", "--model.width", 4)
@@ -167,7 +194,9 @@ def test_the_model_state_counts(tmp_path, monkeypatch):
   params, model_state = model.init(jax.random.key(0))
   model_state = jax.tree.map(lambda x: x + 0.5, model_state)
   codes = mj.make_codes(jax.random.key(1), 10, digits.shape, per_class=2)
-  checkpoint = save(tmp_path / "plain", {"params": params, "model_state": model_state, "codes": codes})
+  checkpoint = save(
+    tmp_path / "plain", {"params": params, "model_state": model_state, "codes": codes}
+  )
   arguments = ("forget", checkpoint, *RESNET, "--classes", 3, "--out")
   result = call(*arguments, tmp_path / "out", "--forget.lambda1", 1e-3, "--json").json
   test = [(digits.preprocess(jnp.asarray(digits.test.images)), digits.test.labels)]
@@ -176,7 +205,10 @@ def test_the_model_state_counts(tmp_path, monkeypatch):
   shutil.rmtree(checkpoint)
   save(checkpoint, {"params": params, "codes": codes})
   message = call(*arguments, tmp_path / "no").refusal()
-  assert "has no model_state.stage1_block1.norm1.mean; resnet10_small of config 'digits' for digits expects" in message
+  assert (
+    "has no model_state.stage1_block1.norm1.mean; resnet10_small of config 'digits' for digits expects"
+    in message
+  )
 
 
 def without(tree: dict, name: str) -> dict:
@@ -189,7 +221,10 @@ def with_kernel(tree: dict, kernel: np.ndarray) -> dict:
 
 
 BAD = {
-  "no codes": (lambda t: without(t, "codes"), 'holds note, optimizer, params, step; expected "params" and "codes"'),
+  "no codes": (
+    lambda t: without(t, "codes"),
+    'holds note, optimizer, params, step; expected "params" and "codes"',
+  ),
   "no params": (lambda t: without(t, "params"), 'expected "params" and "codes"'),
   "a leaf less": (
     lambda t: {**t, "params": without(t["params"], "output")},
@@ -219,7 +254,10 @@ BAD = {
     lambda t: {**t, "codes": t["codes"][:9]},
     "codes is float32 (9, 1, 8, 8, 1) there; expected floats (10, K, 8, 8, 1)",
   ),
-  "codes of another shape": (lambda t: {**t, "codes": t["codes"][:, :, :7]}, "(10, 1, 7, 8, 1) there"),
+  "codes of another shape": (
+    lambda t: {**t, "codes": t["codes"][:, :, :7]},
+    "(10, 1, 7, 8, 1) there",
+  ),
   "codes without K": (lambda t: {**t, "codes": t["codes"][:, 0]}, "(10, 8, 8, 1) there"),
   "a copy of the params by another name": (
     lambda t: {**t, "ema": jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), t["params"])},
@@ -230,7 +268,10 @@ BAD = {
     "holds optimizer_state.average, of the shapes of params",
   ),
   "integer codes": (lambda t: {**t, "codes": t["codes"].astype(np.int32)}, "codes is int32"),
-  "a tree of codes": (lambda t: {**t, "codes": {"all": t["codes"]}}, "codes is dict there; expected floats"),
+  "a tree of codes": (
+    lambda t: {**t, "codes": {"all": t["codes"]}},
+    "codes is dict there; expected floats",
+  ),
 }
 
 
@@ -245,7 +286,10 @@ def test_a_checkpoint_that_does_not_fit(case, tree, tmp_path):
 def test_what_is_no_checkpoint_or_a_damaged_one(tree, tmp_path):
   (tmp_path / "empty").mkdir()
   for name in ("empty", "nothing"):
-    assert f"{name}: is no Orbax checkpoint" in call(*forget(tmp_path / name, tmp_path / "out")).refusal()
+    assert (
+      f"{name}: is no Orbax checkpoint"
+      in call(*forget(tmp_path / name, tmp_path / "out")).refusal()
+    )
   checkpoint = save(tmp_path / "plain", tree)
   metadata = (checkpoint / "_METADATA").read_bytes()
   (checkpoint / "_METADATA").write_text("{")
@@ -257,7 +301,9 @@ def test_what_is_no_checkpoint_or_a_damaged_one(tree, tmp_path):
   assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "plain"]
 
 
-def begin_writing(checkpoint: pathlib.Path, out: pathlib.Path) -> tuple[subprocess.Popen[str], pathlib.Path]:
+def begin_writing(
+  checkpoint: pathlib.Path, out: pathlib.Path
+) -> tuple[subprocess.Popen[str], pathlib.Path]:
   """Start a forget, and return when its temporary folder is there."""
   before = set(out.parent.glob(".unfinished-*"))
   process = start(*forget(checkpoint, out))
@@ -297,7 +343,10 @@ def test_out_must_be_new_and_outside(tree, tmp_path):
   for out in (tmp_path / "thesis", tmp_path / "thesis" / "text", checkpoint):
     assert "is there already, and not empty" in call(*forget(checkpoint, out)).refusal()
   assert "lies in the checkpoint" in call(*forget(checkpoint, checkpoint / "out")).refusal()
-  assert "text: cannot be written" in call(*forget(checkpoint, tmp_path / "thesis" / "text" / "out")).refusal()
+  assert (
+    "text: cannot be written"
+    in call(*forget(checkpoint, tmp_path / "thesis" / "text" / "out")).refusal()
+  )
   assert snapshot(tmp_path) == before
   (tmp_path / "empty").mkdir()
   assert call(*forget(checkpoint, tmp_path / "empty")).code == 0
@@ -316,12 +365,20 @@ def test_runs_and_checkpoints_are_told_apart(tree, trained, tmp_path):
   checkpoint = save(tmp_path / "plain", tree)
   three = ("--classes", 3)
   assert "--config: missing" in call("forget", checkpoint, *three).refusal(2)
-  assert "--config: missing" in call("forget", checkpoint, *three, "--out", tmp_path / "out").refusal(2)
+  assert "--config: missing" in call(
+    "forget", checkpoint, *three, "--out", tmp_path / "out"
+  ).refusal(2)
   assert "--out: missing" in call("forget", checkpoint, *three, *CONFIG).refusal(2)
-  assert "is a run, which has its own config" in call("forget", trained, *three, "--config", "digits").refusal(2)
-  assert "a run keeps its forgets in" in call("forget", trained, *three, "--out", tmp_path / "out").refusal(2)
+  assert "is a run, which has its own config" in call(
+    "forget", trained, *three, "--config", "digits"
+  ).refusal(2)
+  assert "a run keeps its forgets in" in call(
+    "forget", trained, *three, "--out", tmp_path / "out"
+  ).refusal(2)
   assert "no such run folder" in call("forget", tmp_path / "nothing", *three).refusal()
-  assert "Did you mean digits?" in call(*forget(checkpoint, tmp_path / "out", "--config", "digit")).refusal(2)
+  assert "Did you mean digits?" in call(
+    *forget(checkpoint, tmp_path / "out", "--config", "digit")
+  ).refusal(2)
   assert "got 12; expected integers from 0 to 9" in call(
     *forget(checkpoint, tmp_path / "out", "--classes", 12)
   ).refusal(2)

@@ -15,9 +15,10 @@ from running import call
 from safetensors.numpy import save_file
 from weight_files import as_augreg
 
-from mnemonic_jax import _trees, models, pretrained
-from mnemonic_jax.checkpoints import newest, restore_parts, stored_shapes
+from mnemonic_jax import _trees, models
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.models import pretrained
+from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 
 try:
   import torch
@@ -52,9 +53,13 @@ def library(name: str) -> Any:
 def build(where: str, name: str) -> Any:
   torch.manual_seed(0)
   module = library(where)
-  model = module.create_model(name) if where == "timm" else getattr(module.models, name)(weights=None)
+  model = (
+    module.create_model(name) if where == "timm" else getattr(module.models, name)(weights=None)
+  )
   with torch.no_grad():
-    for parameter in model.parameters():  # biases and class tokens are zero, scales one, until they are trained
+    for (
+      parameter
+    ) in model.parameters():  # biases and class tokens are zero, scales one, until they are trained
       parameter.add_(0.02 * torch.randn_like(parameter))
     for key, buffer in model.named_buffers():
       if key.endswith(("running_mean", "running_var")):
@@ -68,10 +73,15 @@ def template(name: str, classes: int = 1000) -> tuple[models.Model, Any, Any]:
 
 
 @pytest.mark.skipif(torch is None, reason="needs the torch extra")
-@pytest.mark.parametrize(("name", "where", "theirs"), MODELS, ids=[f"{m[1]}-{m[2]}" for m in MODELS])
+@pytest.mark.parametrize(
+  ("name", "where", "theirs"), MODELS, ids=[f"{m[1]}-{m[2]}" for m in MODELS]
+)
 def test_logits_agree(name, where, theirs, tmp_path):
   reference = build(where, theirs)
-  save_file({key: value.numpy() for key, value in reference.state_dict().items()}, tmp_path / "model.safetensors")
+  save_file(
+    {key: value.numpy() for key, value in reference.state_dict().items()},
+    tmp_path / "model.safetensors",
+  )
   model, *trees = template(name)
   params, model_state = pretrained.load(tmp_path / "model.safetensors", name, *trees)
   images = np.random.default_rng(0).normal(size=(2, *IMAGE)).astype(np.float32)
@@ -100,17 +110,24 @@ def test_a_scanned_model_is_filled_layer_by_layer(small_vit, tmp_path):
   _, params, _ = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
   scanned = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, scan=True)
-  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", *jax.eval_shape(scanned.init, jax.random.key(0)))
+  read, _ = pretrained.load(
+    tmp_path / "augreg.npz", "vit_ti16", *jax.eval_shape(scanned.init, jax.random.key(0))
+  )
   for index in range(12):
     block = jax.tree.map(lambda leaf, index=index: leaf[index], read["blocks"])
     jax.tree.map(np.testing.assert_array_equal, block, params[f"block{index + 1}"])
   jax.tree.map(np.testing.assert_array_equal, read["head"], params["head"])
   arrays = as_augreg(params)
-  np.savez(tmp_path / "short.npz", **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name})
+  np.savez(
+    tmp_path / "short.npz",
+    **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name},
+  )
   blank = jax.eval_shape(scanned.init, jax.random.key(0))
   assert "no array for block12." in refusal(tmp_path / "short.npz", "vit_ti16", blank)
   np.savez(
-    tmp_path / "long.npz", **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)}
+    tmp_path / "long.npz",
+    **arrays,
+    **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)},
   )
   assert "no place for: block13.norm1.bias" in refusal(tmp_path / "long.npz", "vit_ti16", blank)
 
@@ -119,7 +136,9 @@ def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
   _, other, _ = template_for(7)
-  with pytest.raises(MnemonicError, match=r"head\.kernel has shape \(192, 5\) there; .* expects \(192, 7\).*new_head"):
+  with pytest.raises(
+    MnemonicError, match=r"head\.kernel has shape \(192, 5\) there; .* expects \(192, 7\).*new_head"
+  ):
     pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state)
   read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state, new_head=True)
   np.testing.assert_array_equal(read["head"]["kernel"], other["head"]["kernel"])
@@ -147,7 +166,9 @@ def test_other_architectures_are_refused_by_name(small_vit, tmp_path):
   arrays = as_augreg(params)
   np.savez(file, **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name})
   assert "no array for block12." in refusal(file, "vit_ti16", (params, model_state))
-  np.savez(file, **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)})
+  np.savez(
+    file, **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)}
+  )
   assert "no place for: block13.norm1.bias" in refusal(file, "vit_ti16", (params, model_state))
 
 
@@ -186,7 +207,9 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
   assert "cannot be read" in refusal(cut, "vit_ti16", trees)
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, *(pytest.param(d, marks=pytest.mark.long) for d in (np.int32, np.bool_))])
+@pytest.mark.parametrize(
+  "dtype", [np.uint8, *(pytest.param(d, marks=pytest.mark.long) for d in (np.int32, np.bool_))]
+)
 def test_weights_that_are_no_floats_or_not_finite_are_refused(dtype, small_vit, tmp_path):
   _, params, model_state = small_vit
   file = tmp_path / "weights.safetensors"
@@ -219,7 +242,9 @@ def test_nothing_is_unpickled(small_vit, tmp_path):
   np.savez(tmp_path / "pickled.npz", **arrays)
   assert "cannot be read" in refusal(tmp_path / "pickled.npz", "vit_ti16", (params, model_state))
   (tmp_path / "model.pth").write_bytes(pickle.dumps(Trap()))
-  assert "neither .safetensors nor .npz" in refusal(tmp_path / "model.pth", "vit_ti16", (params, model_state))
+  assert "neither .safetensors nor .npz" in refusal(
+    tmp_path / "model.pth", "vit_ti16", (params, model_state)
+  )
   assert not Trap.sprung
 
 
@@ -230,7 +255,10 @@ def as_torch(width: int, classes: int) -> dict[str, np.ndarray]:
   arrays |= {f"layer1.0.conv{index}.weight": draw(size=(width, width, 3, 3)) for index in (1, 2)}
   for norm in ("bn1", "layer1.0.bn1", "layer1.0.bn2"):
     arrays |= {f"{norm}.{name}": draw(size=width) for name in ("weight", "bias", "running_mean")}
-    arrays |= {f"{norm}.running_var": 1 + draw(size=width) ** 2, f"{norm}.num_batches_tracked": np.array(7)}
+    arrays |= {
+      f"{norm}.running_var": 1 + draw(size=width) ** 2,
+      f"{norm}.num_batches_tracked": np.array(7),
+    }
   arrays |= {"fc.weight": draw(size=(classes, width)), "fc.bias": draw(size=classes)}
   return {name: x.astype(np.float32) if x.dtype == float else x for name, x in arrays.items()}
 
@@ -239,20 +267,47 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
   file, arrays = tmp_path / "model.safetensors", as_torch(4, 10)
   save_file(arrays, file)
-  still = ("--train.learning_rate", 0, "--train.epochs", 1, "--model.name", "resnet10_small", "--model.width", 4)
+  still = (
+    "--train.learning_rate",
+    0,
+    "--train.epochs",
+    1,
+    "--model.name",
+    "resnet10_small",
+    "--model.width",
+    4,
+  )
 
   def trained(run: str, *more: object) -> dict:
-    outcome = call("train", "digits", "--out", tmp_path / run, *still, "--model.pretrained", file, *more, "--json")
+    outcome = call(
+      "train",
+      "digits",
+      "--out",
+      tmp_path / run,
+      *still,
+      "--model.pretrained",
+      file,
+      *more,
+      "--json",
+    )
     assert outcome.json["epochs"] == 1
     checkpoint = newest(tmp_path / run / "checkpoints")
     return restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
 
   params = trained("whole")
-  np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
-  np.testing.assert_array_equal(params["stage1_block1"]["norm2"]["scale"], arrays["layer1.0.bn2.weight"])
+  np.testing.assert_array_equal(
+    params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0)
+  )
+  np.testing.assert_array_equal(
+    params["stage1_block1"]["norm2"]["scale"], arrays["layer1.0.bn2.weight"]
+  )
   np.testing.assert_array_equal(params["head"]["kernel"], arrays["fc.weight"].T)
-  save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
-  refused = call("train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file)
+  save_file(
+    {**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file
+  )
+  refused = call(
+    "train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file
+  )
   assert "head.kernel has shape (4, 3) there" in refused.refusal()
   save_file(arrays, file)
   trained("averaged", "--train.ema", 0.999)  # and so does its average
@@ -260,9 +315,13 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   kept = {"optimizer_state": {"average": stored_shapes(checkpoint)["optimizer_state"]["average"]}}
   average = restore_parts(checkpoint, kept)["optimizer_state"]["average"]
   np.testing.assert_allclose(average["stem"]["kernel"], params["stem"]["kernel"], rtol=1e-4)
-  save_file({**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file)
+  save_file(
+    {**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file
+  )
   params = trained("new head", "--model.new_head", "true")
-  np.testing.assert_array_equal(params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0))
+  np.testing.assert_array_equal(
+    params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0)
+  )
   assert params["head"]["kernel"].shape == (4, 10)
 
 

@@ -6,9 +6,9 @@ import pytest
 from etils import epath
 from etils.epath import testing
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import paths
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.multihost import paths
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files
 from mnemonic_jax.runs.folder import RunFolder
 
@@ -36,7 +36,9 @@ def bucket(tmp_path, monkeypatch):
   def refused(original, path, target):
     raise AssertionError(f"{path} is renamed to {target}")
 
-  functions = dict.fromkeys(("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "rmtree", "stat"), on)
+  functions = dict.fromkeys(
+    ("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "rmtree", "stat"), on
+  )
   with testing.mock_epath(**functions, open=opened, rename=refused, replace=refused):
     yield there
   assert [path.name for path in tmp_path.iterdir()] == ["there"]
@@ -58,7 +60,11 @@ def test_a_run_in_a_bucket_is_made_logged_resumed_and_forgets(bucket):
   with run.metric_log(2) as log:
     log({"step": 3, "loss": 0.25})
   assert [record["loss"] for record in RunFolder.open(RUN).metrics()] == [0.5, 0.5, 0.25]
-  assert sorted(path.name for path in (bucket / "run[1]").iterdir()) == ["config.json", "metrics.jsonl", "tensorboard"]
+  assert sorted(path.name for path in (bucket / "run[1]").iterdir()) == [
+    "config.json",
+    "metrics.jsonl",
+    "tensorboard",
+  ]
   assert all(path.stat().st_size for path in (bucket / "run[1]" / "tensorboard").iterdir())
 
   def killed(folder):

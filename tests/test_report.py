@@ -53,13 +53,17 @@ class Tree(html.parser.HTMLParser):
 
 def page(num_classes: int = 10, classes: tuple[int, ...] = (0,), **changes: Any) -> Tree:
   report = make_report(num_classes, list(classes)) | changes
-  return Tree(render(report, make_evidence(num_classes, list(classes)), make_codes(num_classes, (8, 8, 1))))
+  return Tree(
+    render(report, make_evidence(num_classes, list(classes)), make_codes(num_classes, (8, 8, 1)))
+  )
 
 
 def told(classes: tuple[int, ...] = (0,), num_classes: int = 10, **changes: Any) -> wording.Verdict:
   names = make_evidence(num_classes, list(classes))["class_names"]
   verdict = wording.verdict(make_report(num_classes, list(classes)) | changes, names)
-  return wording.Verdict(**{key: value.replace("\u00a0", " ") for key, value in vars(verdict).items()})
+  return wording.Verdict(
+    **{key: value.replace("\u00a0", " ") for key, value in vars(verdict).items()}
+  )
 
 
 class TestSentence:
@@ -83,7 +87,9 @@ class TestSentence:
 
   def test_earlier_requests_are_told_apart(self) -> None:
     sentence = told((0, 3), requested=[3]).sentence
-    assert sentence.startswith("Asked to forget class 3 (three), on top of class 0 (zero) asked for earlier.")
+    assert sentence.startswith(
+      "Asked to forget class 3 (three), on top of class 0 (zero) asked for earlier."
+    )
     assert "The test error of both together went" in sentence
 
   def test_three_with_an_earlier_request(self) -> None:
@@ -91,7 +97,10 @@ class TestSentence:
 
   def test_nothing_changed(self) -> None:
     sentence = told(forget_error_after=0.012, retain_accuracy_after=0.976).sentence
-    assert "Its test error stayed at 1.2 %, while accuracy on the nine kept classes stayed at 97.6 %." in sentence
+    assert (
+      "Its test error stayed at 1.2 %, while accuracy on the nine kept classes stayed at 97.6 %."
+      in sentence
+    )
 
   def test_one_kept_class(self) -> None:
     assert "accuracy on the one kept class went" in told((1,), 2).sentence
@@ -117,7 +126,10 @@ class TestVerdict:
   def test_not_forgotten(self) -> None:
     verdict = told(forget_error_after=0.54)
     assert (verdict.kind, verdict.label) == ("failed", "Not forgotten")
-    assert "It did not work: the model still gets 46.0 % of the test examples of this class right." in verdict.meaning
+    assert (
+      "It did not work: the model still gets 46.0 % of the test examples of this class right."
+      in verdict.meaning
+    )
 
   def test_costly(self) -> None:
     verdict = told(retain_accuracy_after=0.9)
@@ -132,17 +144,24 @@ class TestVerdict:
   def test_unknown(self) -> None:
     verdict = told(forget_error_after=None, retain_accuracy_after=math.nan)
     assert (verdict.kind, verdict.label) == ("unknown", "Not measured")
-    assert "Whether it worked is not known" in verdict.meaning and "What it cost is not known" in verdict.meaning
+    assert (
+      "Whether it worked is not known" in verdict.meaning
+      and "What it cost is not known" in verdict.meaning
+    )
 
   def test_one_class_that_stayed_is_not_hidden_by_others_that_went(self) -> None:
     report = make_report(100, list(range(20)))
     report["per_class_accuracy_after"][7] = 0.98  # the others' error is 1: together 0.951
     verdict = told(
-      tuple(range(20)), 100, forget_error_after=0.951, per_class_accuracy_after=report["per_class_accuracy_after"]
+      tuple(range(20)),
+      100,
+      forget_error_after=0.951,
+      per_class_accuracy_after=report["per_class_accuracy_after"],
     )
     assert (verdict.kind, verdict.label) == ("failed", "Not forgotten")
     assert (
-      "It did not work for class 7 (kind 7): the model still gets 98.0 % of its test examples right." in verdict.meaning
+      "It did not work for class 7 (kind 7): the model still gets 98.0 % of its test examples right."
+      in verdict.meaning
     )
 
   def test_several_that_stayed_are_named(self) -> None:
@@ -152,20 +171,28 @@ class TestVerdict:
     expected = "for classes 3 (three) and 5 (five): the model still gets up to 30.0 % of their test examples right."
     assert verdict.kind == "failed" and expected in verdict.meaning
     accuracies[3], accuracies[5] = 0.05, 0.05
-    assert told((0, 3, 5), forget_error_after=0.967, per_class_accuracy_after=accuracies).kind == "good"
+    assert (
+      told((0, 3, 5), forget_error_after=0.967, per_class_accuracy_after=accuracies).kind == "good"
+    )
 
   @pytest.mark.parametrize("missing", [None, math.nan])
-  def test_a_class_without_test_examples_is_not_hidden_by_others(self, missing: float | None) -> None:
+  def test_a_class_without_test_examples_is_not_hidden_by_others(
+    self, missing: float | None
+  ) -> None:
     accuracies = make_report(10, [0, 3])["per_class_accuracy_after"]
     accuracies[3] = missing
     verdict = told((0, 3), per_class_accuracy_after=accuracies)
     assert (verdict.kind, verdict.label) == ("unknown", "Not all measured")
     assert "Whether it worked for class 3 (three) is not known" in verdict.meaning
     accuracies[0] = 0.5
-    assert told((0, 3), forget_error_after=0.5, per_class_accuracy_after=accuracies).kind == "failed"
+    assert (
+      told((0, 3), forget_error_after=0.5, per_class_accuracy_after=accuracies).kind == "failed"
+    )
 
   def test_bounds_are_inclusive_and_free_of_rounding(self) -> None:
-    assert told(forget_error_after=0.95, retain_accuracy_after=0.956).kind == "good"  # 0.976 - 0.956 > 0.02 in floats
+    assert (
+      told(forget_error_after=0.95, retain_accuracy_after=0.956).kind == "good"
+    )  # 0.976 - 0.956 > 0.02 in floats
     assert told(forget_error_after=0.9499).kind == "failed"
     assert told(retain_accuracy_after=0.9559).kind == "costly"
 
@@ -174,7 +201,9 @@ class TestVerdict:
     assert "there was little to forget" not in told().meaning
 
   def test_gain_and_no_change(self) -> None:
-    assert "The kept classes gained 0.4 points of accuracy." in told(retain_accuracy_after=0.98).meaning
+    assert (
+      "The kept classes gained 0.4 points of accuracy." in told(retain_accuracy_after=0.98).meaning
+    )
     assert "It cost nothing" in told(retain_accuracy_after=0.976).meaning
 
   def test_the_page_tells_it_in_text_not_in_colour_alone(self) -> None:
@@ -184,17 +213,30 @@ class TestVerdict:
 
   def test_answers_that_are_not_numbers_are_called_out(self) -> None:
     report, evidence = make_report(10, [0]), make_evidence(10, [0])
-    shown = lambda number: Tree(render(report, evidence | {"unanswered": {"before": 0, "after": number}}, None)).text
-    assert "no answer" not in shown(0) and "no answer" not in Tree(render(report, evidence, None)).text
-    assert "One test example gets no answer after the forget: the outputs are not numbers (NaN)." in shown(1)
+    shown = lambda number: (
+      Tree(render(report, evidence | {"unanswered": {"before": 0, "after": number}}, None)).text
+    )
+    assert (
+      "no answer" not in shown(0) and "no answer" not in Tree(render(report, evidence, None)).text
+    )
+    assert (
+      "One test example gets no answer after the forget: the outputs are not numbers (NaN)."
+      in shown(1)
+    )
     assert "1,234 test examples get no answer" in shown(1234)
 
   def test_many_classes_to_forget_of_which_nothing_was_measured(self) -> None:
     """As where a forget is not scored: no warning, and no figure of nothing."""
     classes = list(range(30))
-    nothing = {"per_class_accuracy_after": [None] * 40, "forget_error_after": None, "retain_accuracy_after": None}
+    nothing = {
+      "per_class_accuracy_after": [None] * 40,
+      "forget_error_after": None,
+      "retain_accuracy_after": None,
+    }
     text = page(40, tuple(classes), **nothing).text
-    assert "more classes to forget, without test examples" in text and "no examples or less" not in text
+    assert (
+      "more classes to forget, without test examples" in text and "no examples or less" not in text
+    )
 
   def test_equal_hashes_are_called_out(self) -> None:
     assert "Nothing was changed." in page(params_sha256_after="be40" * 16).text
@@ -204,7 +246,11 @@ class TestVerdict:
 def averaged(**changes: Any) -> dict[str, Any]:
   """A forget JSON of a run that keeps a moving average; `changes` are of the average."""
   report = make_report(10, [0])
-  average = {"retain_accuracy_before": 0.981, "retain_accuracy_after": 0.98, "forget_error_before": 0.004}
+  average = {
+    "retain_accuracy_before": 0.981,
+    "retain_accuracy_after": 0.98,
+    "forget_error_before": 0.004,
+  }
   hashes = {"params_sha256_before": "e3a0" * 16, "params_sha256_after": "e3a1" * 16}
   return report | {"copies": {"params": dict(report), "ema": report | average | hashes | changes}}
 
@@ -214,26 +260,41 @@ class TestMovingAverage:
     text = Tree(render(averaged(), make_evidence(10, [0]), None)).text
     assert "Moving average, before a copy of the params that may be served too 98.1 % 0.4 %" in text
     assert "Moving average, after the same forget of it 98.0 % 100 % Head edit" in text
-    assert "Moving average before, SHA-256 e3a0" in text and "Moving average after, SHA-256 e3a1" in text
+    assert (
+      "Moving average before, SHA-256 e3a0" in text and "Moving average after, SHA-256 e3a1" in text
+    )
     assert "came out otherwise" not in text and "Moving average" not in page().text
 
   def test_no_control_is_said_of_it_too(self) -> None:
-    assert "no control was run" in Tree(render(averaged(), make_evidence(10, [0]) | {"controls": []}, None)).text
+    assert (
+      "no control was run"
+      in Tree(render(averaged(), make_evidence(10, [0]) | {"controls": []}, None)).text
+    )
 
   def test_one_that_was_not_forgotten_is_called_out(self) -> None:
     text = Tree(render(averaged(forget_error_after=0.5), make_evidence(10, [0]), None)).text
     assert "✓ Forgotten" in text
-    assert "The moving average of the params, which may be served too, came out otherwise: Not forgotten." in text
+    assert (
+      "The moving average of the params, which may be served too, came out otherwise: Not forgotten."
+      in text
+    )
 
   def test_equal_hashes_of_it_are_called_out(self) -> None:
-    text = Tree(render(averaged(params_sha256_after="e3a0" * 16), make_evidence(10, [0]), None)).text
-    assert "The weights of the moving average after are the weights of the moving average before" in text
+    text = Tree(
+      render(averaged(params_sha256_after="e3a0" * 16), make_evidence(10, [0]), None)
+    ).text
+    assert (
+      "The weights of the moving average after are the weights of the moving average before" in text
+    )
 
   @pytest.mark.parametrize(
     "copies",
     [
       *([], {}, {"ema": None}, {"ema": {"retain_accuracy_before": 1.0}}),
-      *(averaged(**wrong)["copies"] for wrong in ({"forget_error_after": 2}, {"params_sha256_after": 3})),
+      *(
+        averaged(**wrong)["copies"]
+        for wrong in ({"forget_error_after": 2}, {"params_sha256_after": 3})
+      ),
     ],
   )
   def test_edited_values(self, copies: Any) -> None:
@@ -249,7 +310,9 @@ class TestPage:
     tree = page(num_classes, classes)
     assert len(tree.all("section")) == len(tree.all("h2")) == 8 and len(tree.all("h1")) == 1
     rows = sum(attrs.get("class") == "forgotten" for attrs in tree.all("tr"))
-    assert rows == len(classes) * (3 if num_classes <= 30 else 1)  # the dumbbells, and both matrices
+    assert rows == len(classes) * (
+      3 if num_classes <= 30 else 1
+    )  # the dumbbells, and both matrices
 
   def test_hundred_classes_are_cut_and_say_so(self) -> None:
     tree = page(100, (3, 7))
@@ -262,16 +325,31 @@ class TestPage:
     report["per_class_accuracy_after"][7] = 0.9
     report["per_class_accuracy_after"][55] = 0.1
     tree = Tree(render(report, make_evidence(100, list(range(30))), None))
-    labels = [str(attrs["aria-label"]) for attrs in tree.all("svg") if "accuracy" in str(attrs.get("aria-label"))]
-    assert labels[0].startswith("Class 7, to forget") and labels[20].startswith("Class 55:") and len(labels) == 30
+    labels = [
+      str(attrs["aria-label"])
+      for attrs in tree.all("svg")
+      if "accuracy" in str(attrs.get("aria-label"))
+    ]
+    assert (
+      labels[0].startswith("Class 7, to forget")
+      and labels[20].startswith("Class 55:")
+      and len(labels) == 30
+    )
     assert "ten more classes to forget, each at 0 % or less" in tree.text
 
   def test_same_input_same_bytes(self) -> None:
-    first, second = (render(make_report(10, [0]), make_evidence(10, [0]), make_codes(10, (8, 8, 1))) for _ in range(2))
+    first, second = (
+      render(make_report(10, [0]), make_evidence(10, [0]), make_codes(10, (8, 8, 1)))
+      for _ in range(2)
+    )
     assert first == second
 
   def test_input_is_left_as_it_was(self) -> None:
-    report, evidence, codes = make_report(10, [5, 2]), make_evidence(10, [5, 2]), make_codes(10, (8, 8, 1))
+    report, evidence, codes = (
+      make_report(10, [5, 2]),
+      make_evidence(10, [5, 2]),
+      make_codes(10, (8, 8, 1)),
+    )
     kept = copy.deepcopy((report, evidence))
     render(report, evidence, codes)
     assert (report, evidence) == kept
@@ -280,7 +358,9 @@ class TestPage:
   def test_self_contained(self) -> None:
     text = render(make_report(10, [0]), make_evidence(10, [0]), make_codes(10, (8, 8, 1)))
     assert not re.findall(r"https?:|//[a-z]|url\(|@import|<script|<link", text)
-    assert all(str(attrs["src"]).startswith("data:image/png;base64,") for attrs in Tree(text).all("img"))
+    assert all(
+      str(attrs["src"]).startswith("data:image/png;base64,") for attrs in Tree(text).all("img")
+    )
 
   def test_semantics(self) -> None:
     tree = page()
@@ -294,7 +374,10 @@ class TestPage:
     tree = page()
     assert "outputs alone cannot tell a forgotten class from a head edit" in tree.text
     assert "Classes are forgotten, not single records" in tree.text
-    assert "Before the trained model 97.6 % 1.2 % This forget from the codes alone 97.1 % 100 % Head edit" in tree.text
+    assert (
+      "Before the trained model 97.6 % 1.2 % This forget from the codes alone 97.1 % 100 % Head edit"
+      in tree.text
+    )
 
   def test_no_control_is_said(self) -> None:
     text = Tree(render(make_report(10, [0]), make_evidence(10, [0]) | {"controls": []}, None)).text
@@ -303,7 +386,9 @@ class TestPage:
   def test_worst_kept_class_is_named(self) -> None:
     after = make_report(10, [0])["per_class_accuracy_after"]
     after[4] = 0.5
-    assert re.search(r"class 4 \(four\): 9\d\.\d % → 50\.0 %", page(per_class_accuracy_after=after).text)
+    assert re.search(
+      r"class 4 \(four\): 9\d\.\d % → 50\.0 %", page(per_class_accuracy_after=after).text
+    )
 
   def test_numpy_numbers_and_arrays_are_fine(self) -> None:
     report, evidence = make_report(10, [0]), make_evidence(10, [0])
@@ -326,7 +411,12 @@ class TestPage:
 class TestHostileText:
   def test_markup_is_escaped_everywhere(self) -> None:
     bad = "<script>alert(1)</script>"
-    evidence = make_evidence(10, [0]) | {"class_names": [bad] * 10, "config": bad, "dataset": bad, "model": bad}
+    evidence = make_evidence(10, [0]) | {
+      "class_names": [bad] * 10,
+      "config": bad,
+      "dataset": bad,
+      "model": bad,
+    }
     evidence["layers"] = [layer | {"path": bad} for layer in evidence["layers"]]
     evidence["controls"] = [{"name": bad, "retain_accuracy": 1.0, "forget_error": 1.0, "note": bad}]
     report = make_report(10, [0]) | {"checkpoint": bad, "versions": {bad: bad}, "codes_sha256": bad}
@@ -336,12 +426,20 @@ class TestHostileText:
 
   def test_quotes_cannot_leave_an_attribute(self) -> None:
     names = ['" onload="alert(1)'] * 10
-    tree = Tree(render(make_report(10, [0]), make_evidence(10, [0]) | {"class_names": names}, make_codes(10, (8, 8))))
+    tree = Tree(
+      render(
+        make_report(10, [0]),
+        make_evidence(10, [0]) | {"class_names": names},
+        make_codes(10, (8, 8)),
+      )
+    )
     assert not any("onload" in attrs for _, attrs in tree.tags)
 
   def test_long_names_are_cut(self) -> None:
     names = ["n" * 200] * 10
-    text = render(make_report(10, [0]), make_evidence(10, [0]) | {"class_names": names}, make_codes(10, (8, 8)))
+    text = render(
+      make_report(10, [0]), make_evidence(10, [0]) | {"class_names": names}, make_codes(10, (8, 8))
+    )
     assert "n" * 49 not in text and "n" * 47 + "…" in text
 
   def test_control_and_direction_characters_are_replaced(self) -> None:
@@ -365,9 +463,14 @@ class TestMissingValues:
 
   def test_all_classes_without_examples(self) -> None:
     nothing = [None] * 40
-    report = make_report(40, [0]) | {"per_class_accuracy_before": nothing, "per_class_accuracy_after": nothing}
+    report = make_report(40, [0]) | {
+      "per_class_accuracy_before": nothing,
+      "per_class_accuracy_after": nothing,
+    }
     evidence = make_evidence(40, [0])
-    evidence |= {f"confusion_{when}": [[0] * 40] * 40 for when in ("before", "after")} | {"num_test_examples": 0}
+    evidence |= {f"confusion_{when}": [[0] * 40] * 40 for when in ("before", "after")} | {
+      "num_test_examples": 0
+    }
     assert "39 kept classes without test examples" in Tree(render(report, evidence, None)).text
 
   def test_empty_losses(self) -> None:
@@ -376,19 +479,29 @@ class TestMissingValues:
     evidence["losses"] |= {"train_before": [], "train_after": []}  # as of a streamed set
     tree = Tree(render(make_report(10, [0]), evidence, None))
     assert (
-      len(whole.all("figure")) == 4 and "No losses of" not in whole.text and "which ones were trained on" in whole.text
+      len(whole.all("figure")) == 4
+      and "No losses of" not in whole.text
+      and "which ones were trained on" in whole.text
     )
     assert len(tree.all("figure")) == 2 and "Test examples, after: 36 examples" in tree.text
-    assert "No losses of training examples of class 0 (zero) are shown: none were recorded." in tree.text
+    assert (
+      "No losses of training examples of class 0 (zero) are shown: none were recorded." in tree.text
+    )
     assert "streamed data set" in tree.text and "which ones were trained on" not in tree.text
     evidence["losses"] = {key: [] for key in evidence["losses"]}
     nothing = Tree(render(make_report(10, [0]), evidence, None))
     assert nothing.all("figure") == [] and "on one logarithmic axis" not in nothing.text
-    assert all(f"No losses of {split} examples of class 0" in nothing.text for split in ("training", "test"))
+    assert all(
+      f"No losses of {split} examples of class 0" in nothing.text for split in ("training", "test")
+    )
 
   def test_unmeasured_time_and_no_layers(self) -> None:
     seconds = dict.fromkeys(("compile", "fisher", "perturb", "total"))
-    tree = Tree(render(make_report(10, [0]) | {"seconds": seconds}, make_evidence(10, [0]) | {"layers": []}, None))
+    tree = Tree(
+      render(
+        make_report(10, [0]) | {"seconds": seconds}, make_evidence(10, [0]) | {"layers": []}, None
+      )
+    )
     assert "not measured" in tree.text and "no layers recorded" in tree.text
 
 
@@ -433,7 +546,11 @@ class TestBadInput:
       ("evidence", "confusion_after", [[-1] * 10] * 10),
       ("evidence", "confusion_after", [[0.5] * 10] * 10),
       ("evidence", "losses", {"train_before": []}),
-      ("evidence", "losses", {"train_before": ["x"], "train_after": [], "test_before": [], "test_after": []}),
+      (
+        "evidence",
+        "losses",
+        {"train_before": ["x"], "train_after": [], "test_before": [], "test_after": []},
+      ),
       ("evidence", "layers", [{"path": "x"}]),
       ("evidence", "controls", [{"name": "x"}]),
       ("evidence", "num_test_examples", 3.5),
@@ -452,4 +569,9 @@ class TestBadInput:
 
 def test_needs_no_jax() -> None:
   code = "import sys, mnemonic_jax.report; print([m for m in ('jax', 'flax', 'orbax', 'optax') if m in sys.modules])"
-  assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+  assert (
+    subprocess.run(
+      [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    == "[]"
+  )

@@ -28,7 +28,9 @@ from mnemonic_jax.report import render
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 CHROMIUM = next((path for name in NAMES if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium on the PATH (looked for {', '.join(NAMES)})")
+pytestmark = pytest.mark.skipif(
+  CHROMIUM is None, reason=f"no Chromium on the PATH (looked for {', '.join(NAMES)})"
+)
 
 FLAGS = [
   "--headless",
@@ -57,7 +59,16 @@ class Browser:
     ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (child_in, child_out)]
     script = f'exec "$@" 3<&{ends[0]} 4>&{ends[1]}'
     self.process = subprocess.Popen(
-      ["bash", "-c", script, "bash", str(CHROMIUM), *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+      [
+        "bash",
+        "-c",
+        script,
+        "bash",
+        str(CHROMIUM),
+        *FLAGS,
+        f"--user-data-dir={profile}",
+        "about:blank",
+      ],
       pass_fds=ends,
       stdin=subprocess.DEVNULL,
       stdout=subprocess.DEVNULL,
@@ -103,7 +114,9 @@ class Browser:
 
   def evaluate(self, expression: str) -> Any:
     """Return the value of a JavaScript expression in the page."""
-    return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+    return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get(
+      "value"
+    )
 
   def _read(self) -> dict[str, Any]:
     end = time.monotonic() + DEADLINE
@@ -130,19 +143,26 @@ def browser() -> Iterator[Browser]:
 def faults(browser: Browser, path: pathlib.Path, width: int, scheme: str = "light") -> list[str]:
   """Load a page and list what is wrong with it: console and page errors, requests, horizontal overflow."""
   size = {"width": width, "height": 900, "screenWidth": width, "screenHeight": 900}
-  browser.call("Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=width < 500)
+  browser.call(
+    "Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=width < 500
+  )
   media = [{"name": "prefers-color-scheme", "value": scheme}]
   browser.call("Emulation.setEmulatedMedia", media="", features=media)
   address = path.resolve().as_uri()
   browser.open(address)
   overflow = browser.evaluate("document.documentElement.scrollWidth - screen.width")
   found = [text for event in browser.events if (text := _fault(event, address))]
-  return found + ([f"overflow: {overflow} px wider than the window of {width} px"] if overflow > 0 else [])
+  return found + (
+    [f"overflow: {overflow} px wider than the window of {width} px"] if overflow > 0 else []
+  )
 
 
 def _ends_load(event: dict[str, Any], loader: str) -> bool:
   params = event.get("params", {})
-  return event.get("method") == "Page.lifecycleEvent" and (params["loaderId"], params["name"]) == (loader, "load")
+  return event.get("method") == "Page.lifecycleEvent" and (params["loaderId"], params["name"]) == (
+    loader,
+    "load",
+  )
 
 
 def _fault(event: dict[str, Any], address: str) -> str:
@@ -166,14 +186,26 @@ def write(folder: pathlib.Path, html: str) -> pathlib.Path:
 
 
 PAGES = {
-  "ten classes": lambda: render(make_report(10, [0]), make_evidence(10, [0]), make_codes(10, (8, 8, 1))),
-  "two classes": lambda: render(make_report(2, [1]), make_evidence(2, [1]), make_codes(2, (32, 32, 3))),
-  "thirty classes": lambda: render(make_report(30, [3, 7]), make_evidence(30, [3, 7]), make_codes(30, (5,))),
-  "a hundred classes": lambda: render(make_report(100, [3, 7, 9]), make_evidence(100, [3, 7, 9]), None),
+  "ten classes": lambda: render(
+    make_report(10, [0]), make_evidence(10, [0]), make_codes(10, (8, 8, 1))
+  ),
+  "two classes": lambda: render(
+    make_report(2, [1]), make_evidence(2, [1]), make_codes(2, (32, 32, 3))
+  ),
+  "thirty classes": lambda: render(
+    make_report(30, [3, 7]), make_evidence(30, [3, 7]), make_codes(30, (5,))
+  ),
+  "a hundred classes": lambda: render(
+    make_report(100, [3, 7, 9]), make_evidence(100, [3, 7, 9]), None
+  ),
   "hostile names": lambda: render(
-    make_report(10, [0]) | {"checkpoint": "x" * 500, "versions": {"y" * 300: "<img src=http://127.0.0.1:9/>"}},
+    make_report(10, [0])
+    | {"checkpoint": "x" * 500, "versions": {"y" * 300: "<img src=http://127.0.0.1:9/>"}},
     make_evidence(10, [0])
-    | {"class_names": ["<script>alert(1)</script>", "z" * 200] + ["W" * 80] * 8, "model": "m" * 300},
+    | {
+      "class_names": ["<script>alert(1)</script>", "z" * 200] + ["W" * 80] * 8,
+      "model": "m" * 300,
+    },
     make_codes(10, (8, 8, 1)),
   ),
 }
@@ -201,16 +233,18 @@ FAULTY = {
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("kind", FAULTY)
-def test_the_checker_finds_each_fault(browser: Browser, tmp_path: pathlib.Path, kind: str, width: int) -> None:
+def test_the_checker_finds_each_fault(
+  browser: Browser, tmp_path: pathlib.Path, kind: str, width: int
+) -> None:
   body, expected = FAULTY[kind]
-  head = (
-    "<!doctype html><html lang=en><meta name=viewport content='width=device-width, initial-scale=1'><title>x</title>"
-  )
+  head = "<!doctype html><html lang=en><meta name=viewport content='width=device-width, initial-scale=1'><title>x</title>"
   found = faults(browser, write(tmp_path, head + body), width)
   assert any(text.startswith(expected) for text in found), found
 
 
-def test_page_refuses_scripts_even_if_one_slipped_in(browser: Browser, tmp_path: pathlib.Path) -> None:
+def test_page_refuses_scripts_even_if_one_slipped_in(
+  browser: Browser, tmp_path: pathlib.Path
+) -> None:
   html = PAGES["two classes"]().replace("</body>", "<script>document.title = 'run'</script></body>")
   found = faults(browser, write(tmp_path, html), 1200)
   assert browser.evaluate("document.title") != "run"
@@ -226,6 +260,8 @@ def test_nothing_is_hidden_beside_the_window(browser: Browser, tmp_path: pathlib
 
 def test_prints_to_a_few_pages(browser: Browser, tmp_path: pathlib.Path) -> None:
   faults(browser, write(tmp_path, PAGES["ten classes"]()), 1200)
-  pdf = base64.b64decode(browser.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"])
+  pdf = base64.b64decode(
+    browser.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)["data"]
+  )
   pages = pdf.count(b"/Type /Page\n") or pdf.count(b"/Type /Page ")
   assert 2 <= pages <= 6, pages

@@ -25,7 +25,9 @@ def test_the_head_edit_changes_one_bias_and_no_other_number(mlp):
   edited = head_edit(params, model.head, [1, 3])
   chex.assert_trees_all_equal(before, params)
   assert jax.tree.structure(edited) == jax.tree.structure(params)
-  assert np.flatnonzero(np.asarray(edited["output"]["bias"] != params["output"]["bias"])).tolist() == [1, 3]
+  assert np.flatnonzero(
+    np.asarray(edited["output"]["bias"] != params["output"]["bias"])
+  ).tolist() == [1, 3]
   for layer, leaf in (("hidden", "kernel"), ("hidden", "bias"), ("output", "kernel")):
     np.testing.assert_array_equal(edited[layer][leaf], params[layer][leaf])
 
@@ -39,7 +41,9 @@ def test_the_head_edit_hides_and_the_features_stay(mlp):
   edited = head_edit(biased, model.head, [1])
   assert 1 not in np.argmax(logits(edited, inputs), axis=1)
   assert np.isfinite(logits(edited, inputs)).all()
-  np.testing.assert_array_equal(model.features(edited, {}, inputs), model.features(biased, {}, inputs))
+  np.testing.assert_array_equal(
+    model.features(edited, {}, inputs), model.features(biased, {}, inputs)
+  )
 
 
 def clusters(seed: int, merged: bool) -> tuple[np.ndarray, np.ndarray]:

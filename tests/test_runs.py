@@ -18,16 +18,16 @@ import pytest
 from running import FORGET_KEYS, TINY, call, snapshot
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from mnemonic_jax import config as configs
 from mnemonic_jax import data, forgetting, models
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import restore_codes
 from mnemonic_jax.errors import Interrupted, MnemonicError
 from mnemonic_jax.progress import Progress
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, inference, signals
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.checkpoints import restore_codes
 from mnemonic_jax.runs.folder import RunFolder
 
 pytest_plugins = ["run_fixtures"]
@@ -48,7 +48,9 @@ def sha256_of_params(tree: dict) -> str:
   text = b""
   for path in sorted(leaves):
     array = leaves[path]
-    text += b"".join(part.encode() + b"\0" for part in (path, str(array.dtype), str(tuple(array.shape))))
+    text += b"".join(
+      part.encode() + b"\0" for part in (path, str(array.dtype), str(tuple(array.shape)))
+    )
     text += array.astype(array.dtype.newbyteorder("<")).tobytes(order="C")
   return hashlib.sha256(text).hexdigest()
 
@@ -59,9 +61,13 @@ def restored(folder: pathlib.Path) -> dict:
 
 
 def test_the_same_seed_gives_the_same_params_and_another_seed_others(trained_once, tmp_path):
-  first = call("train", "digits", "--out", trained_once, *TINY, "--json").json  # finished: changes nothing
+  first = call(
+    "train", "digits", "--out", trained_once, *TINY, "--json"
+  ).json  # finished: changes nothing
   again = call("train", "digits", "--out", tmp_path / "again", *TINY, "--json").json
-  other = call("train", "digits", "--out", tmp_path / "other", *TINY, "--train.seed", 1, "--json").json
+  other = call(
+    "train", "digits", "--out", tmp_path / "other", *TINY, "--train.seed", 1, "--json"
+  ).json
   assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
   assert first["codes_sha256"] == again["codes_sha256"] != other["codes_sha256"]
   assert first["resumed_from_epoch"] == 3
@@ -93,7 +99,12 @@ def test_a_forget_writes_beside_and_never_over(trained):
   assert {name.split("/")[0] for name in set(after) - set(before)} == {"forgets"}
   assert not list((trained / "forgets").glob(".*"))
   folder = trained / "forgets" / "0001"
-  assert sorted(path.name for path in folder.iterdir()) == ["evidence.json", "params", "report.html", "report.json"]
+  assert sorted(path.name for path in folder.iterdir()) == [
+    "evidence.json",
+    "params",
+    "report.html",
+    "report.json",
+  ]
   assert folder.stat().st_mode & 0o777 == 0o755
 
   report = json.loads((folder / "report.json").read_text())
@@ -130,7 +141,9 @@ def test_a_forget_minds_the_layer_axis_of_the_model(trained, monkeypatch):
   monkeypatch.setattr(forget_run, "restore", restore)
   assert call("forget", trained, "--classes", 3).code == 0
   after = restored(trained / "forgets" / "0001" / "params")
-  checkpoint = jax.tree.map(jax.numpy.asarray, restored(trained / "checkpoints" / "132" / "default"))
+  checkpoint = jax.tree.map(
+    jax.numpy.asarray, restored(trained / "checkpoints" / "132" / "default")
+  )
   settings = RunFolder.open(trained).config.forget
   strength = forgetting.Strength(settings.lambda1, settings.lambda2)
 
@@ -143,7 +156,10 @@ def test_a_forget_minds_the_layer_axis_of_the_model(trained, monkeypatch):
 
 
 def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
-  plain, run = (pathlib.Path(shutil.copytree(trained_once, tmp_path / "plain")), tmp_path / "averaged")
+  plain, run = (
+    pathlib.Path(shutil.copytree(trained_once, tmp_path / "plain")),
+    tmp_path / "averaged",
+  )
   averaged = call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9, "--json").json
   report = call("forget", run, "--classes", 3, "--json").json
   alone = call("forget", plain, "--classes", 3, "--json").json
@@ -151,18 +167,30 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
   copies, folder = report["copies"], run / "forgets" / "0001"
   assert set(copies) == {"params", "ema"}
   assert {key: report[key] for key in copies["params"]} == copies["params"]
-  assert averaged["params_sha256"] == alone["params_sha256_before"] == copies["params"]["params_sha256_before"]
+  assert (
+    averaged["params_sha256"]
+    == alone["params_sha256_before"]
+    == copies["params"]["params_sha256_before"]
+  )
   assert copies["params"]["params_sha256_after"] == alone["params_sha256_after"]
 
   checkpoint = restored(run / "checkpoints" / "132" / "default")
   average = checkpoint["optimizer_state"]["average"]
-  for name, before, after in (("params", checkpoint["params"], "params"), ("ema", average, "ema_params")):
+  for name, before, after in (
+    ("params", checkpoint["params"], "params"),
+    ("ema", average, "ema_params"),
+  ):
     assert copies[name]["params_sha256_before"] == sha256_of_params(before)
     assert copies[name]["params_sha256_after"] == sha256_of_params(restored(folder / after))
     assert copies[name]["forget_error_after"] > copies[name]["forget_error_before"] + 0.2
     assert copies[name]["sign"] in (1, -1) and copies[name]["seconds"]["total"] > 0
-  assert len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")}) == 4
-  reports.validate(*(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence")))
+  assert (
+    len({copies[name][f"params_sha256_{when}"] for name in copies for when in ("before", "after")})
+    == 4
+  )
+  reports.validate(
+    *(json.loads((folder / f"{name}.json").read_text()) for name in ("report", "evidence"))
+  )
   # what else shows scores shows those of both copies
   evaluated, shown = call("evaluate", run, "--json").json, call("evaluate", run).out
   told = call("forget", plain, "--classes", 4).out + call("evaluate", plain).out
@@ -175,11 +203,18 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
         assert copies[name][f"params_sha256_{when}"] in page
   assert evaluated["forgotten_ema"]["params"] == str(folder / "ema_params")
   assert shown.count("its average") == 2 and "Moving average, after" in page
-  assert "average" not in told and "Moving average" not in (plain / "forgets" / "0001" / "report.html").read_text()
+  assert (
+    "average" not in told
+    and "Moving average" not in (plain / "forgets" / "0001" / "report.html").read_text()
+  )
   assert call("evaluate", plain, "--json").json.keys() == {"run", "classes", "trained", "forgotten"}
   again = call("forget", run, "--classes", 4).out
-  assert "accuracy, kept classes (average)" in again and "error, forgotten classes (average)" in again
-  exported = call("export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--number", 1, "--json").json
+  assert (
+    "accuracy, kept classes (average)" in again and "error, forgotten classes (average)" in again
+  )
+  exported = call(
+    "export", run, "--out", tmp_path / "ema.safetensors", "--ema", "--number", 1, "--json"
+  ).json
   assert exported["params_sha256"] == copies["ema"]["params_sha256_after"]
   message = call("export", plain, "--out", tmp_path / "no.safetensors", "--ema").refusal(2)
   assert "--ema: " in message and "has no moving average" in message
@@ -192,7 +227,9 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
     model.logits_fn({}), jax.tree.map(jax.numpy.asarray, average), codes, [3], strength=strength
   )
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), restored(folder / "ema_params"), wanted.params
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    restored(folder / "ema_params"),
+    wanted.params,
   )
   # an average that is not the report's
   latest = run / "forgets" / "0002"
@@ -222,21 +259,34 @@ def test_an_averaging_training_resumes_bit_for_bit(tmp_path):
   call("train", "digits", "--out", tmp_path / "whole", *words, "--train.epochs", 2)
   shutil.copytree(tmp_path / "whole", tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "88")
-  assert call("train", "digits", "--out", tmp_path / "run", *words, "--train.epochs", 2, "--json").json["epochs"] == 2
-  whole, resumed = (restored(tmp_path / name / "checkpoints" / "88" / "default") for name in ("whole", "run"))
+  assert (
+    call("train", "digits", "--out", tmp_path / "run", *words, "--train.epochs", 2, "--json").json[
+      "epochs"
+    ]
+    == 2
+  )
+  whole, resumed = (
+    restored(tmp_path / name / "checkpoints" / "88" / "default") for name in ("whole", "run")
+  )
   jax.tree.map(np.testing.assert_array_equal, whole["optimizer_state"], resumed["optimizer_state"])
 
 
 def test_the_order_of_requests_does_not_matter(trained_once, forgotten, tmp_path):
   """3 then 5, 5 then 3, and both at once end in the same params."""
-  together, reverse = (pathlib.Path(shutil.copytree(trained_once, tmp_path / name)) for name in ("together", "reverse"))
+  together, reverse = (
+    pathlib.Path(shutil.copytree(trained_once, tmp_path / name)) for name in ("together", "reverse")
+  )
   at_once = call("forget", together, "--classes", 5, 3, "--json").json
   three_five = call("forget", forgotten, "--classes", 5, "--json").json
   only_five = call("forget", reverse, "--classes", 5, "--json").json
   five_three = call("forget", reverse, "--classes", 3, "--json").json
   assert three_five["requested"] == [5]
   assert three_five["classes"] == five_three["classes"] == at_once["classes"] == [3, 5]
-  assert three_five["params_sha256_after"] == five_three["params_sha256_after"] == at_once["params_sha256_after"]
+  assert (
+    three_five["params_sha256_after"]
+    == five_three["params_sha256_after"]
+    == at_once["params_sha256_after"]
+  )
   assert only_five["params_sha256_after"] != at_once["params_sha256_after"]
   assert [path.name for path in RunFolder.open(reverse).forgets()] == ["0001", "0002"]
 
@@ -248,7 +298,9 @@ def test_what_a_killed_forget_left_behind_is_swept_away(forgotten):
   assert [path.name for path in sorted((forgotten / "forgets").iterdir())] == ["0001", "0002"]
 
 
-@pytest.mark.parametrize("number", ["9999", *(pytest.param(n, marks=pytest.mark.long) for n in ("0001", "10000"))])
+@pytest.mark.parametrize(
+  "number", ["9999", *(pytest.param(n, marks=pytest.mark.long) for n in ("0001", "10000"))]
+)
 def test_forgets_are_counted_by_their_numbers(number, forgotten):
   if number != "0001":
     (forgotten / "forgets" / "0001").rename(forgotten / "forgets" / number)
@@ -260,10 +312,16 @@ def test_forgets_are_counted_by_their_numbers(number, forgotten):
 
 def test_a_forget_whose_record_is_lost_is_not_passed_over(forgotten):
   (forgotten / "forgets" / "0001" / "report.json").unlink()
-  for words in (("forget", forgotten, "--classes", 5), ("evaluate", forgotten), ("report", forgotten)):
+  for words in (
+    ("forget", forgotten, "--classes", 5),
+    ("evaluate", forgotten),
+    ("report", forgotten),
+  ):
     message = call(*words).refusal()
     assert "forgets/0001: has no report.json" in message and "forget its classes again" in message
-  (forgotten / "forgets" / "0001" / "report.html").unlink()  # as a killed job of several processes leaves it
+  (
+    forgotten / "forgets" / "0001" / "report.html"
+  ).unlink()  # as a killed job of several processes leaves it
   assert call("forget", forgotten, "--classes", 5, "--json").json["classes"] == [5]
 
 
@@ -322,7 +380,9 @@ def test_tensorboard_sees_what_metrics_say(tmp_path):
   for line, event in zip(lines, steps, strict=True):
     assert event.step == line["step"]
     scalars = {value.tag: value.simple_value for value in event.summary.value}
-    assert scalars == pytest.approx({name: value for name, value in line.items() if name != "step"}, rel=1e-6)
+    assert scalars == pytest.approx(
+      {name: value for name, value in line.items() if name != "step"}, rel=1e-6
+    )
   shutil.rmtree(run / "checkpoints" / "132")
   call("train", "digits", "--out", run, *TINY)  # once more, from the checkpoint before
   *_, again, last = events(run / "tensorboard")
@@ -397,14 +457,30 @@ def test_a_forget_without_the_data_set(trained, tmp_path):
   assert "--data-dir" in call("forget", elsewhere, "--classes", 3).refusal()
   unscored = call("forget", elsewhere, "--classes", 3, "--unscored", "--json").json
   scored = call("forget", trained, "--classes", 3, "--json").json
-  same = ("params_sha256_before", "params_sha256_after", "codes_sha256", "sign", "code_forget_error", "classes")
+  same = (
+    "params_sha256_before",
+    "params_sha256_after",
+    "codes_sha256",
+    "sign",
+    "code_forget_error",
+    "classes",
+  )
   assert {key: unscored[key] for key in same} == {key: scored[key] for key in same}
-  assert unscored["verdicts"] == {"params": "Not measured"} and unscored["forget_error_after"] is None
+  assert (
+    unscored["verdicts"] == {"params": "Not measured"} and unscored["forget_error_after"] is None
+  )
   page = (elsewhere / "forgets" / "0001" / "report.html").read_text()
   assert "Whether it worked is not known" in page
   text = call("forget", elsewhere, "--classes", 4, "--unscored")
-  assert text.out.startswith("tried to forget 3, 4 in ") and "verdict  Not measured" in text.out and text.err == ""
-  assert "forgets/0002" in call("export", elsewhere, "--out", tmp_path / "a.safetensors", "--json").json["forget"]
+  assert (
+    text.out.startswith("tried to forget 3, 4 in ")
+    and "verdict  Not measured" in text.out
+    and text.err == ""
+  )
+  assert (
+    "forgets/0002"
+    in call("export", elsewhere, "--out", tmp_path / "a.safetensors", "--json").json["forget"]
+  )
 
 
 def test_pictures_that_are_gone_do_not_make_a_training_look_finished(trained, monkeypatch):
@@ -412,7 +488,9 @@ def test_pictures_that_are_gone_do_not_make_a_training_look_finished(trained, mo
   record["config"]["train"]["epochs"] = 4
   (trained / "config.json").write_text(json.dumps(record))
   real = data.load
-  monkeypatch.setattr(data, "load", lambda *arguments, **options: real("digits").without(range(1, 10)))
+  monkeypatch.setattr(
+    data, "load", lambda *arguments, **options: real("digits").without(range(1, 10))
+  )
   assert "training stands at epoch 3 of 4" in call("forget", trained, "--classes", 3).refusal()
 
 
@@ -420,20 +498,32 @@ def test_without_the_data_set_a_training_that_is_not_finished_is_known_by_its_re
   record = json.loads((trained / "config.json").read_text())
   record["config"]["train"]["epochs"] = 5
   (trained / "config.json").write_text(json.dumps(record))
-  assert "training stands at epoch 3 of 5" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  assert (
+    "training stands at epoch 3 of 5"
+    in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  )
   record["config"]["train"] |= {"epochs": 3, "steps": 140}
   (trained / "config.json").write_text(json.dumps(record))
-  assert "training stands at step 132 of 140" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  assert (
+    "training stands at step 132 of 140"
+    in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  )
   record["config"]["train"]["steps"] = 0
   (trained / "config.json").write_text(json.dumps(record))
   (trained / "metrics.jsonl").unlink()
-  assert "has no line up to step 132" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  assert (
+    "has no line up to step 132" in call("forget", trained, "--classes", 3, "--unscored").refusal()
+  )
 
 
 def test_a_run_that_became_another_while_it_waited_is_not_trained(tmp_path):
   run = RunFolder.create(tmp_path / "run", configs.load("digits"))
-  RunFolder.create(tmp_path / "run", configs.load("digits", {"train.epochs": 5}))  # nothing is there yet: allowed
-  with pytest.raises(MnemonicError, match=r"another command has made it .*train\.epochs 5 there, \d+ here"):
+  RunFolder.create(
+    tmp_path / "run", configs.load("digits", {"train.epochs": 5})
+  )  # nothing is there yet: allowed
+  with pytest.raises(
+    MnemonicError, match=r"another command has made it .*train\.epochs 5 there, \d+ here"
+  ):
     train_run.train(run, data.load("digits"))
   assert not run.checkpoints.exists()
 
@@ -446,7 +536,9 @@ def test_a_model_that_answers_nan_names_no_class(trained_once):
   broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params)
   seen = inference.predict(model.logits_fn, broken, dataset.test, dataset.preprocess)
   assert set(seen.predictions.tolist()) == {-1}
-  predict = lambda candidates, split: inference.predict_each(model.logits_fn, candidates, split, dataset.preprocess)
+  predict = lambda candidates, split: inference.predict_each(
+    model.logits_fn, candidates, split, dataset.preprocess
+  )
   (scored,) = forget_run._scored(predict, [broken], dataset, [3])
   assert (scored.scores.retain_accuracy, scored.scores.forget_error) == (0.0, 1.0)
   assert scored.scores.per_class.tolist() == [0.0] * 10
@@ -479,7 +571,9 @@ def test_a_signal_waits_for_the_checkpoint_and_a_late_one_is_not_lost():
     pytest.fail("the second Ctrl-C waited")
 
 
-def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same(tmp_path, monkeypatch):
+def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same(
+  tmp_path, monkeypatch
+):
   """It comes when epoch 1 is over and was not one to write: the epoch that the message names must be on disk."""
   real, calls = Progress.update, []
 
@@ -492,7 +586,16 @@ def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same
   monkeypatch.setattr(Progress, "update", update)
   run = tmp_path / "run"
   message = call(
-    "train", "digits", "--out", run, "--model.hidden", 32, "--train.epochs", 9, "--train.checkpoint_every", 9
+    "train",
+    "digits",
+    "--out",
+    run,
+    "--model.hidden",
+    32,
+    "--train.epochs",
+    9,
+    "--train.checkpoint_every",
+    9,
   )
   assert message.code == 143
   epoch = int(message.err.split("stopped after epoch ")[1].split()[0])
@@ -519,12 +622,16 @@ def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeyp
     stopped = call("train", "digits", "--out", tmp_path / "run", *CONVNET)
   assert stopped.code == 143 and "stopped after epoch 1.273 of 2" in stopped.err
   assert (tmp_path / "run" / "checkpoints" / "14").is_dir()
-  with monkeypatch.context() as elsewhere:  # where an epoch is one call, the rest of this one is not
+  with (
+    monkeypatch.context() as elsewhere
+  ):  # where an epoch is one call, the rest of this one is not
     elsewhere.setattr(jax, "default_backend", lambda: "gpu")
     resumed = call("train", "digits", "--out", tmp_path / "run", *CONVNET, "--json").json
   assert resumed["resumed_from_epoch"] == pytest.approx(14 / 11)
   assert resumed["params_sha256"] == whole["params_sha256"]
-  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert [line["epoch"] for line in lines] == [1, 2]
   forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
   assert forgotten["classes"] == [3] and forgotten["params_sha256_before"] == whole["params_sha256"]
@@ -544,10 +651,12 @@ def test_pictures_lie_as_bytes_and_are_augmented_on_the_way_to_the_model(tmp_pat
 
   monkeypatch.setattr(data.Dataset, "preprocess", preprocess)
   hashes = {
-    augment: call("train", "digits", "--out", tmp_path / augment, *TINY, "--data.augment", augment, "--json").json[
-      "params_sha256"
-    ]
+    augment: call(
+      "train", "digits", "--out", tmp_path / augment, *TINY, "--data.augment", augment, "--json"
+    ).json["params_sha256"]
     for augment in ("none", "crop_flip")
   }
   assert hashes["none"] != hashes["crop_flip"]
-  assert {dtype for _, dtype in seen} == {np.dtype(np.uint8)} and "DynamicJaxprTracer" in {kind for kind, _ in seen}
+  assert {dtype for _, dtype in seen} == {np.dtype(np.uint8)} and "DynamicJaxprTracer" in {
+    kind for kind, _ in seen
+  }

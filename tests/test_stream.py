@@ -21,11 +21,11 @@ from running import call, snapshot
 from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees, data
-from mnemonic_jax import config as configs
 from mnemonic_jax.data import pictures
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.progress import Progress
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 
 pytest_plugins = ["stream_fixtures"]
@@ -74,7 +74,10 @@ def test_a_resumed_stream_goes_on_where_it_stopped(first):
 def test_the_processes_of_a_run_share_each_batch_in_order():
   whole = batches(stream())
   parts = [batches(stream(), process=(index, 4)) for index in range(4)]
-  together = [[np.concatenate(field) for field in zip(*step, strict=True)] for step in zip(*parts, strict=True)]
+  together = [
+    [np.concatenate(field) for field in zip(*step, strict=True)]
+    for step in zip(*parts, strict=True)
+  ]
   assert same(together, whole)
   with pytest.raises(MnemonicError, match=r"train\.batch_size: got 8 for 3 processes"):
     batches(stream(), process=(0, 3))
@@ -159,7 +162,9 @@ def test_random_crops_have_the_areas_and_shapes_that_they_should():
 
 def test_a_shape_that_no_draw_fits_gives_the_largest_rectangle_in_the_middle():
   boxes = {pictures._random_box(1000, 10, np.random.default_rng(i)) for i in range(20)}
-  assert any(box == pytest.approx((1000 / 2 - 10 * 2 / 3, 0, 1000 / 2 + 10 * 2 / 3, 10)) for box in boxes)
+  assert any(
+    box == pytest.approx((1000 / 2 - 10 * 2 / 3, 0, 1000 / 2 + 10 * 2 / 3, 10)) for box in boxes
+  )
 
 
 def test_decoding_a_jpeg_at_half_its_size_shows_the_same_picture():
@@ -168,13 +173,17 @@ def test_decoding_a_jpeg_at_half_its_size_shows_the_same_picture():
   Image.fromarray(archives_picture).save(buffer, "JPEG", quality=95)
   small = pictures.random_resized_crop(buffer.getvalue(), 32, np.random.default_rng(3)).astype(int)
   box = pictures._random_box(640, 427, np.random.default_rng(3))
-  exact = np.asarray(Image.fromarray(archives_picture).resize((32, 32), Image.Resampling.BILINEAR, box=box)).astype(int)
+  exact = np.asarray(
+    Image.fromarray(archives_picture).resize((32, 32), Image.Resampling.BILINEAR, box=box)
+  ).astype(int)
   assert np.abs(small - exact).mean() < 4
 
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
 def test_every_kind_of_picture_becomes_rgb(mode):
-  image = Image.fromarray(archives.load_sample_images().images[1][:64, :64]).convert("L" if mode == "I;16" else mode)
+  image = Image.fromarray(archives.load_sample_images().images[1][:64, :64]).convert(
+    "L" if mode == "I;16" else mode
+  )
   image = image.convert(mode)
   buffer = io.BytesIO()
   image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
@@ -195,7 +204,9 @@ CUT = archives.picture(3)[:300]
 def test_a_damaged_picture_is_named(damage, workers):
   split = stream()
   split.source[11]["image"] = damage
-  with pytest.raises(MnemonicError, match=r"data set cuttings: example 11 cannot be read .*prepare it again"):
+  with pytest.raises(
+    MnemonicError, match=r"data set cuttings: example 11 cannot be read .*prepare it again"
+  ):
     batches(split, workers=workers)
   if not workers:
     with pytest.raises(MnemonicError, match=r"example 11 cannot be read"):
@@ -203,8 +214,20 @@ def test_a_damaged_picture_is_named(damage, workers):
 
 
 def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_path):
-  sets = pathlib.Path(shutil.copytree(prepared_sets / "cars196", tmp_path / "sets" / "cars196")).parent
-  words = ("train", "digits", *SETTINGS, "--data-dir", sets, "--train.checkpoint_every", 1, "--json", "--out")
+  sets = pathlib.Path(
+    shutil.copytree(prepared_sets / "cars196", tmp_path / "sets" / "cars196")
+  ).parent
+  words = (
+    "train",
+    "digits",
+    *SETTINGS,
+    "--data-dir",
+    sets,
+    "--train.checkpoint_every",
+    1,
+    "--json",
+    "--out",
+  )
   whole = call(*words, tmp_path / "whole").json
   run = pathlib.Path(shutil.copytree(tmp_path / "whole", tmp_path / "run"))
   shutil.rmtree(run / "checkpoints" / str(whole["steps"]))
@@ -219,10 +242,30 @@ def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_
   assert call(*words, run).json["params_sha256"] == whole["params_sha256"]
 
 
-def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(prepared_sets, tmp_path, monkeypatch):
+def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(
+  prepared_sets, tmp_path, monkeypatch
+):
   """ImageNet's records are read one by one: it is found in the third step, after the checkpoint of the second."""
-  settings = ("--data.name", "imagenet2012", *SETTINGS[2:], "--train.batch_size", 3, "--train.steps", 5)
-  words = ("train", "digits", *settings, "--train.checkpoint_steps", 2, "--data-dir", prepared_sets, "--json", "--out")
+  settings = (
+    "--data.name",
+    "imagenet2012",
+    *SETTINGS[2:],
+    "--train.batch_size",
+    3,
+    "--train.steps",
+    5,
+  )
+  words = (
+    "train",
+    "digits",
+    *settings,
+    "--train.checkpoint_steps",
+    2,
+    "--data-dir",
+    prepared_sets,
+    "--json",
+    "--out",
+  )
   whole, run = call(*words, tmp_path / "whole").json, tmp_path / "run"
   real, calls = pictures.random_resized_crop, itertools.count(1)
 
@@ -231,9 +274,13 @@ def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(prepared_se
 
   with monkeypatch.context() as patched:
     patched.setattr(pictures, "random_resized_crop", crop)
-    patched.setattr("mnemonic_jax.data.stream._AHEAD", 1)  # one thread, so that the ninth is of the third step
+    patched.setattr(
+      "mnemonic_jax.data.stream._AHEAD", 1
+    )  # one thread, so that the ninth is of the third step
     message = call(*words, run).refusal()
-  assert "data set 'imagenet2012', split 'train'" in message and "cannot be read (OSError" in message
+  assert (
+    "data set 'imagenet2012', split 'train'" in message and "cannot be read (OSError" in message
+  )
   assert [path.name for path in (run / "checkpoints").iterdir()] == ["2"]
   resumed = call(*words, run).json
   assert resumed["params_sha256"] == whole["params_sha256"] and resumed["steps"] == 5
@@ -267,26 +314,41 @@ def test_a_set_in_the_official_layout_comes_as_it_is(name, prepared_sets):
     images, labels = (np.concatenate(part) for part in zip(*split.batches(10), strict=True))
     ours = {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
     assert set(ours) == set(theirs)
-    if name != "imagenet2012" or training:  # the builder labels ImageNet's validation pictures by its own list
+    if (
+      name != "imagenet2012" or training
+    ):  # the builder labels ImageNet's validation pictures by its own list
       assert ours == theirs
 
 
 def test_a_set_of_another_version_is_named(prepared_sets, tmp_path):
   (version,) = (prepared_sets / "cars196").iterdir()
   shutil.copytree(version, tmp_path / "cars196" / "1.0.0")
-  with pytest.raises(MnemonicError, match=rf"found version 1\.0\.0; this TFDS reads {version.name}"):
+  with pytest.raises(
+    MnemonicError, match=rf"found version 1\.0\.0; this TFDS reads {version.name}"
+  ):
     data.load("cars196", str(tmp_path))
 
 
 def test_a_resized_crop_needs_a_streamed_set():
-  with pytest.raises(UsageError, match=r"data\.augment: got 'resized_crop' for digits; it needs a streamed set"):
+  with pytest.raises(
+    UsageError, match=r"data\.augment: got 'resized_crop' for digits; it needs a streamed set"
+  ):
     data.load("digits", augment="resized_crop")
 
 
 # --- a run
 
 SETTINGS = (
-  *("--data.name", "cars196", "--data.augment", "resized_crop_flip", "--data.side", 16, "--model.hidden", 8),
+  *(
+    "--data.name",
+    "cars196",
+    "--data.augment",
+    "resized_crop_flip",
+    "--data.side",
+    16,
+    "--model.hidden",
+    8,
+  ),
   *("--train.batch_size", 49, "--train.epochs", 3, "--codes.rate", 0.3),
 )
 
@@ -306,13 +368,24 @@ def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monke
     patched.setattr(Progress, "update", update)
     stopped = call("train", "digits", "--out", tmp_path / "run", *settings)
   assert stopped.code == 143 and "stopped after epoch 1.667 of 3" in stopped.err
-  resumed = call("train", "digits", "--out", tmp_path / "run", *settings, "--execution.workers", 1, "--json").json
+  resumed = call(
+    "train", "digits", "--out", tmp_path / "run", *settings, "--execution.workers", 1, "--json"
+  ).json
   assert resumed["params_sha256"] == whole["params_sha256"]
   unflipped = call(
-    "train", "digits", "--out", tmp_path / "no", *settings, "--data.augment", "resized_crop", "--json"
+    "train",
+    "digits",
+    "--out",
+    tmp_path / "no",
+    *settings,
+    "--data.augment",
+    "resized_crop",
+    "--json",
   ).json
   assert unflipped["params_sha256"] != whole["params_sha256"]
-  forgotten = call("forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json").json
+  forgotten = call(
+    "forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json"
+  ).json
   assert forgotten["classes"] == [3] and len(forgotten["per_class_accuracy_after"]) == 49
   scores = call("evaluate", tmp_path / "run", "--data-dir", prepared_sets, "--json").json
   assert scores["forgotten"]["retain_accuracy"] == forgotten["retain_accuracy_after"]
@@ -320,20 +393,34 @@ def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monke
 
 @pytest.mark.long
 def test_imagenet_trains_for_some_steps_with_checkpoints_between(prepared_sets, tmp_path):
-  settings = ("--data.name", "imagenet2012", *SETTINGS[2:], "--train.batch_size", 3, "--train.steps", 7)
+  settings = (
+    "--data.name",
+    "imagenet2012",
+    *SETTINGS[2:],
+    "--train.batch_size",
+    3,
+    "--train.steps",
+    7,
+  )
   more = ("--train.checkpoint_steps", 2, "--data-dir", prepared_sets)
   result = call("train", "digits", "--out", tmp_path / "run", *settings, *more, "--json").json
   assert result["steps"] == 7 and result["epochs"] == pytest.approx(7 / 3)
   assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 7]
-  lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+  lines = [
+    json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  ]
   assert [line["step"] for line in lines] == [2, 3, 4, 6, 7]
   assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*"))
-  forgotten = call("forget", tmp_path / "run", "--classes", 999, "--data-dir", prepared_sets, "--json").json
+  forgotten = call(
+    "forget", tmp_path / "run", "--classes", 999, "--data-dir", prepared_sets, "--json"
+  ).json
   assert forgotten["classes"] == [999]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [name for name in configs.names() if configs.load(name).data.name in archives.CLASSES])
+@pytest.mark.parametrize(
+  "name", [name for name in configs.names() if configs.load(name).data.name in archives.CLASSES]
+)
 def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
   """Two steps of four pictures, from a file of random weights where the config starts from one; with few classes, a forget."""
   side = 224 if "swin" in name else 32
@@ -344,11 +431,17 @@ def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
     dataset = data.load(config.data.name, str(prepared_sets), side=side, training=False)
     params, model_state = setup.make_model(config, dataset).init(jax.random.key(7))
     arrays = _trees.by_path(params) | _trees.by_path({"model_state": model_state})
-    save_file({path: np.asarray(leaf) for path, leaf in arrays.items()}, tmp_path / "weights.safetensors")
+    save_file(
+      {path: np.asarray(leaf) for path, leaf in arrays.items()}, tmp_path / "weights.safetensors"
+    )
     words += ("--model.pretrained", tmp_path / "weights.safetensors")
   result = call("train", name, "--out", tmp_path / "run", *words, "--json").json
   assert result["steps"] == 2 and np.isfinite(result["loss"])
   assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
   if config.data.name != "imagenet2012":
-    forgotten = call("forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json").json
-    assert forgotten["classes"] == [3] and forgotten["params_sha256_before"] == result["params_sha256"]
+    forgotten = call(
+      "forget", tmp_path / "run", "--classes", 3, "--data-dir", prepared_sets, "--json"
+    ).json
+    assert (
+      forgotten["classes"] == [3] and forgotten["params_sha256_before"] == result["params_sha256"]
+    )

@@ -17,10 +17,11 @@ from safetensors.numpy import save_file
 from toys import cpu_mesh, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import _trees, models, pretrained
-from mnemonic_jax.checkpoints import newest, restore_params, restore_parts, stored_shapes
+from mnemonic_jax import _trees, models
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.models import pretrained
 from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs.checkpoints import newest, restore_params, restore_parts, stored_shapes
 
 
 def vectors(classes: int = 3, size: int = 6) -> np.ndarray:
@@ -55,17 +56,24 @@ def test_the_text_is_no_param_and_the_rest_of_the_model_is_as_with_a_linear_head
   linear, _ = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7).init(jax.random.key(0))
   chex.assert_trees_all_equal(params["hidden"], linear["hidden"])
   head = params["output"]
-  shapes = {name: leaf.shape for name, leaf in (head | {"projection": head["projection"]["kernel"]}).items()}
-  assert shapes == {"bias": (3,), "log_scale": (), "projection": (7, 6)} and set(head["projection"]) == {"kernel"}
+  shapes = {
+    name: leaf.shape for name, leaf in (head | {"projection": head["projection"]["kernel"]}).items()
+  }
+  assert shapes == {"bias": (3,), "log_scale": (), "projection": (7, 6)} and set(
+    head["projection"]
+  ) == {"kernel"}
   assert float(head["log_scale"]) == pytest.approx(math.log(1 / 0.07)) and not head["bias"].any()
   np.testing.assert_allclose(model_state["output"]["text"], vectors(), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-  ("name", "side", "features"), [("resnet18_small", 32, 512), ("vit_ti16", 32, 192), ("swin_t", 224, 768)]
+  ("name", "side", "features"),
+  [("resnet18_small", 32, 512), ("vit_ti16", 32, 192), ("swin_t", 224, 768)],
 )
 def test_every_model_may_have_it(name, side, features):
-  model = models.make(name, shape=(side, side, 3), num_classes=3, text=vectors(), dtype=jnp.bfloat16)
+  model = models.make(
+    name, shape=(side, side, 3), num_classes=3, text=vectors(), dtype=jnp.bfloat16
+  )
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   assert params["head"]["projection"]["kernel"].shape == (features, 6)
   assert model_state["head"]["text"].shape == (3, 6)
@@ -92,16 +100,22 @@ def test_its_fisher_is_exact(mlp, images):
   labels = jnp.array([0, 1, 2, 0, 1])
   logits_fn = mlp.logits_fn(model_state)
   loss = lambda params, inputs, labels: mj.softmax_cross_entropy(logits_fn(params, inputs), labels)
-  one = lambda image, label: jax.grad(lambda params: loss(params, image[None], label[None])[0])(params)
+  one = lambda image, label: jax.grad(lambda params: loss(params, image[None], label[None])[0])(
+    params
+  )
   wanted = jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jax.vmap(one)(images, labels))
   assert all(bool((leaf > 0).any()) for leaf in jax.tree.leaves(wanted))
-  chex.assert_trees_all_close(mj.diagonal_fisher(loss, params, images, labels), wanted, rtol=1e-4, atol=1e-9)
+  chex.assert_trees_all_close(
+    mj.diagonal_fisher(loss, params, images, labels), wanted, rtol=1e-4, atol=1e-9
+  )
 
 
 def test_the_head_edit_hides_a_class(mlp, images):
   params, model_state = mlp.init(jax.random.key(0))
   logits = mlp.logits_fn(model_state)(params, images)
-  edited = mlp.logits_fn(model_state)(head_edit(params, mlp.head, [int(logits[0].argmax())]), images)
+  edited = mlp.logits_fn(model_state)(
+    head_edit(params, mlp.head, [int(logits[0].argmax())]), images
+  )
   assert (edited.argmax(1) != logits[0].argmax()).all() and bool(jnp.isfinite(edited).all())
 
 
@@ -169,7 +183,9 @@ def test_vectors_that_cannot_be_scored_against_are_refused(tmp_path, value, word
 
 def test_files_that_are_something_else_are_refused(tmp_path):
   file = tmp_path / "text.npy"
-  assert "no such file. model.text_embeddings takes a local .npy or .safetensors file" in refusal(file)
+  assert "no such file. model.text_embeddings takes a local .npy or .safetensors file" in refusal(
+    file
+  )
   file.write_bytes(pickle.dumps(Trap()))
   assert "cannot be read" in refusal(file)
   np.savez(tmp_path / "text.npz", vectors())
@@ -193,7 +209,14 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   """The texts are random vectors: what is shown is that the digits are learned against fixed ones, and forgotten."""
   np.save(tmp_path / "text.npy", vectors(10, 16))
   run = tmp_path / "run"
-  settings = ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 64, "--train.learning_rate", 0.005)
+  settings = (
+    "--model.text_embeddings",
+    tmp_path / "text.npy",
+    "--model.hidden",
+    64,
+    "--train.learning_rate",
+    0.005,
+  )
   trained = call("train", "digits", "--out", run, *settings, "--train.epochs", 30, "--json").json
   assert trained["test_accuracy"] > 0.9
   strength = ("--forget.lambda1", 0.01, "--forget.lambda2", 1)
@@ -215,7 +238,10 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
 def test_its_file_may_be_gone_when_a_class_is_forgotten(tmp_path):
   """The vectors that the model was trained against are in its checkpoints."""
   np.save(tmp_path / "text.npy", vectors(10, 16))
-  run, settings = tmp_path / "run", ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 8)
+  run, settings = (
+    tmp_path / "run",
+    ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 8),
+  )
   call("train", "digits", "--out", run, *settings, "--train.epochs", 1)
   checkpoint = newest(run / "checkpoints")
   plain = ("--config", "digits", *settings, "--classes", 3, "--json")
@@ -225,13 +251,27 @@ def test_its_file_may_be_gone_when_a_class_is_forgotten(tmp_path):
   of_plain = call("forget", checkpoint, *plain, "--out", tmp_path / "gone").json
   for name in ("params_sha256_after", "retain_accuracy_after", "forget_error_after"):
     assert of_run[name] == of_plain[name] == expected[name]
-  assert call("evaluate", run, "--json").json["forgotten"]["forget_error"] == expected["forget_error_after"]
-  assert "text.npy: no such file" in call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
+  assert (
+    call("evaluate", run, "--json").json["forgotten"]["forget_error"]
+    == expected["forget_error_after"]
+  )
+  assert (
+    "text.npy: no such file"
+    in call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
+  )
 
 
 def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
   np.save(tmp_path / "text.npy", vectors(9))
-  words = ("train", "digits", "--out", tmp_path / "run", *TINY, "--model.text_embeddings", tmp_path / "text.npy")
+  words = (
+    "train",
+    "digits",
+    "--out",
+    tmp_path / "run",
+    *TINY,
+    "--model.text_embeddings",
+    tmp_path / "text.npy",
+  )
   assert "text.npy: has shape (9, 6); expected (10, E)" in call(*words).refusal()
 
 
@@ -243,19 +283,27 @@ def test_an_export_with_it_is_a_start_for_training(tmp_path):
   forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
   call("export", tmp_path / "run", "--out", file)
   still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
-  start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *small, "--model.pretrained", file, *more)
+  start = lambda run, *more: call(
+    "train", "digits", "--out", tmp_path / run, *small, "--model.pretrained", file, *more
+  )
   again = start("again", *text, *still, "--json").json
   assert again["params_sha256"] == forgotten["params_sha256_after"]
   assert "scores against text embeddings; pass model.text_embeddings" in start("linear").refusal()
   np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
-  assert "output.text differs from the vectors of model.text_embeddings" in start("other", *text).refusal()
+  assert (
+    "output.text differs from the vectors of model.text_embeddings"
+    in start("other", *text).refusal()
+  )
   assert start("new", *text, "--model.new_head", "true").code == 0
 
 
 def test_a_file_on_a_mesh_must_have_the_vectors_too(tmp_path):
   model = models.make("mlp", shape=(4, 4, 1), num_classes=4, hidden=7, text=vectors(4))
   params, model_state = model.init(jax.random.key(0))
-  file, arrays = tmp_path / "weights.safetensors", _trees.by_path({**params, "model_state": model_state})
+  file, arrays = (
+    tmp_path / "weights.safetensors",
+    _trees.by_path({**params, "model_state": model_state}),
+  )
   save_file({path: np.asarray(leaf) for path, leaf in arrays.items()}, file)
   spread = place(model_state, cpu_mesh(4), "data")
   chex.assert_trees_all_equal(pretrained.load(file, "mlp", params, spread), (params, model_state))

@@ -8,7 +8,16 @@ import numpy as np
 import optax
 import pytest
 import reference
-from toys import assert_trees_close, cpu_mesh, host, make_batch, make_codes, make_params, place, regression
+from toys import (
+  assert_trees_close,
+  cpu_mesh,
+  host,
+  make_batch,
+  make_codes,
+  make_params,
+  place,
+  regression,
+)
 
 import mnemonic_jax as mj
 from mnemonic_jax import training
@@ -19,18 +28,26 @@ def apply(params, model_state, inputs, train):
 
 
 def make_state(optimizer, seed=0, model_state=None):
-  return mj.init_train_state(make_params("regression"), model_state or {}, optimizer, jax.random.key(seed))
+  return mj.init_train_state(
+    make_params("regression"), model_state or {}, optimizer, jax.random.key(seed)
+  )
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.5, 1.0])
 def test_one_step_matches_the_reference(rate):
   optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch()
   state = make_state(optimizer)
-  after, metrics = jax.jit(mj.make_train_step(apply, optimizer, codes, rate=rate))(state, images, labels)
-  mixed = np.asarray(mj.mix(jax.random.fold_in(state.key, 0), images, labels, codes, rate), np.float64)
+  after, metrics = jax.jit(mj.make_train_step(apply, optimizer, codes, rate=rate))(
+    state, images, labels
+  )
+  mixed = np.asarray(
+    mj.mix(jax.random.fold_in(state.key, 0), images, labels, codes, rate), np.float64
+  )
 
   params = host(state.params)
-  gradients = [reference.regression_gradient(params, x, int(y)) for x, y in zip(mixed, labels, strict=True)]
+  gradients = [
+    reference.regression_gradient(params, x, int(y)) for x, y in zip(mixed, labels, strict=True)
+  ]
   wanted = {k: params[k] - 0.3 * np.mean([g[k] for g in gradients], 0) for k in params}
   assert_trees_close(after.params, wanted, rtol=1e-4, atol=1e-6)
   outputs = [reference.regression_logits(params, x) for x in mixed]
@@ -66,7 +83,8 @@ def test_optimizer_and_model_state_are_carried():
   for _ in range(3):
     state, _ = step(state, images, labels)
     rows = [
-      reference.regression_gradient(params, np.asarray(x, float), int(y)) for x, y in zip(images, labels, strict=True)
+      reference.regression_gradient(params, np.asarray(x, float), int(y))
+      for x, y in zip(images, labels, strict=True)
     ]
     trace = {k: 0.9 * trace[k] + np.mean([g[k] for g in rows], 0) for k in params}
     params = {k: params[k] - 0.1 * trace[k] for k in params}
@@ -76,7 +94,9 @@ def test_optimizer_and_model_state_are_carried():
 
 def test_a_callers_loss_is_used():
   optimizer, (images, labels) = optax.sgd(1.0), make_batch()
-  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.0, loss=lambda logits, labels: 0 * logits[:, 0] + 7)
+  step = mj.make_train_step(
+    apply, optimizer, make_codes(), rate=0.0, loss=lambda logits, labels: 0 * logits[:, 0] + 7
+  )
   state, metrics = step(make_state(optimizer), images, labels)
   assert metrics["loss"] == pytest.approx(7)
   assert_trees_close(state.params, host(make_params("regression")), rtol=0)
@@ -92,9 +112,13 @@ def recording_step(state, images, labels):
 
 
 def run_epoch(examples, batch_size, epochs=1, seed=0):
-  epoch = training.make_epoch(training.make_stored_step(recording_step, lambda x: x * 2), batch_size=batch_size)
+  epoch = training.make_epoch(
+    training.make_stored_step(recording_step, lambda x: x * 2), batch_size=batch_size
+  )
   steps = examples // batch_size
-  state = training.TrainState(jnp.zeros((steps, batch_size)), {}, {}, jnp.int32(0), jax.random.key(seed))
+  state = training.TrainState(
+    jnp.zeros((steps, batch_size)), {}, {}, jnp.int32(0), jax.random.key(seed)
+  )
   images, labels = jnp.arange(examples, dtype=jnp.float32)[:, None], jnp.arange(examples)
   seen = []
   for _ in range(epochs):
@@ -109,7 +133,9 @@ def test_a_gradient_in_parts_is_the_same_gradient(parts):
     return regression(params, inputs), {"examples": model_state["examples"] + len(inputs)}
 
   optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch(examples=8)
-  make = lambda accumulate: mj.make_train_step(counting, optimizer, codes, rate=0.5, accumulate=accumulate)
+  make = lambda accumulate: mj.make_train_step(
+    counting, optimizer, codes, rate=0.5, accumulate=accumulate
+  )
   state = make_state(optimizer, model_state={"examples": jnp.int32(0)})
   whole, metrics = jax.jit(make(1))(state, images, labels)
   ours, our_metrics = jax.jit(make(parts))(state, images, labels)
@@ -149,7 +175,9 @@ def test_an_epoch_equals_its_steps_one_by_one():
   whole, _ = epoch(make_state(optimizer), images, labels)
 
   state = make_state(optimizer)
-  order = jax.random.permutation(jax.random.fold_in(jax.random.split(state.key)[1], 0), 10)[:9].reshape(3, 3)
+  order = jax.random.permutation(jax.random.fold_in(jax.random.split(state.key)[1], 0), 10)[
+    :9
+  ].reshape(3, 3)
   for rows in order:
     state, _ = jax.jit(step)(state, images[rows], labels[rows])
   assert_trees_close(whole.params, host(state.params), rtol=1e-4, atol=1e-6)
@@ -198,7 +226,9 @@ def test_the_rows_of_an_epoch_are_checked():
 def test_the_average_follows_the_params_and_changes_nothing_else():
   plain, (images, labels) = optax.sgd(0.1, momentum=0.9), make_batch()
   averaging = training.with_ema(plain, 0.8)
-  states = {name: make_state(optimizer) for name, optimizer in (("plain", plain), ("ema", averaging))}
+  states = {
+    name: make_state(optimizer) for name, optimizer in (("plain", plain), ("ema", averaging))
+  }
   assert training.ema_params(states["plain"]) is None
   wanted = host(states["ema"].params)
   assert_trees_close(training.ema_params(states["ema"]), wanted, rtol=0)
@@ -206,7 +236,9 @@ def test_the_average_follows_the_params_and_changes_nothing_else():
     for name, optimizer in (("plain", plain), ("ema", averaging)):
       step = jax.jit(mj.make_train_step(apply, optimizer, make_codes(), rate=0.5))
       states[name], _ = step(states[name], images, labels)
-    wanted = {key: 0.8 * wanted[key] + 0.2 * value for key, value in host(states["ema"].params).items()}
+    wanted = {
+      key: 0.8 * wanted[key] + 0.2 * value for key, value in host(states["ema"].params).items()
+    }
   assert_trees_close(states["ema"].params, host(states["plain"].params), rtol=0)
   assert_trees_close(training.ema_params(states["ema"]), wanted, rtol=1e-5, atol=1e-6)
 
@@ -221,5 +253,7 @@ def test_a_donated_state_may_hold_an_average():
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_outside_its_range_is_refused(decay):
-  with pytest.raises(ValueError, match=f"decay: got {decay}; expected a number of at least 0 and below 1"):
+  with pytest.raises(
+    ValueError, match=f"decay: got {decay}; expected a number of at least 0 and below 1"
+  ):
     training.with_ema(optax.sgd(0.1), decay)

@@ -68,7 +68,9 @@ def assert_trees_close(actual, expected, rtol=1e-5, atol=0.0):
 def cpu_mesh(count, axis_type="Auto", shape=None, names=("data",)):
   """A mesh of the first `count` CPU devices."""
   kind = getattr(jax.sharding.AxisType, axis_type)
-  return jax.make_mesh(shape or (count,), names, axis_types=(kind,) * len(names), devices=jax.devices("cpu")[:count])
+  return jax.make_mesh(
+    shape or (count,), names, axis_types=(kind,) * len(names), devices=jax.devices("cpu")[:count]
+  )
 
 
 def place(tree, mesh, *spec):

@@ -31,7 +31,9 @@ def as_augreg(params: dict) -> dict[str, np.ndarray]:
       for part, piece in zip(("query", "key", "value"), np.split(value, 3, axis=-1), strict=True):
         arrays[name.replace("/qkv/", f"/{part}/")] = piece.reshape(*piece.shape[:-1], heads, -1)
     else:
-      arrays[name] = value.reshape(heads, -1, value.shape[-1]) if name.endswith("_1/out/kernel") else value
+      arrays[name] = (
+        value.reshape(heads, -1, value.shape[-1]) if name.endswith("_1/out/kernel") else value
+      )
   return arrays
 
 

@@ -27,17 +27,21 @@ import train
 from chips import CHIPS, Chip
 
 import mnemonic_jax as mj
-from mnemonic_jax import config as configs
-from mnemonic_jax import sharding
 from mnemonic_jax.cli.parser import dotted_overrides
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.multihost import sharding
+from mnemonic_jax.runs import config as configs
+from mnemonic_jax.runs.config import Config
 
 CONFIG = "imagenet_vit_s16_90ep"
 _LARGEST = 8  # collectives, and operations, that the table lists one by one
 # The TPU compiler asks for a machine; these answers keep it from looking for one, and from locking it.
-_MACHINE = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+_MACHINE = {
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
 _MACHINE |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 
@@ -77,12 +81,18 @@ def devices_of(topology: str) -> tuple[list[Any], Chip | None]:
 
     return list(topologies.get_topology_desc(topology, platform="tpu").devices), CHIPS[generation]
   except ImportError:
-    raise MnemonicError("libtpu: not installed; expected jax[tpu]. Run `make tpu-check`, which installs it.") from None
+    raise MnemonicError(
+      "libtpu: not installed; expected jax[tpu]. Run `make tpu-check`, which installs it."
+    ) from None
   except Exception as error:
-    raise UsageError(f"--topology: the TPU compiler knows no {topology!r}: {str(error).splitlines()[0]}") from None
+    raise UsageError(
+      f"--topology: the TPU compiler knows no {topology!r}: {str(error).splitlines()[0]}"
+    ) from None
 
 
-def check(config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None) -> list[Report]:
+def check(
+  config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None
+) -> list[Report]:
   """Compile the three programs of a config for a mesh, one after the other."""
   side = config.data.side
   unread = Unread((side, side, 3))
@@ -92,14 +102,21 @@ def check(config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip 
   scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(mesh))
   strength = mj.Strength(scalar(np.float32), scalar(np.float32))
   calls = {
-    "train step": (training.step, (training.state, training.codes, *training.batch, scalar(np.int32))),
+    "train step": (
+      training.step,
+      (training.state, training.codes, *training.batch, scalar(np.int32)),
+    ),
     "forget: Fishers": (forgetting.fishers, forgetting.arguments),
     "forget: update": (forgetting.update, (*forgetting.arguments, forgetting.fisher, strength)),
   }
-  flops = cost_model.program_flops(config.model.name, num_classes, side, config.train.batch_size, config.model.remat)
+  flops = cost_model.program_flops(
+    config.model.name, num_classes, side, config.train.batch_size, config.model.remat
+  )
   split = [
     hlo.Leaf(
-      leaf.shape, leaf.sharding.shard_shape(leaf.shape), config.model.scan and path[0].key == "blocks" and leaf.ndim > 2
+      leaf.shape,
+      leaf.sharding.shard_shape(leaf.shape),
+      config.model.scan and path[0].key == "blocks" and leaf.ndim > 2,
     )
     for path, leaf in jax.tree_util.tree_leaves_with_path(training.state.params)
     if leaf.ndim > 1 and not leaf.sharding.is_fully_replicated
@@ -156,9 +173,12 @@ def problems(reports: Sequence[Report], chip: Chip | None) -> list[str]:
   for report in reports:
     used = report.memory["used"]
     if chip and used > chip.memory:
-      found.append(f"{report.program}: {used / 2**30:.2f} GiB a device, and the chip has {chip.memory / 2**30:.0f}.")
+      found.append(
+        f"{report.program}: {used / 2**30:.2f} GiB a device, and the chip has {chip.memory / 2**30:.0f}."
+      )
     found += [
-      f"{report.program}: every device gets a whole stack of layers, or the model: {one}." for one in report.whole
+      f"{report.program}: every device gets a whole stack of layers, or the model: {one}."
+      for one in report.whole
     ]
   return found
 
@@ -178,8 +198,12 @@ def table(report: Report, devices: int, chip: Chip | None) -> str:
     lines.append(
       f"  the compiler's estimate, without collectives: {1e3 * report.estimated_seconds:.2f} ms; the most of it:"
     )
-    lines += [f"    {1e3 * seconds:8.2f} ms  {operation}" for operation, seconds in report.costliest.items()]
-  lines.append("  collectives of a call (a device's result, a reduce-scatter's operand; sent: in a ring):")
+    lines += [
+      f"    {1e3 * seconds:8.2f} ms  {operation}" for operation, seconds in report.costliest.items()
+    ]
+  lines.append(
+    "  collectives of a call (a device's result, a reduce-scatter's operand; sent: in a ring):"
+  )
   for total in totals(report, devices):
     per = "" if total["times_known"] else "  in loops of unknown length, one iteration"
     sizes = f"{total['bytes'] / 2**20:10.2f} MiB  sent {total['sent_bytes'] / 2**20:10.2f} MiB"
@@ -232,26 +256,42 @@ def as_json(report: Report, devices: int) -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> int:
   """Read the command line, compile, print; the exit code."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument("--topology", required=True, help="v5e:4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, v4:2x2x4...")
-  parser.add_argument("--config", default=CONFIG, help="a named config or a TOML file (default: %(default)s)")
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    "--topology", required=True, help="v5e:4x4, v5e:16x16, v5p:4x4x8, v6e:16x16, v4:2x2x4..."
+  )
+  parser.add_argument(
+    "--config", default=CONFIG, help="a named config or a TOML file (default: %(default)s)"
+  )
   parser.add_argument("--model", choices=sorted(cost_model.VITS), help="instead of the config's")
   parser.add_argument("--batch", type=int, help="images a step, over all devices")
-  parser.add_argument("--fsdp", type=int, help="devices that share the params (default: those of a host)")
+  parser.add_argument(
+    "--fsdp", type=int, help="devices that share the params (default: those of a host)"
+  )
   parser.add_argument("--classes", type=int, default=1000, help="classes, one code each")
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   overrides, rest = dotted_overrides(arguments)
   options = parser.parse_args(rest)
-  short = {"model.name": options.model, "train.batch_size": options.batch, "execution.fsdp": options.fsdp}
+  short = {
+    "model.name": options.model,
+    "train.batch_size": options.batch,
+    "execution.fsdp": options.fsdp,
+  }
   overrides = {**{name: value for name, value in short.items() if value is not None}, **overrides}
   jax.config.update("jax_platforms", "cpu")  # whatever accelerator is here, it is not asked
   try:
     config = configs.load(options.config, overrides)
     if config.model.name not in cost_model.VITS:
-      raise UsageError(f"model.name: got {config.model.name!r}; expected one of {', '.join(cost_model.VITS)}.")
+      raise UsageError(
+        f"model.name: got {config.model.name!r}; expected one of {', '.join(cost_model.VITS)}."
+      )
     devices, chip = devices_of(options.topology)
     try:
-      mesh = sharding.make_mesh(config.execution.data or None, config.execution.fsdp or None, devices)
+      mesh = sharding.make_mesh(
+        config.execution.data or None, config.execution.fsdp or None, devices
+      )
       reports = check(config, options.classes, mesh, chip)
     except ValueError as error:
       raise UsageError(str(error)) from None
@@ -262,7 +302,11 @@ def main(arguments: Sequence[str]) -> int:
   plan = {"topology": options.topology, "mesh": dict(mesh.shape), "model": config.model.name}
   plan |= {"batch_size": config.train.batch_size, "classes": options.classes, "config": config.name}
   if options.json:
-    print(json.dumps(plan | {"programs": [as_json(r, mesh.size) for r in reports], "problems": wrong}, indent=2))
+    print(
+      json.dumps(
+        plan | {"programs": [as_json(r, mesh.size) for r in reports], "problems": wrong}, indent=2
+      )
+    )
   else:
     print(", ".join(f"{name} {value}" for name, value in plan.items()))
     print("\n".join(table(report, mesh.size, chip) for report in reports))

@@ -148,7 +148,13 @@ def step_bytes(params: int, machine: Machine) -> dict[str, float]:
 def state_bytes(params: int, fsdp: int) -> dict[str, float]:
   """Bytes of a device, in float32, whose device count along fsdp is given."""
   share = FLOAT32 * params / fsdp
-  return {"params": share, "AdamW": 2 * share, "gradients": share, "average": share, "both Fishers": 2 * share}
+  return {
+    "params": share,
+    "AdamW": 2 * share,
+    "gradients": share,
+    "average": share,
+    "both Fishers": 2 * share,
+  }
 
 
 def step_seconds(vit: ViT, machine: Machine, batch: int) -> tuple[float, float]:
@@ -225,9 +231,25 @@ def models_table() -> str:
     forward = vit.forward_flops() / 1e9
     kept, again = (f"{vit.activation_bytes(remat) / 1e6:.1f}" for remat in (False, True))
     rows.append(
-      [f"`{name}`", f"{vit.params():,}", f"{forward:.1f}", f"{3 * forward:.1f}", f"{4 * forward:.1f}", kept, again]
+      [
+        f"`{name}`",
+        f"{vit.params():,}",
+        f"{forward:.1f}",
+        f"{3 * forward:.1f}",
+        f"{4 * forward:.1f}",
+        kept,
+        again,
+      ]
     )
-  head = ["", "params", "forward, GFLOP", "training", "training with remat", "activations, MB an image", "with remat"]
+  head = [
+    "",
+    "params",
+    "forward, GFLOP",
+    "training",
+    "training with remat",
+    "activations, MB an image",
+    "with remat",
+  ]
   return markdown(head, rows)
 
 
@@ -248,10 +270,26 @@ def network_table() -> str:
       sent = step_bytes(VITS[name].params(), machine)
       compute, network = step_seconds(VITS[name], machine, BATCH)
       mesh = f"{machine.data} x {machine.fsdp}"
-      numbers = (*(f"{size / 1e6:.0f}" for size in sent.values()), f"{1e3 * network:.2g}", f"{1e3 * compute:.0f}")
-      numbers = (*numbers, *(f"{100 * network / compute * BATCH / batch:.2g}" for batch in (BATCH, SMALL_BATCH)))
+      numbers = (
+        *(f"{size / 1e6:.0f}" for size in sent.values()),
+        f"{1e3 * network:.2g}",
+        f"{1e3 * compute:.0f}",
+      )
+      numbers = (
+        *numbers,
+        *(f"{100 * network / compute * BATCH / batch:.2g}" for batch in (BATCH, SMALL_BATCH)),
+      )
       rows.append([f"`{name}`", machine.name, mesh, *numbers])
-  head = ["", "machine", "data x fsdp", "gather, MB", "scatter, MB", "copies, MB", "network, ms", "products, ms"]
+  head = [
+    "",
+    "machine",
+    "data x fsdp",
+    "gather, MB",
+    "scatter, MB",
+    "copies, MB",
+    "network, ms",
+    "products, ms",
+  ]
   head += ["network in % of products", f"the same at {SMALL_BATCH:,} images"]
   return markdown(head, rows)
 
@@ -263,11 +301,35 @@ def time_table() -> str:
     for machine in MACHINES:
       vit, speed = VITS[name], machine.speed
       rate = TRAIN_IMAGES / epoch_seconds(vit, machine)
-      forgets = [forget_seconds(vit, machine, CLASSES, products) for products in (speed.flops, speed.flops32)]
-      tf32 = seconds(forget_seconds(vit, machine, CLASSES, TF32[machine.chip])) if machine.chip in TF32 else "-"
+      forgets = [
+        forget_seconds(vit, machine, CLASSES, products) for products in (speed.flops, speed.flops32)
+      ]
+      tf32 = (
+        seconds(forget_seconds(vit, machine, CLASSES, TF32[machine.chip]))
+        if machine.chip in TF32
+        else "-"
+      )
       epoch = seconds(epoch_seconds(vit, machine))
-      rows.append([f"`{name}`", machine.name, epoch, f"{rate:,.0f}", seconds(forgets[0]), tf32, seconds(forgets[1])])
-  head = ["", "machine", "epoch, s", "images/s that the input must give", "forget, bfloat16, s", "TF32", "float32"]
+      rows.append(
+        [
+          f"`{name}`",
+          machine.name,
+          epoch,
+          f"{rate:,.0f}",
+          seconds(forgets[0]),
+          tf32,
+          seconds(forgets[1]),
+        ]
+      )
+  head = [
+    "",
+    "machine",
+    "epoch, s",
+    "images/s that the input must give",
+    "forget, bfloat16, s",
+    "TF32",
+    "float32",
+  ]
   return markdown(head, rows)
 
 
@@ -276,7 +338,10 @@ def classes_table() -> str:
   rows = []
   for classes in (1000, 21_841, 100_000):
     heads = [f"{(VITS[name].width + 1) * classes / 1e6:.1f}" for name in ("vit_s16", "vit_l16")]
-    forget = [seconds(forget_seconds(VITS["vit_l16"], machine, classes, machine.speed.flops)) for machine in MACHINES]
+    forget = [
+      seconds(forget_seconds(VITS["vit_l16"], machine, classes, machine.speed.flops))
+      for machine in MACHINES
+    ]
     rows.append([f"{classes:,}", f"{code_bytes(classes) / 1e9:.1f}", *heads, *forget])
   head = ["classes", "codes, GB", "head of S, M params", "of L"]
   return markdown([*head, *(f"forget L on {machine.name}, s" for machine in MACHINES)], rows)
@@ -292,11 +357,18 @@ def compiled_table() -> str:
     vit, devices = VITS[found["model"]], data * fsdp
     for program in found["programs"]:
       trains = program["program"] == "train step"
-      size = train_bytes(vit, fsdp, found["batch_size"] // devices) if trains else forget_bytes(vit, fsdp, devices)
+      size = (
+        train_bytes(vit, fsdp, found["batch_size"] // devices)
+        if trains
+        else forget_bytes(vit, fsdp, devices)
+      )
       used = program["memory"]["used"]
       sent = sum(one["sent_bytes"] for one in program["collectives"])
       what = f"{program['program']}, {found['batch_size']} images" if trains else program["program"]
-      times = (f"{1e3 * program['flops'] / chip.flops:.1f}", f"{1e3 * program['estimated_seconds']:.1f}")
+      times = (
+        f"{1e3 * program['flops'] / chip.flops:.1f}",
+        f"{1e3 * program['estimated_seconds']:.1f}",
+      )
       sizes = (f"{size / 2**30:.2f}", f"{used / 2**30:.2f} of {chip.memory // 2**30}")
       pod = f"{found['topology']}, {data} x {fsdp}"
       rows.append([f"`{found['model']}`", pod, what, *sizes, *times, f"{sent / 1e6:.0f}"])
@@ -326,7 +398,10 @@ TABLES = {
 def filled(text: str) -> str:
   """A page whose tables, each between <!-- NAME --> and <!-- end -->, are made anew."""
   for name, table in TABLES.items():
-    start, end = text.index(f"<!-- {name} -->"), text.index("<!-- end -->", text.index(f"<!-- {name} -->"))
+    start, end = (
+      text.index(f"<!-- {name} -->"),
+      text.index("<!-- end -->", text.index(f"<!-- {name} -->")),
+    )
     text = f"{text[:start]}<!-- {name} -->\n{table()}\n{text[end:]}"
   return text
 

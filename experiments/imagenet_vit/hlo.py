@@ -8,7 +8,14 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+KINDS = (
+  "all-gather",
+  "all-reduce",
+  "reduce-scatter",
+  "all-to-all",
+  "collective-permute",
+  "collective-broadcast",
+)
 
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "c64": 64, "c128": 128}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
@@ -85,7 +92,11 @@ def parse(text: str) -> Program:
     if start := _COMPUTATION.match(line):
       current = computations.setdefault(start[2], [])
       entry = start[2] if start[1] else entry
-    elif current is not None and (found := _INSTRUCTION.match(line)) and (operation := _OPERATION.search(found[2])):
+    elif (
+      current is not None
+      and (found := _INSTRUCTION.match(line))
+      and (operation := _OPERATION.search(found[2]))
+    ):
       at = operation.start(1)
       current.append(Instruction(found[1], shapes_in(found[2][:at]), operation[1], found[2][at:]))
   if not entry:
@@ -109,7 +120,9 @@ def trip_count(instruction: Instruction, computations: dict[str, list[Instructio
     return int(noted[1])
   condition = re.search(r"condition=%?([\w.\-]+)", instruction.text)
   lines = computations.get(condition[1], []) if condition else []
-  constants = {line.name: found[1] for line in lines if (found := re.match(r"constant\((-?\d+)\)", line.text))}
+  constants = {
+    line.name: found[1] for line in lines if (found := re.match(r"constant\((-?\d+)\)", line.text))
+  }
   for line in lines:
     if line.operation == "compare" and "direction=LT" in line.text:
       operands = re.findall(r"%([\w.\-]+)", line.text.split(")")[0])
@@ -135,7 +148,9 @@ def collectives(program: Program) -> list[Collective]:
         arrays = [shape for shape in shapes if shape.elements > 1] or list(shapes)
         shapes = tuple(arrays[len(arrays) // 2 :])  # operands first, then results
       group = group_size(line.text)
-      if kind == "all-reduce" and "reduce-scatter" in name:  # a fusion that keeps a slice of the sum
+      if (
+        kind == "all-reduce" and "reduce-scatter" in name
+      ):  # a fusion that keeps a slice of the sum
         kind = "reduce-scatter"
       elif kind == "reduce-scatter":
         shapes = tuple(Shape(shape.dtype, (*shape.sizes, group)) for shape in shapes)
@@ -156,7 +171,9 @@ def group_size(text: str) -> int:
   """
   if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
     return int(found[2])
-  if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\}", text):
+  if found := re.search(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\S*\))? \{([^}]*)\}", text
+  ):
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
     return math.prod(int(sizes[name]) for name in re.findall(r"'([^']+)'", found[2]))
   if found := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
@@ -178,8 +195,13 @@ def whole(program: Program, leaves: Sequence[Leaf]) -> list[str]:
   That is a collective, or a loop that gathers layer after layer and keeps them all. A stack that looks like a device's
   share of another one is passed over.
   """
-  key = lambda sizes: tuple(sorted(size for size in sizes if size > 1))  # a compiler transposes, and drops axes of 1
-  grouped = lambda sizes: (key(sizes), key((2, *sizes)))  # Fishers have an axis of two groups in front
+  key = lambda sizes: tuple(
+    sorted(size for size in sizes if size > 1)
+  )  # a compiler transposes, and drops axes of 1
+  grouped = lambda sizes: (
+    key(sizes),
+    key((2, *sizes)),
+  )  # Fishers have an axis of two groups in front
   elements = {shape: math.prod(leaf.sizes) for leaf in leaves for shape in grouped(leaf.sizes)}
   stacks = {shape for leaf in leaves if leaf.stacked for shape in grouped(leaf.sizes)}
   stacks -= {shape for leaf in leaves for shape in grouped(leaf.share)}
@@ -195,7 +217,9 @@ def whole(program: Program, leaves: Sequence[Leaf]) -> list[str]:
       found.append(f"one {one.kind} makes {names(some)}")
   for name in program.times:
     for line in program.computations[name]:
-      if line.operation == "while" and (some := [shape for shape in line.result if key(shape.sizes) in stacks]):
+      if line.operation == "while" and (
+        some := [shape for shape in line.result if key(shape.sizes) in stacks]
+      ):
         found.append(f"the loop {line.name} keeps {names(some)}")
   return found
 

@@ -16,19 +16,20 @@ import numpy as np
 from chips import CHIPS
 from etils import epath
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import distributed, evaluation, losses, sharding
+from mnemonic_jax import evaluation, losses
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.cli.parser import dotted_overrides
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model
+from mnemonic_jax.multihost import processes, sharding
+from mnemonic_jax.multihost.watchdog import Watchdog
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, setup, signals
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import Predictions
-from mnemonic_jax.watchdog import Watchdog
 
 # Dense bfloat16 FLOP/s of a device, from the makers' data sheets, by jax's device_kind.
 PEAK_FLOPS = {
@@ -68,19 +69,33 @@ def make_mesh(config: Config) -> jax.sharding.Mesh:
 def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Sequence[str]) -> None:
   """Read the command line, join the other processes if there are any, do the work under the mesh, print one JSON object."""
   forgets = work.__name__ == "forget"
-  parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   if forgets:
     parser.add_argument("run", type=epath.Path, help="the folder of a finished run")
-    parser.add_argument("--classes", type=int, nargs="+", required=True, help="class indices to forget")
-    parser.add_argument("--search", action="store_true", help="choose the strength from the paper's grid, on the codes")
+    parser.add_argument(
+      "--classes", type=int, nargs="+", required=True, help="class indices to forget"
+    )
+    parser.add_argument(
+      "--search",
+      action="store_true",
+      help="choose the strength from the paper's grid, on the codes",
+    )
   else:
     parser.add_argument("config", help="a named config or a TOML file")
     parser.add_argument("--out", type=epath.Path, required=True, help="the run folder")
     parser.add_argument("--log-every", type=int, default=50, metavar="STEPS")
-    parser.add_argument("--profile", action="store_true", help="write a trace of five steps to RUN/profile")
-  parser.add_argument("--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR)")
+    parser.add_argument(
+      "--profile", action="store_true", help="write a trace of five steps to RUN/profile"
+    )
   parser.add_argument(
-    "--coordinator", metavar="HOST:PORT", help="of process 0; not where SLURM, a TPU pod, ... tells it"
+    "--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR)"
+  )
+  parser.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="of process 0; not where SLURM, a TPU pod, ... tells it",
   )
   parser.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
   parser.add_argument("--num-processes", type=int, metavar="N")
@@ -91,13 +106,15 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
     metavar="S",
     help="until all processes are there, and of all but steps: compilation, a checkpoint...",
   )
-  parser.add_argument("--peer-timeout", type=float, default=60.0, metavar="S", help="of a step, after the first one")
+  parser.add_argument(
+    "--peer-timeout", type=float, default=60.0, metavar="S", help="of a step, after the first one"
+  )
   overrides, rest = dotted_overrides(arguments)
   options = parser.parse_args(rest)
   compilation_cache.enable()
   try:
     signals.exit_at_once()
-    distributed.initialize(
+    processes.initialize(
       options.coordinator,
       options.process_id,
       options.num_processes,
@@ -112,8 +129,8 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
         result = work(job)
   except (MnemonicError, ValueError) as error:
     print(f"mnemonic: {error}", file=sys.stderr, flush=True)
-    distributed.leave(getattr(error, "exit_code", 1))
-  if distributed.is_writer():
+    processes.leave(getattr(error, "exit_code", 1))
+  if processes.is_writer():
     print(files.dumps(result, indent=2))
 
 
@@ -124,7 +141,9 @@ def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: W
     run = RunFolder.open(options.run)
     allowed = ("forget.", "execution.")
     if wrong := [field for field in overrides if not field.startswith(allowed)]:
-      raise UsageError(f"--{wrong[0]}: a forget uses the run's own config; only {' and '.join(allowed)} may differ.")
+      raise UsageError(
+        f"--{wrong[0]}: a forget uses the run's own config; only {' and '.join(allowed)} may differ."
+      )
     config = configs.build(run.config.name, configs.as_dict(run.config), overrides)
   else:
     config = configs.load(options.config, overrides)
@@ -133,29 +152,57 @@ def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: W
   dataset = setup.load_data(config, options.data_dir, training=not forgets)
   watchdog.phase("opening the run folder and planning the work")
   if not isinstance(dataset.train, Stream):
-    raise UsageError(f"data.name: got {config.data.name!r}; expected a streamed set, such as imagenet2012.")
+    raise UsageError(
+      f"data.name: got {config.data.name!r}; expected a streamed set, such as imagenet2012."
+    )
   if forgets:
-    return Job(config, dataset, mesh, run, watchdog=watchdog, classes=tuple(options.classes), search=options.search)
+    return Job(
+      config,
+      dataset,
+      mesh,
+      run,
+      watchdog=watchdog,
+      classes=tuple(options.classes),
+      search=options.search,
+    )
   run = RunFolder.create(options.out, config)
-  return Job(config, dataset, mesh, run, watchdog=watchdog, log_every=options.log_every, profile=options.profile)
+  return Job(
+    config,
+    dataset,
+    mesh,
+    run,
+    watchdog=watchdog,
+    log_every=options.log_every,
+    profile=options.profile,
+  )
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
   """Shapes with shardings."""
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
+  )
 
 
-def predict(job: Job, model: Model, candidates: Sequence[Any], model_state: Any, split: Stream) -> list[Predictions]:
+def predict(
+  job: Job, model: Model, candidates: Sequence[Any], model_state: Any, split: Stream
+) -> list[Predictions]:
   """Predictions and losses of several params on a split; each process decodes its part, and all get all results."""
   mesh, processes = job.mesh, jax.process_count()
   if not split.num_examples:
-    return [Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(candidates)
+    return [Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(
+      candidates
+    )
   size = -(-min(job.config.train.batch_size, split.num_examples) // mesh.size) * mesh.size
   run = _predict_fn(model, job.dataset.preprocess, sharding.replicated(mesh))
   local, spread = size // processes, sharding.batch_sharding(mesh)
-  rows = np.arange(-(-split.num_examples // size) * size).reshape(-1, processes, local)  # by batch and process
+  rows = np.arange(-(-split.num_examples // size) * size).reshape(
+    -1, processes, local
+  )  # by batch and process
   job.watchdog.phase("the first batch of an evaluation")
-  mine = split.part(np.minimum(rows[:, jax.process_index()].ravel(), split.num_examples - 1))  # filled up by the last
+  mine = split.part(
+    np.minimum(rows[:, jax.process_index()].ravel(), split.num_examples - 1)
+  )  # filled up by the last
   found: list[list[Any]] = [[] for _ in candidates]
   batches = mine.batches(local)
   for number, batch in enumerate(job.watchdog.inputs(batches), start=1):
@@ -168,9 +215,15 @@ def predict(job: Job, model: Model, candidates: Sequence[Any], model_state: Any,
 
 
 def _predict_fn(model: Model, preprocess: Any, copied: Any) -> Any:
-  def run(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+  def run(
+    params: Any, model_state: Any, images: jax.Array, labels: jax.Array
+  ) -> tuple[jax.Array, ...]:
     logits = model.logits_fn(model_state)(params, preprocess(images))
-    return evaluation.predicted_classes(logits), losses.softmax_cross_entropy(logits, labels), labels
+    return (
+      evaluation.predicted_classes(logits),
+      losses.softmax_cross_entropy(logits, labels),
+      labels,
+    )
 
   return jax.jit(run, out_shardings=copied)
 
@@ -192,7 +245,11 @@ class Meter:
     self._batch, self._devices = job.config.train.batch_size, job.mesh.size
     self._flops = flops_per_image
     self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0)
-    self._start, self._steps, self._spent = time.perf_counter(), 0, {"input": 0.0, "checkpoint": 0.0}
+    self._start, self._steps, self._spent = (
+      time.perf_counter(),
+      0,
+      {"input": 0.0, "checkpoint": 0.0},
+    )
 
   def waiting(self, batches: Iterable[Any]) -> Iterator[Any]:
     """The same batches; the time to get them counts as waiting for input."""

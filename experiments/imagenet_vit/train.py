@@ -20,13 +20,14 @@ import job as jobs
 import numpy as np
 from job import Job
 
-from mnemonic_jax import distributed, pretrained, sharding, training
-from mnemonic_jax.checkpoints import Checkpoints
-from mnemonic_jax.config import Config
+from mnemonic_jax import training
 from mnemonic_jax.data import Dataset, augmentation
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.models import Model
+from mnemonic_jax.models import Model, pretrained
+from mnemonic_jax.multihost import processes, sharding
 from mnemonic_jax.runs import setup, signals
+from mnemonic_jax.runs.checkpoints import Checkpoints
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.training import TrainState
 
 
@@ -44,7 +45,9 @@ class Program(NamedTuple):
   total_steps: int
 
 
-def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng_impl: str | None = None) -> Program:
+def make_program(
+  config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng_impl: str | None = None
+) -> Program:
   """Plan the training of a config on a mesh; computes nothing and takes no memory."""
   sharding.require_batch(mesh, "train.batch_size", config.train.batch_size)
   sharding.require_batch(
@@ -60,9 +63,13 @@ def make_program(config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, prng
   def restart(params: Any, model_state: Any, key: Any) -> TrainState:
     return training.init_train_state(params, model_state, optimizer, key)
 
-  def step(state: TrainState, codes: Any, images: Any, labels: Any, rows: Any, epoch: Any) -> tuple[TrainState, Any]:
+  def step(
+    state: TrainState, codes: Any, images: Any, labels: Any, rows: Any, epoch: Any
+  ) -> tuple[TrainState, Any]:
     one_step = setup.make_step(config, model, optimizer, codes)
-    return training.make_batch_step(one_step, dataset.preprocess, augment)(state, images, labels, rows, epoch)
+    return training.make_batch_step(one_step, dataset.preprocess, augment)(
+      state, images, labels, rows, epoch
+    )
 
   size = config.train.batch_size
   shapes = (((size, *dataset.shape), np.uint8), ((size,), np.int32), ((size,), np.int32))
@@ -88,13 +95,20 @@ def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array
   """State and codes before the first step, with the weights of the pretrained file if there is one; as in `mnemonic train`."""
   settings = config.model
   if settings.pretrained:  # a wrong file is told before anything is compiled
-    distributed.together(partial(pretrained.check, settings.pretrained, settings.name))
+    processes.together(partial(pretrained.check, settings.pretrained, settings.name))
   state, codes = program.init()
   if settings.pretrained:
     params, model_state, key = state.params, state.model_state, state.key
     del state  # the optimizer's makes room for the weights
-    params, model_state = distributed.together(
-      partial(pretrained.load, settings.pretrained, settings.name, params, model_state, new_head=settings.new_head)
+    params, model_state = processes.together(
+      partial(
+        pretrained.load,
+        settings.pretrained,
+        settings.name,
+        params,
+        model_state,
+        new_head=settings.new_head,
+      )
     )
     state = program.restart(params, model_state, key)
   return state, codes
@@ -160,7 +174,14 @@ def train(job: Job) -> dict[str, Any]:
             f"training: the loss of step {done} is {values['loss']}; expected a finite one. Use a smaller "
             "train.learning_rate. The last checkpoint is from before that."
           )
-        log({"epoch": done / program.steps_per_epoch, "step": done, **values, **meter.read(done, total, values)})
+        log(
+          {
+            "epoch": done / program.steps_per_epoch,
+            "step": done,
+            **values,
+            **meter.read(done, total, values),
+          }
+        )
       if saved:
         job.watchdog.phase(f"the checkpoint of step {done}")
         with meter.paused("checkpoint"):

@@ -9,7 +9,10 @@ from sklearn.preprocessing import StandardScaler
 
 
 def probe_accuracy(
-  train_features: np.ndarray, train_labels: np.ndarray, test_features: np.ndarray, test_labels: np.ndarray
+  train_features: np.ndarray,
+  train_labels: np.ndarray,
+  test_features: np.ndarray,
+  test_labels: np.ndarray,
 ) -> np.ndarray:
   """Freeze the features, refit a linear head on all training data, and return each class's test accuracy.
 

@@ -31,7 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except BrokenPipeError:
     _drop_output()  # the reader of our output went away
     return 1
-  except (ValueError, TypeError) as error:  # the core's own checks: each names the argument and the remedy
+  except (
+    ValueError,
+    TypeError,
+  ) as error:  # the core's own checks: each names the argument and the remedy
     return _fail(str(error), error, 1)
   except OSError as error:
     _drop_output()
@@ -39,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except ImportError as error:
     return _fail(f"{error}. A package is missing: BUILD.md says which extra brings it.", error, 1)
   except Exception as error:
-    return _fail(f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1)
+    return _fail(
+      f"unexpected {type(error).__name__}: {error} (MNEMONIC_DEBUG=1 shows where)", error, 1
+    )
 
 
 def _drop_output() -> None:

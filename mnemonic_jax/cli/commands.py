@@ -11,19 +11,19 @@ from typing import Any
 
 from etils import epath
 
-from mnemonic_jax import config as configs
-from mnemonic_jax import paths
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_codes
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.data import decoded
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
+from mnemonic_jax.multihost import paths
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import evaluate as evaluate_run
 from mnemonic_jax.runs import export as export_run
 from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.checkpoints import is_checkpoint, newest, restore_codes
 from mnemonic_jax.runs.folder import RunFolder
 
 
@@ -39,7 +39,9 @@ def run(options: argparse.Namespace) -> None:
   except BrokenPipeError:
     raise
   except OSError as error:
-    raise OSError(f"stdout: {error}; {options.command} itself is done, only its result could not be printed") from error
+    raise OSError(
+      f"stdout: {error}; {options.command} itself is done, only its result could not be printed"
+    ) from error
 
 
 def _leave_stderr_to_us() -> None:
@@ -56,7 +58,10 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   trained = train_run.train(folder, dataset)
   forgotten = forget_run.forget(folder, dataset, config.forget.classes)
-  return {"train": trained, "forget": forgotten}, f"{_train_text(trained)}\n\n{_forget_text(forgotten)}"
+  return {
+    "train": trained,
+    "forget": forgotten,
+  }, f"{_train_text(trained)}\n\n{_forget_text(forgotten)}"
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -77,10 +82,14 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   if options.config is not None or is_checkpoint(options.run):
     return _forget_plain(options)
   if options.out is not None:
-    raise UsageError("--out: goes with --config and a plain checkpoint; a run keeps its forgets in RUN/forgets.")
+    raise UsageError(
+      "--out: goes with --config and a plain checkpoint; a run keeps its forgets in RUN/forgets."
+    )
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
-  folder.config = configs.build(folder.config.name, configs.as_dict(folder.config), options.overrides)
+  folder.config = configs.build(
+    folder.config.name, configs.as_dict(folder.config), options.overrides
+  )
   if options.unscored:
     dataset = trained_run.without_data(folder.config, newest(folder.checkpoints))
   else:
@@ -92,10 +101,14 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   usage = f"mnemonic forget {options.run} --config CONFIG --classes CLASS --out FOLDER"
   if (options.run / "config.json").is_file():
-    raise UsageError(f"--config: {options.run} is a run, which has its own config. Leave out --config and --out.")
+    raise UsageError(
+      f"--config: {options.run} is a run, which has its own config. Leave out --config and --out."
+    )
   if options.config is None or options.out is None:
     missing = "--config" if options.config is None else "--out"
-    raise UsageError(f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}")
+    raise UsageError(
+      f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}"
+    )
   _require_sections(options.overrides, "forget", "execution", "data", "model")
   config = configs.load(options.config, options.overrides)
   if options.unscored:
@@ -118,14 +131,23 @@ def _forget_text(result: dict[str, Any]) -> str:
   seconds = result["seconds"]
   rows = [("", "before", "after")]
   for of_average, copy in ("", result), (" (average)", result.get("copies", {}).get("ema")):
-    for name, key in ("accuracy, kept classes", "retain_accuracy"), ("error, forgotten classes", "forget_error"):
+    for name, key in (
+      ("accuracy, kept classes", "retain_accuracy"),
+      ("error, forgotten classes", "forget_error"),
+    ):
       if copy:
         before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
         rows.append((f"{name}{of_average}", before, after))
   table = "\n".join(f"  {name:<36}{before:>9}{after:>9}" for name, before, after in rows)
   verdicts = result["verdicts"]
-  done = "forgot" if all(verdict.startswith("Forgotten") for verdict in verdicts.values()) else "tried to forget"
-  told = verdicts["params"] + (f"; their average: {verdicts['ema']}" if len(set(verdicts.values())) > 1 else "")
+  done = (
+    "forgot"
+    if all(verdict.startswith("Forgotten") for verdict in verdicts.values())
+    else "tried to forget"
+  )
+  told = verdicts["params"] + (
+    f"; their average: {verdicts['ema']}" if len(set(verdicts.values())) > 1 else ""
+  )
   return (
     f"{done} {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
     f"(compile {seconds['compile']:.2f}, Fisher {seconds['fisher']:.3f}, perturb {seconds['perturb']:.3f})\n{table}\n"
@@ -141,13 +163,22 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = setup.load_data(folder.config, options.data_dir, training=False)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
-  lines = [f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"]
-  shown = {"trained": "trained", "trained_ema": "its average", "forgotten": "forgotten", "forgotten_ema": "its average"}
+  lines = [
+    f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"
+  ]
+  shown = {
+    "trained": "trained",
+    "trained_ema": "its average",
+    "forgotten": "forgotten",
+    "forgotten_ema": "its average",
+  }
   for name, title in shown.items():
     if (scores := result.get(name)) is not None:
       kept, error = _percent(scores["retain_accuracy"]), _percent(scores["forget_error"])
       lines.append(f"  {title:<12} accuracy of kept {kept}, error of forgotten {error}")
-      shares = (f"{index}: {_percent(share)}" for index, share in enumerate(scores["per_class_accuracy"]))
+      shares = (
+        f"{index}: {_percent(share)}" for index, share in enumerate(scores["per_class_accuracy"])
+      )
       lines.append(f"               per class {', '.join(shares)}")
   return result, "\n".join(lines)
 
@@ -156,11 +187,15 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   finished = folder.finished_forget(options.number)
   remedy = "Forget again to make a new, whole report."
-  report, evidence = (files.read_json(finished / f"{name}.json", remedy) for name in ("report", "evidence"))
+  report, evidence = (
+    files.read_json(finished / f"{name}.json", remedy) for name in ("report", "evidence")
+  )
   codes = None
   if not options.hide_codes:
     if not paths.children(folder.checkpoints, "[0-9]*"):
-      raise MnemonicError(f"{folder.path}: has no checkpoint, where the codes are. Leave them out with --hide-codes.")
+      raise MnemonicError(
+        f"{folder.path}: has no checkpoint, where the codes are. Leave them out with --hide-codes."
+      )
     codes = restore_codes(folder.checkpoints)
   page = finished / "report.html"
   with folder.locked():
@@ -183,7 +218,9 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     notes = {name: configs.note(name) for name in known}
     return notes, "\n".join(f"{name:<12} {text}" for name, text in notes.items())
   if options.name not in known:
-    raise UsageError(f"config {options.name!r}: no such named config. {nearest(options.name, known)}")
+    raise UsageError(
+      f"config {options.name!r}: no such named config. {nearest(options.name, known)}"
+    )
   return configs.as_dict(configs.load(options.name)), configs.text(options.name).rstrip()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from mnemonic_jax import user_cache
+from mnemonic_jax.multihost import user_cache
 
 # Oldest programs go when the folder holds more than this.
 _MAX_BYTES = 2**30
@@ -57,7 +57,11 @@ def _processor() -> str:
 
 def _prune(folder: pathlib.Path) -> None:
   """Delete the oldest programs beyond the size allowed."""
-  files = sorted(((path.stat(), path) for path in folder.iterdir()), key=lambda pair: pair[0].st_mtime, reverse=True)
+  files = sorted(
+    ((path.stat(), path) for path in folder.iterdir()),
+    key=lambda pair: pair[0].st_mtime,
+    reverse=True,
+  )
   total = 0
   for stat, path in files:
     total += stat.st_size

@@ -37,17 +37,28 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def make_parser() -> argparse.ArgumentParser:
   """The parser of all verbs."""
   parser = argparse.ArgumentParser(
-    prog="mnemonic", description="Train a classifier with mnemonic codes and make it forget a class on request."
+    prog="mnemonic",
+    description="Train a classifier with mnemonic codes and make it forget a class on request.",
   )
   verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
   classes = {"nargs": "+", "type": int, "metavar": "CLASS"}
 
-  run = _verb(verbs, "run", "train, forget forget.classes, evaluate and report", "mnemonic run digits", overrides=True)
+  run = _verb(
+    verbs,
+    "run",
+    "train, forget forget.classes, evaluate and report",
+    "mnemonic run digits",
+    overrides=True,
+  )
   run.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   run.add_argument("--out", type=epath.Path, help="the run folder (default: runs/CONFIG)")
 
   train = _verb(
-    verbs, "train", "train with codes; resumes by itself", "mnemonic train digits --out runs/a", overrides=True
+    verbs,
+    "train",
+    "train with codes; resumes by itself",
+    "mnemonic train digits --out runs/a",
+    overrides=True,
   )
   train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   train.add_argument("--out", type=epath.Path, required=True, help="the run folder")
@@ -60,24 +71,41 @@ def make_parser() -> argparse.ArgumentParser:
     overrides=True,
     note=_FORGET,
   )
-  forget.add_argument("run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint")
+  forget.add_argument(
+    "run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint"
+  )
   forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
-  forget.add_argument("--config", help="of a checkpoint that is no run: a named config or a TOML file with its model")
-  forget.add_argument("--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result")
-  forget.add_argument("--unscored", action="store_true", help="where the data set is gone: forget, and score nothing")
+  forget.add_argument(
+    "--config", help="of a checkpoint that is no run: a named config or a TOML file with its model"
+  )
+  forget.add_argument(
+    "--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result"
+  )
+  forget.add_argument(
+    "--unscored", action="store_true", help="where the data set is gone: forget, and score nothing"
+  )
 
   evaluate = _verb(
-    verbs, "evaluate", "score the trained and the forgotten model on test data", "mnemonic evaluate runs/a"
+    verbs,
+    "evaluate",
+    "score the trained and the forgotten model on test data",
+    "mnemonic evaluate runs/a",
   )
   evaluate.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
   evaluate.add_argument("--classes", help="count these as forgotten", default=(), **classes)  # type: ignore[arg-type]
 
   report = _verb(
-    verbs, "report", "write the page of a finished forget again", "mnemonic report runs/a --hide-codes", data=False
+    verbs,
+    "report",
+    "write the page of a finished forget again",
+    "mnemonic report runs/a --hide-codes",
+    data=False,
   )
   report.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
   report.add_argument("--number", type=int, help="which forget (default: the latest)")
-  report.add_argument("--hide-codes", action="store_true", help="leave the codes out: they trigger their classes")
+  report.add_argument(
+    "--hide-codes", action="store_true", help="leave the codes out: they trigger their classes"
+  )
 
   export = _verb(
     verbs,
@@ -86,18 +114,35 @@ def make_parser() -> argparse.ArgumentParser:
     "mnemonic export runs/a --out a.safetensors",
     data=False,
   )
-  export.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder, or a folder that forget --out made")
-  export.add_argument("--out", type=epath.Path, required=True, metavar="FILE", help="a new .safetensors file")
+  export.add_argument(
+    "run", metavar="RUN", type=epath.Path, help="a run folder, or a folder that forget --out made"
+  )
+  export.add_argument(
+    "--out", type=epath.Path, required=True, metavar="FILE", help="a new .safetensors file"
+  )
   export.add_argument("--number", type=int, help="which forget of a run (default: the latest)")
-  export.add_argument("--ema", action="store_true", help="the moving average of the params (--train.ema)")
+  export.add_argument(
+    "--ema", action="store_true", help="the moving average of the params (--train.ema)"
+  )
 
-  configs = _verb(verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False)
-  configs.add_argument("name", metavar="NAME", nargs="?", help="show this config's lab note and fields")
+  configs = _verb(
+    verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False
+  )
+  configs.add_argument(
+    "name", metavar="NAME", nargs="?", help="show this config's lab note and fields"
+  )
   return parser
 
 
 def _verb(
-  verbs: Any, name: str, purpose: str, example: str, *, overrides: bool = False, note: str = "", data: bool = True
+  verbs: Any,
+  name: str,
+  purpose: str,
+  example: str,
+  *,
+  overrides: bool = False,
+  note: str = "",
+  data: bool = True,
 ) -> argparse.ArgumentParser:
   """One verb with what all verbs share."""
   verb = verbs.add_parser(
@@ -111,7 +156,9 @@ def _verb(
   verb.add_argument("--json", action="store_true", help="print one JSON object on stdout")
   if data:
     verb.add_argument(
-      "--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR, else TFDS's default)"
+      "--data-dir",
+      default="",
+      help="folder of prepared TFDS sets (else TFDS_DATA_DIR, else TFDS's default)",
     )
   verb.set_defaults(takes_overrides=overrides)
   return verb

@@ -79,7 +79,9 @@ def load(
       pictures of a class to forget may be gone.
   """
   if name not in ("digits", *prepared.NAMES):
-    raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}")
+    raise UsageError(
+      f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}"
+    )
   if augment in augmentation.STREAMED and name not in prepared.STREAMED:
     raise UsageError(
       f"data.augment: got {augment!r} for {name}; it needs a streamed set ({', '.join(prepared.STREAMED)})."
@@ -106,7 +108,11 @@ def _check_classes(dataset: Dataset, training: bool) -> None:
     if part.labels is not None:
       require_labels(repr(dataset.name), part.labels, num_classes)
   labels = dataset.train.labels
-  if training and labels is not None and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)):
+  if (
+    training
+    and labels is not None
+    and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0))
+  ):
     raise MnemonicError(
       f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "
       "would never be seen. Prepare the set again, whole."

@@ -42,4 +42,10 @@ def crop_and_flip(keys: jax.Array, images: jax.Array) -> jax.Array:
 
 # Streamed pictures come from random resized crops, which are cut where they are decoded.
 STREAMED: dict[str, Augment | None] = {"resized_crop": None, "resized_crop_flip": flip}
-NAMES: dict[str, Augment | None] = {"none": None, "flip": flip, "crop": crop, "crop_flip": crop_and_flip, **STREAMED}
+NAMES: dict[str, Augment | None] = {
+  "none": None,
+  "flip": flip,
+  "crop": crop,
+  "crop_flip": crop_and_flip,
+  **STREAMED,
+}

@@ -10,8 +10,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mnemonic_jax import user_cache
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.multihost import user_cache
 
 
 def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
@@ -23,7 +23,9 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
   if (ours := user_cache.folder()) is None:
     return decode()
   folder = ours / "decoded"
-  stats = sorted((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir())
+  stats = sorted(
+    (file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.iterdir()
+  )
   fingerprint = hashlib.sha256(repr((str(source.resolve()), stats)).encode()).hexdigest()[:16]
   copy = folder / f"{name}-{fingerprint}.npz"
   damaged = contextlib.suppress(Exception)  # zipfile and NumPy raise many kinds
@@ -49,7 +51,11 @@ def drop_orphans() -> None:
   ours = user_cache.folder()
   for copy in (ours / "decoded").glob("*.npz") if ours else ():
     source = None
-    with contextlib.suppress(Exception), open(copy, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+    with (
+      contextlib.suppress(Exception),
+      open(copy, "rb") as file,
+      np.load(file, allow_pickle=False) as arrays,
+    ):
       source = pathlib.Path(str(arrays["source"]))
     with contextlib.suppress(OSError):
       if source is None or not source.exists():

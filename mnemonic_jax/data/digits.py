@@ -20,4 +20,8 @@ def load() -> tuple[Split, Split, tuple[str, ...]]:
   train_images, test_images, train_labels, test_labels = train_test_split(
     images, labels, test_size=_TEST_SHARE, stratify=labels, random_state=_SPLIT_SEED
   )
-  return Split(train_images, train_labels), Split(test_images, test_labels), tuple(str(i) for i in range(10))
+  return (
+    Split(train_images, train_labels),
+    Split(test_images, test_labels),
+    tuple(str(i) for i in range(10)),
+  )

@@ -20,7 +20,9 @@ def decode(encoded: bytes, shape: tuple[int, ...]) -> np.ndarray:
     pixels = np.asarray(picture)
   pixels = pixels if pixels.ndim == 3 else pixels[..., None]
   if pixels.shape != shape or pixels.dtype != np.uint8:
-    raise ValueError(f"a picture is {pixels.dtype} {pixels.shape}; expected uint8 {shape}, height, width and channels")
+    raise ValueError(
+      f"a picture is {pixels.dtype} {pixels.shape}; expected uint8 {shape}, height, width and channels"
+    )
   return pixels
 
 
@@ -43,7 +45,9 @@ def central_crop(encoded: bytes, side: int) -> np.ndarray:
     return _scaled(picture, (left, top, left + edge, top + edge), side, decode_small=False)
 
 
-def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[float, float, float, float]:
+def _random_box(
+  width: int, height: int, random: np.random.Generator
+) -> tuple[float, float, float, float]:
   """Left, top, right, bottom; the largest central rectangle of an allowed shape if no draw fits."""
   for _ in range(_TRIES):
     area = width * height * random.uniform(*_AREA)
@@ -56,13 +60,19 @@ def _random_box(width: int, height: int, random: np.random.Generator) -> tuple[f
   return x, y, width - x, height - y
 
 
-def _scaled(picture: Image.Image, box: tuple[float, ...], side: int, *, decode_small: bool) -> np.ndarray:
+def _scaled(
+  picture: Image.Image, box: tuple[float, ...], side: int, *, decode_small: bool
+) -> np.ndarray:
   """The box as RGB, `side` pixels wide and high; `decode_small` lets a JPEG decode at 1/2, 1/4 or 1/8 of its size."""
   if decode_small:
     width, height = picture.size
     left, top, right, bottom = box
-    picture.draft("RGB", (math.ceil(side * width / (right - left)), math.ceil(side * height / (bottom - top))))
+    picture.draft(
+      "RGB", (math.ceil(side * width / (right - left)), math.ceil(side * height / (bottom - top)))
+    )
     x, y = picture.size[0] / width, picture.size[1] / height
     box = (left * x, top * y, right * x, bottom * y)
-  resized = picture.convert("RGB").resize((side, side), Image.Resampling.BILINEAR, box=(box[0], box[1], box[2], box[3]))
+  resized = picture.convert("RGB").resize(
+    (side, side), Image.Resampling.BILINEAR, box=(box[0], box[1], box[2], box[3])
+  )
   return np.asarray(resized)

@@ -33,7 +33,9 @@ NAMES = (*SMALL, *STREAMED)
 _ROWS = 1000  # examples read at once
 
 
-def load(name: str, data_dir: str = "", *, side: int = 224, crop: bool = False) -> tuple[Any, Any, tuple[str, ...]]:
+def load(
+  name: str, data_dir: str = "", *, side: int = 224, crop: bool = False
+) -> tuple[Any, Any, tuple[str, ...]]:
   """Read train, test and class names of the TFDS set `name` from `data_dir`, else TFDS_DATA_DIR, else TFDS's default.
 
   Nothing is ever downloaded: a missing set raises with the commands that prepare it. `SMALL` sets come as `Split`, the
@@ -45,7 +47,9 @@ def load(name: str, data_dir: str = "", *, side: int = 224, crop: bool = False) 
     builder = tfds.builder(name, data_dir=where)
     prepared = builder.is_prepared()
   except Exception as error:
-    raise MnemonicError(f"data set {name!r}: TFDS cannot open it in {where or tfds_folder(tfds)}: {error}") from error
+    raise MnemonicError(
+      f"data set {name!r}: TFDS cannot open it in {where or tfds_folder(tfds)}: {error}"
+    ) from error
   if not prepared:
     raise MnemonicError(
       f"data set {name!r}: not found, or not whole, at {builder.data_path}{_other_versions(builder)}. Prepare it once with\n"
@@ -58,7 +62,9 @@ def load(name: str, data_dir: str = "", *, side: int = 224, crop: bool = False) 
   if name in STREAMED:
     return _streams(tfds, builder, names, side, crop)
   train, test = (
-    decoded.kept(pathlib.Path(builder.data_path), f"{name}-{split}", partial(_read, tfds, builder, split))
+    decoded.kept(
+      pathlib.Path(builder.data_path), f"{name}-{split}", partial(_read, tfds, builder, split)
+    )
     for split in ("train", "test")
   )
   return train, test, names
@@ -72,14 +78,20 @@ def tfds_folder(tfds: Any) -> str:
 def _other_versions(builder: Any) -> str:
   """Which versions of the set lie beside the one that is missing."""
   folder = pathlib.Path(builder.data_path)
-  found = sorted(entry.name for entry in folder.parent.glob("[0-9]*.[0-9]*") if entry.name != folder.name)
+  found = sorted(
+    entry.name for entry in folder.parent.glob("[0-9]*.[0-9]*") if entry.name != folder.name
+  )
   return f" (found version {', '.join(found)}; this TFDS reads {folder.name})" if found else ""
 
 
 def _source(tfds: Any, builder: Any, split: str) -> Any:
   """Random access to the examples, pictures (and masks) encoded as they are."""
   features = builder.info.features
-  decoders = {name: tfds.decode.SkipDecoding() for name in features if isinstance(features[name], tfds.features.Image)}
+  decoders = {
+    name: tfds.decode.SkipDecoding()
+    for name in features
+    if isinstance(features[name], tfds.features.Image)
+  }
   try:
     return builder.as_data_source(split=split, decoders=decoders)
   except Exception as error:

@@ -13,7 +13,9 @@ from mnemonic_jax.errors import MnemonicError
 def require_labels(name: str, labels: Iterable[int], num_classes: int) -> None:
   """Refuse labels outside [0, num_classes) of the data set `name`."""
   if outside := sorted({int(label) for label in labels if not 0 <= label < num_classes}):
-    raise MnemonicError(f"data set {name}: holds the label {outside[0]}; expected 0 to {num_classes - 1}.")
+    raise MnemonicError(
+      f"data set {name}: holds the label {outside[0]}; expected 0 to {num_classes - 1}."
+    )
 
 
 class Split(NamedTuple):

@@ -65,7 +65,9 @@ class Stream:
     """Central crops (size, side, side, 3) and labels (size,) in order; the last batch may be smaller."""
     grain = _import_grain()
     loader = grain.MapDataset.source(np.arange(self.num_examples)).map(self._central)
-    with _Closing(loader.batch(size, batch_fn=_stack).to_iter_dataset(_read_options(grain))) as batches:
+    with _Closing(
+      loader.batch(size, batch_fn=_stack).to_iter_dataset(_read_options(grain))
+    ) as batches:
       for batch in batches:
         yield batch.images, batch.labels
 
@@ -90,7 +92,9 @@ class Stream:
     """
     index, count = process
     if batch_size % count:
-      raise MnemonicError(f"train.batch_size: got {batch_size} for {count} processes; expected a multiple of that.")
+      raise MnemonicError(
+        f"train.batch_size: got {batch_size} for {count} processes; expected a multiple of that."
+      )
     local = batch_size // count
     steps = self.num_examples // batch_size
 
@@ -102,7 +106,9 @@ class Stream:
 
     grain = _import_grain()
     positions = grain.MapDataset.source(range(first_step * local, last_step * local))
-    loader = positions.map(example).batch(local, batch_fn=_stack).to_iter_dataset(_read_options(grain))
+    loader = (
+      positions.map(example).batch(local, batch_fn=_stack).to_iter_dataset(_read_options(grain))
+    )
     if workers:
       _parse_no_flags()
       options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_AHEAD)
@@ -117,7 +123,9 @@ class Stream:
 
   def without(self, classes: Sequence[int]) -> Stream:
     """All examples but those of these classes."""
-    labels = read_labels(self.name, self.source, self.num_classes) if self.labels is None else self.labels
+    labels = (
+      read_labels(self.name, self.source, self.num_classes) if self.labels is None else self.labels
+    )
     labelled = dataclasses.replace(self, labels=labels)
     return labelled.part(np.flatnonzero(~np.isin(labels, classes)))
 
@@ -133,9 +141,13 @@ class Stream:
     if not self.crop:
       return self._central(row)
     random = np.random.default_rng((seed, _CROP, epoch, row))
-    return self._decoded(row, lambda encoded: pictures.random_resized_crop(encoded, self.side, random))
+    return self._decoded(
+      row, lambda encoded: pictures.random_resized_crop(encoded, self.side, random)
+    )
 
-  def _decoded(self, row: int, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int, int]:
+  def _decoded(
+    self, row: int, decode: Callable[[bytes], np.ndarray]
+  ) -> tuple[np.ndarray, int, int]:
     """Image, label and row of one example."""
     place = int(self.places[row])
     try:
@@ -201,7 +213,9 @@ def _follow_parent(index: int, count: int) -> None:
   """Live as long as the process that trains: end with it even if it is killed, and leave Ctrl-C, which reaches all, to it."""
   del index, count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  threading.Thread(target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True).start()
+  threading.Thread(
+    target=_exit_after, args=(multiprocessing.parent_process(),), daemon=True
+  ).start()
 
 
 def _exit_after(process: Any) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _mesh
 from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
@@ -55,7 +55,8 @@ _RESNETS: dict[str, dict[str, Any]] = {
 }
 # Name -> size and patch.
 _VITS = {
-  f"vit_{size}{patch}": (size, patch) for size, patch in (("ti", 16), ("s", 16), ("b", 16), ("l", 16), ("h", 14))
+  f"vit_{size}{patch}": (size, patch)
+  for size, patch in (("ti", 16), ("s", 16), ("b", 16), ("l", 16), ("h", 14))
 }
 NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
 # The models that an option is for.
@@ -104,7 +105,9 @@ def make(
   make_module = _module_maker(name, shape, num_classes, hidden, width, pool, scan, remat, dtype)
   if text is not None:
     make_module = text_head.attach(make_module, head, text, dtype=dtype)
-  return functional(make_module, head=(head,), stacked=("blocks",) if scan and name in _VITS else ())
+  return functional(
+    make_module, head=(head,), stacked=("blocks",) if scan and name in _VITS else ()
+  )
 
 
 def _module_maker(
@@ -129,17 +132,25 @@ def _module_maker(
   settings |= {"image": tuple(image), "remat": remat}
   if name in _VITS:
     size, patch = _VITS[name]
-    return lambda rngs: ViT(size, num_classes, patch=patch, pool=pool, scan=scan, **settings, rngs=rngs)
+    return lambda rngs: ViT(
+      size, num_classes, patch=patch, pool=pool, scan=scan, **settings, rngs=rngs
+    )
   return lambda rngs: Swin(num_classes, **settings, rngs=rngs)
 
 
-def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], stacked: Sequence[str] = ()) -> Model:
+def functional(
+  make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], stacked: Sequence[str] = ()
+) -> Model:
   """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`.
 
   `stacked` names its submodules whose params have a leading axis of layers.
   """
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
-  layer_axis = {name: 0 if name in stacked else None for name in nnx.to_pure_dict(shapes[0])} if stacked else None
+  layer_axis = (
+    {name: 0 if name in stacked else None for name in nnx.to_pure_dict(shapes[0])}
+    if stacked
+    else None
+  )
 
   @jax.jit
   def init(key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -147,7 +158,7 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], st
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
   def bound(params: PyTree, model_state: PyTree, train: bool) -> Any:
-    params = {name: x if name in stacked else _trees.gathered(x) for name, x in params.items()}
+    params = {name: x if name in stacked else _mesh.gathered(x) for name, x in params.items()}
     states = [jax.tree.map(lambda x: x, shape) for shape in shapes]
     for state, values in zip(states, (params, model_state), strict=True):
       nnx.replace_by_pure_dict(state, values)
@@ -158,7 +169,9 @@ def functional(make_module: Callable[[nnx.Rngs], Any], head: tuple[str, ...], st
       module.eval()
     return module
 
-  def apply(params: PyTree, model_state: PyTree, inputs: jax.Array, train: bool) -> tuple[jax.Array, PyTree]:
+  def apply(
+    params: PyTree, model_state: PyTree, inputs: jax.Array, train: bool
+  ) -> tuple[jax.Array, PyTree]:
     module = bound(params, model_state, train)
     logits = module(inputs)
     return logits, nnx.to_pure_dict(_split(module)[2])

@@ -15,16 +15,22 @@ _kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 def _linear(fan_in: int, fan_out: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear:
   bound = fan_in**-0.5
 
-  def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> jax.Array:
+  def bias_init(
+    key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
+  ) -> jax.Array:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-  return nnx.Linear(fan_in, fan_out, kernel_init=_kernel_init, bias_init=bias_init, dtype=dtype, rngs=rngs)
+  return nnx.Linear(
+    fan_in, fan_out, kernel_init=_kernel_init, bias_init=bias_init, dtype=dtype, rngs=rngs
+  )
 
 
 class MLP(nnx.Module):
   """logits = W2 sigmoid(W1 x + b1) + b2, on flattened inputs."""
 
-  def __init__(self, num_inputs: int, hidden: int, num_classes: int, *, dtype: Any = None, rngs: nnx.Rngs):
+  def __init__(
+    self, num_inputs: int, hidden: int, num_classes: int, *, dtype: Any = None, rngs: nnx.Rngs
+  ):
     self.hidden = _linear(num_inputs, hidden, rngs, dtype)
     self.output = _linear(hidden, num_classes, rngs, dtype)
 

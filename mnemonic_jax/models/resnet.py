@@ -13,7 +13,16 @@ from mnemonic_jax.models.staged import Staged
 _kernel_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
-def _conv(num_in: int, num_out: int, size: int, rngs: nnx.Rngs, *, stride: int = 1, groups: int = 1, dtype: Any) -> Any:
+def _conv(
+  num_in: int,
+  num_out: int,
+  size: int,
+  rngs: nnx.Rngs,
+  *,
+  stride: int = 1,
+  groups: int = 1,
+  dtype: Any,
+) -> Any:
   return nnx.Conv(
     num_in,
     num_out,
@@ -35,11 +44,17 @@ def _norm(num: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.BatchNorm:
 class _Block(nnx.Module):
   """y = relu(x' + f(x)): convolutions with norms between, x' projected where the shape changes."""
 
-  def __init__(self, sizes: Sequence[tuple[int, int, int, int, int]], rngs: nnx.Rngs, *, dtype: Any):
+  def __init__(
+    self, sizes: Sequence[tuple[int, int, int, int, int]], rngs: nnx.Rngs, *, dtype: Any
+  ):
     """`sizes`: (in, out, kernel, stride, groups) of each convolution."""
     self.depth = len(sizes)
     for index, (num_in, num_out, size, stride, groups) in enumerate(sizes, 1):
-      setattr(self, f"conv{index}", _conv(num_in, num_out, size, rngs, stride=stride, groups=groups, dtype=dtype))
+      setattr(
+        self,
+        f"conv{index}",
+        _conv(num_in, num_out, size, rngs, stride=stride, groups=groups, dtype=dtype),
+      )
       setattr(self, f"norm{index}", _norm(num_out, rngs, dtype=dtype))
     first, last, stride = sizes[0][0], sizes[-1][1], max(size[3] for size in sizes)
     self.projects = first != last or stride > 1
@@ -82,7 +97,9 @@ class ResNet(Staged):
     rngs: nnx.Rngs,
   ):
     if bottleneck and width * group_width % 64:
-      raise ValueError(f"width: got {width}; expected a multiple of {64 // group_width} for {groups} groups.")
+      raise ValueError(
+        f"width: got {width}; expected a multiple of {64 // group_width} for {groups} groups."
+      )
     self.small_stem = small_stem
     size, stride = (3, 1) if small_stem else (7, 2)
     self.stem = _conv(channels, width, size, rngs, stride=stride, dtype=dtype)
@@ -94,7 +111,11 @@ class ResNet(Staged):
         stride = 2 if stage and not block else 1
         if bottleneck:
           inner, out = features * group_width * groups // 64, 4 * features
-          sizes = [(num_in, inner, 1, 1, 1), (inner, inner, 3, stride, groups), (inner, out, 1, 1, 1)]
+          sizes = [
+            (num_in, inner, 1, 1, 1),
+            (inner, inner, 3, stride, groups),
+            (inner, out, 1, 1, 1),
+          ]
         else:
           out = features
           sizes = [(num_in, out, 3, stride, 1), (out, out, 3, 1, 1)]

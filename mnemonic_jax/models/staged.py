@@ -19,7 +19,9 @@ def pooled(stages: dict[str, jax.Array]) -> dict[str, jax.Array]:
   >>> pooled({"stage1": jnp.arange(6.0).reshape(1, 3, 2)})
   {'stage1': Array([[2., 3.]], dtype=float32)}
   """
-  mean = lambda x: jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32))
+  mean = lambda x: jnp.mean(
+    x, axis=tuple(range(1, x.ndim - 1)), dtype=jnp.promote_types(x.dtype, jnp.float32)
+  )
   return {name: mean(x) for name, x in stages.items()}
 
 

@@ -19,7 +19,15 @@ class _Block(nnx.Module):
   """On (N, H, W, F). Windows that a shift wraps around the edge do not see across it."""
 
   def __init__(
-    self, width: int, heads: int, size: tuple[int, int], window: int, shift: int, rngs: nnx.Rngs, *, dtype: Any
+    self,
+    width: int,
+    heads: int,
+    size: tuple[int, int],
+    window: int,
+    shift: int,
+    rngs: nnx.Rngs,
+    *,
+    dtype: Any,
   ):
     self.size, self.window, self.shift, self.heads = size, window, shift, heads
     self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
@@ -27,7 +35,9 @@ class _Block(nnx.Module):
     self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
     self.feed_forward = FeedForward(width, rngs, dtype=dtype)
     # One number per head and offset between two positions of a window.
-    self.position_bias = nnx.Param(transformer.kernel_init(rngs.params(), ((2 * window - 1) ** 2, heads), jnp.float32))
+    self.position_bias = nnx.Param(
+      transformer.kernel_init(rngs.params(), ((2 * window - 1) ** 2, heads), jnp.float32)
+    )
 
   def __call__(self, x: jax.Array) -> jax.Array:
     shift, (height, width) = self.shift, x.shape[1:3]
@@ -43,7 +53,9 @@ class _Block(nnx.Module):
     """Added to the scores: (1 or N * windows, heads, T, T)."""
     bias = self.position_bias[...][_relative_positions(self.window)].transpose(2, 0, 1)[None]
     if self.shift:
-      hidden = np.where(_same_region(self.size, self.window, self.shift), 0.0, -100.0).astype(np.float32)
+      hidden = np.where(_same_region(self.size, self.window, self.shift), 0.0, -100.0).astype(
+        np.float32
+      )
       bias = jnp.tile(bias + hidden[:, None], (num, 1, 1, 1))
     return bias.astype(dtype)
 
@@ -72,14 +84,20 @@ class Swin(Staged):
   ):
     smallest = 4 * 2 ** (len(depths) - 1) * window
     if image[0] != image[1] or image[0] % smallest:
-      raise ValueError(f"image: got {image}; expected a square whose side is a multiple of {smallest}.")
+      raise ValueError(
+        f"image: got {image}; expected a square whose side is a multiple of {smallest}."
+      )
     self.remat, self.depths = remat, tuple(depths)
-    self.patches = nnx.Conv(channels, width, (4, 4), (4, 4), padding="VALID", dtype=dtype, rngs=rngs)
+    self.patches = nnx.Conv(
+      channels, width, (4, 4), (4, 4), padding="VALID", dtype=dtype, rngs=rngs
+    )
     self.patches_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
     height, breadth = (side // 4 for side in image)
     for stage, (depth, num_heads) in enumerate(zip(depths, heads, strict=True), 1):
       if stage > 1:  # each two by two neighbours become one position, twice as wide
-        setattr(self, f"stage{stage}_norm", nnx.LayerNorm(4 * width, epsilon=1e-5, dtype=dtype, rngs=rngs))
+        setattr(
+          self, f"stage{stage}_norm", nnx.LayerNorm(4 * width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        )
         merge = Linear(4 * width, 2 * width, use_bias=False, dtype=dtype, rngs=rngs)
         setattr(self, f"stage{stage}_merge", merge)
         height, breadth, width = height // 2, breadth // 2, 2 * width

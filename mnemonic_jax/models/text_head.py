@@ -28,7 +28,9 @@ class TextHead(nnx.Module):
 
   def __init__(self, num_features: int, text: Any, *, dtype: Any = None, rngs: nnx.Rngs):
     text = jnp.asarray(text, jnp.float32)
-    self.projection = nnx.Linear(num_features, text.shape[1], use_bias=False, dtype=dtype, rngs=rngs)
+    self.projection = nnx.Linear(
+      num_features, text.shape[1], use_bias=False, dtype=dtype, rngs=rngs
+    )
     self.log_scale = nnx.Param(jnp.asarray(math.log(1 / 0.07), jnp.float32))
     self.bias = nnx.Param(jnp.zeros(len(text), jnp.float32))
     self.text = Fixed(_normalized(text))

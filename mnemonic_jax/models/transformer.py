@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _mesh
 
 kernel_init = jax.nn.initializers.truncated_normal(0.02)
 Linear = partial(nnx.Linear, kernel_init=kernel_init)
@@ -45,7 +45,7 @@ class FeedForward(nnx.Module):
 def run(block: nnx.Module, x: jax.Array, *, remat: bool) -> jax.Array:
   """Call a block without state of its own; with `remat` its inner values are computed again on the way back."""
   graph, params = nnx.split(block)
-  call = lambda params, x: nnx.merge(graph, _trees.gathered(params))(x)
+  call = lambda params, x: nnx.merge(graph, _mesh.gathered(params))(x)
   return (jax.checkpoint(call) if remat else call)(params, x)
 
 
@@ -56,7 +56,9 @@ def stack(make_block: Callable[[], nnx.Module], depth: int) -> nnx.Module:
   return nnx.merge(graph, jax.tree.map(lambda *layers: jnp.stack(layers), first, *rest))
 
 
-def scan(stacked: nnx.Module, x: jax.Array, *, remat: bool, keep: bool) -> tuple[jax.Array, jax.Array | None]:
+def scan(
+  stacked: nnx.Module, x: jax.Array, *, remat: bool, keep: bool
+) -> tuple[jax.Array, jax.Array | None]:
   """Run a stack of blocks, layer by layer; with `keep` also return what each layer gives, (layers, *x.shape)."""
   graph, params = nnx.split(stacked)
 

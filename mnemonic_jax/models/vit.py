@@ -13,7 +13,13 @@ from mnemonic_jax.models.staged import Staged
 from mnemonic_jax.models.transformer import Attention, FeedForward, Linear
 
 # width, depth, heads
-SIZES = {"ti": (192, 12, 3), "s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
+SIZES = {
+  "ti": (192, 12, 3),
+  "s": (384, 12, 6),
+  "b": (768, 12, 12),
+  "l": (1024, 24, 16),
+  "h": (1280, 32, 16),
+}
 
 
 class _Block(nnx.Module):
@@ -72,7 +78,9 @@ class ViT(Staged):
       self.class_token = nnx.Param(jnp.zeros((1, 1, width), jnp.float32))
       tokens += 1
     self.pool = pool
-    self.positions = nnx.Param(transformer.kernel_init(rngs.params(), (1, tokens, width), jnp.float32))
+    self.positions = nnx.Param(
+      transformer.kernel_init(rngs.params(), (1, tokens, width), jnp.float32)
+    )
     make_block = lambda: _Block(width, heads, rngs, dtype=dtype)
     if scan:
       self.blocks = transformer.stack(make_block, self.depth)
@@ -92,7 +100,11 @@ class ViT(Staged):
     outputs = {"patches": x}
     if self.scan:
       x, layers = transformer.scan(self.blocks, x, remat=self.remat, keep=keep)
-      outputs |= {} if layers is None else {f"block{index + 1}": layers[index] for index in range(self.depth)}
+      outputs |= (
+        {}
+        if layers is None
+        else {f"block{index + 1}": layers[index] for index in range(self.depth)}
+      )
     else:
       for index in range(1, self.depth + 1):
         x = transformer.run(getattr(self, f"block{index}"), x, remat=self.remat)

@@ -55,7 +55,9 @@ def worst_drop(report: Mapping[str, Any], names: Sequence[str]) -> tuple[str, st
   """Return the largest loss of accuracy of any kept class, and a note that names the class and its accuracies."""
   before = numbers(report["per_class_accuracy_before"])
   after = numbers(report["per_class_accuracy_after"])
-  kept = _by_change(before, after, [c for c in range(len(names)) if c not in set(report["classes"])])
+  kept = _by_change(
+    before, after, [c for c in range(len(names)) if c not in set(report["classes"])]
+  )
   if not kept:
     return "–", "no kept class has test examples"
   worst = kept[0]
@@ -75,7 +77,9 @@ def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tup
   if len(forgotten) > FORGOTTEN_SHOWN:
     hidden = least_forgotten[FORGOTTEN_SHOWN:]
     measured = after[hidden][~np.isnan(after[hidden])]
-    highest = f", each at {percent(measured.max())} or less" if len(measured) else ", without test examples"
+    highest = (
+      f", each at {percent(measured.max())} or less" if len(measured) else ", without test examples"
+    )
     parts.append(f"{count(len(hidden))} more classes to forget{highest}")
   if rest:
     change = after[rest] - before[rest]
@@ -84,7 +88,9 @@ def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tup
       f"{points(change.max())} points and is now between {percent(after[rest].min())} and {percent(after[rest].max())}"
     )
   if unknown:
-    parts.append(f"{count(unknown)} kept {'class' if unknown == 1 else 'classes'} without test examples")
+    parts.append(
+      f"{count(unknown)} kept {'class' if unknown == 1 else 'classes'} without test examples"
+    )
   return shown, f"Not in the table: {'; '.join(parts)}." if parts else ""
 
 

@@ -63,7 +63,10 @@ def confusion(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> Confusi
   matrices: tuple[Matrix, ...] = ()
   lists: tuple[AnswerList, ...] = ()
   if len(names) <= MOST_CLASSES:
-    matrices = (_matrix("before", before, names, forgotten), _matrix("after", after, names, forgotten))
+    matrices = (
+      _matrix("before", before, names, forgotten),
+      _matrix("after", after, names, forgotten),
+    )
   else:
     lists = tuple(_answers(c, before[c], after[c], names) for c in forgotten[:LISTS_SHOWN])
   return Confusion(
@@ -81,7 +84,9 @@ def shades(counts: np.ndarray) -> np.ndarray:
   return np.round(DARKEST * np.sqrt(counts / totals), 3)
 
 
-def _matrix(when: str, counts: np.ndarray, names: Sequence[str], forgotten: Sequence[int]) -> Matrix:
+def _matrix(
+  when: str, counts: np.ndarray, names: Sequence[str], forgotten: Sequence[int]
+) -> Matrix:
   opacity = shades(counts)
   rows = (
     MatrixRow(
@@ -105,7 +110,9 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
   return AnswerList(
     label=class_label(true, names),
     total=f"{_examples(before, after):,}",
-    answers=tuple((class_label(c, names), c == true, f"{before[c]:,}", f"{after[c]:,}") for c in shown),
+    answers=tuple(
+      (class_label(c, names), c == true, f"{before[c]:,}", f"{after[c]:,}") for c in shown
+    ),
     others=others,
   )
 

@@ -64,7 +64,9 @@ def histograms(losses: Mapping[str, Sequence[float]], num_classes: int) -> Histo
   tallest = max((float(s.max(initial=0.0)) for s in shares.values()), default=0.0)
   known = {title for key, title, _ in PANELS if data[key].size}
   panels = (
-    _panel(title, when, data[key], shares[key], tallest, axis.edges) for key, title, when in PANELS if title in known
+    _panel(title, when, data[key], shares[key], tallest, axis.edges)
+    for key, title, when in PANELS
+    if title in known
   )
   missing = dict.fromkeys(title.lower() for _, title, _ in PANELS if title not in known)
   return Histograms(axis, tuple(panels), tuple(missing), percent(tallest) if tallest else "")
@@ -99,16 +101,27 @@ def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
   return counts / max(1, len(values))
 
 
-def _panel(title: str, when: str, values: np.ndarray, shares: np.ndarray, tallest: float, edges: np.ndarray) -> Panel:
+def _panel(
+  title: str, when: str, values: np.ndarray, shares: np.ndarray, tallest: float, edges: np.ndarray
+) -> Panel:
   width = 100 / len(shares)
   bars = tuple(
-    (round(i * width, 3), round(width, 3), round(max(1.5, HEIGHT * share / tallest), 2), _bar_title(share, edges, i))
+    (
+      round(i * width, 3),
+      round(width, 3),
+      round(max(1.5, HEIGHT * share / tallest), 2),
+      _bar_title(share, edges, i),
+    )
     for i, share in enumerate(shares)
     if share > 0
   )
   known = values[~np.isnan(values)]
   median = float(np.median(known)) if len(known) else math.nan
-  at = None if math.isnan(median) else _position(math.log10(max(median, 1e-300)) if median < math.inf else 999, edges)
+  at = (
+    None
+    if math.isnan(median)
+    else _position(math.log10(max(median, 1e-300)) if median < math.inf else 999, edges)
+  )
   return Panel(title, when, bars, len(values), _median_text(median), at, _note(values, edges))
 
 
@@ -117,7 +130,13 @@ def _bar_title(share: float, edges: np.ndarray, i: int) -> str:
 
 
 def _median_text(median: float) -> str:
-  return "no examples" if math.isnan(median) else "infinite" if math.isinf(median) else scientific(median)
+  return (
+    "no examples"
+    if math.isnan(median)
+    else "infinite"
+    if math.isinf(median)
+    else scientific(median)
+  )
 
 
 def _note(values: np.ndarray, edges: np.ndarray) -> str:

@@ -64,7 +64,11 @@ def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, s
   kept = [number(report[f"retain_accuracy_{when}"]) for when in ("before", "after")]
   drop, whose = accuracy.worst_drop(report, names)
   return [
-    ("Error on what was to be forgotten", wording.percent(error[1]), f"before: {wording.percent(error[0])}"),
+    (
+      "Error on what was to be forgotten",
+      wording.percent(error[1]),
+      f"before: {wording.percent(error[0])}",
+    ),
     (
       "Accuracy on what was kept",
       wording.percent(kept[1]),
@@ -76,7 +80,10 @@ def _tiles(report: Mapping[str, Any], names: Sequence[str]) -> list[tuple[str, s
 
 
 def _alarms(
-  report: Mapping[str, Any], evidence: Mapping[str, Any], verdict: wording.Verdict, names: Sequence[str]
+  report: Mapping[str, Any],
+  evidence: Mapping[str, Any],
+  verdict: wording.Verdict,
+  names: Sequence[str],
 ) -> list[str]:
   """What must not be overlooked: params that are as they were, or came out unlike what the badge says, or answer NaN."""
   average, alarms = moving_average(report), []
@@ -94,12 +101,16 @@ def _alarms(
   if average is not None:
     its = wording.verdict({**report, **average}, names)
     if its.kind != verdict.kind:
-      alarms.append(f"The moving average of the params, which may be served too, came out otherwise: {its.label}.")
+      alarms.append(
+        f"The moving average of the params, which may be served too, came out otherwise: {its.label}."
+      )
   return alarms
 
 
 def _times(report: Mapping[str, Any]) -> tuple[str, str]:
-  total, compiling = (wording.duration(number(report["seconds"][key])) for key in ("total", "compile"))
+  total, compiling = (
+    wording.duration(number(report["seconds"][key])) for key in ("total", "compile")
+  )
   return total, f"compiling: {compiling}"
 
 

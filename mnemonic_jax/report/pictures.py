@@ -52,7 +52,9 @@ def gallery(codes: np.ndarray, forgotten: Sequence[int], names: Sequence[str]) -
   """
   codes = np.asarray(codes)
   if codes.ndim < 2 or len(codes) != len(names) or 0 in codes.shape:
-    raise ValueError(f"codes: got shape {codes.shape}; expected (C, K, *shape) with C = {len(names)} classes.")
+    raise ValueError(
+      f"codes: got shape {codes.shape}; expected (C, K, *shape) with C = {len(names)} classes."
+    )
   shape = codes.shape[2:]
   strips = not is_picture(shape)
   wanted = [(c, k) for c in range(len(codes)) for k in range(min(codes.shape[1], CODES_PER_CLASS))]
@@ -92,7 +94,9 @@ def png_uri(pixels: np.ndarray) -> str:
 
 def _tile(code: np.ndarray, strip: bool, index: int, names: Sequence[str], forgotten: bool) -> Tile:
   pixels = to_bytes(np.reshape(code, (1, -1))[:, :STRIP_VALUES]) if strip else to_bytes(code)
-  description = f"Mnemonic code of class {class_label(index, names)}{', to forget' if forgotten else ''}"
+  description = (
+    f"Mnemonic code of class {class_label(index, names)}{', to forget' if forgotten else ''}"
+  )
   name = "" if names[index].strip() == str(index) else clean(names[index], 16)
   return Tile(png_uri(pixels), description, index, name, forgotten)
 
@@ -102,6 +106,10 @@ def _note(shape: Sequence[int], strips: bool, hidden: int) -> str:
   note = f"Each code is {size}, scaled to its own range from black to white."
   if strips:
     total = math.prod(shape)
-    part = f"of its first {STRIP_VALUES} of {total:,} values" if total > STRIP_VALUES else f"of {total:,} values"
+    part = (
+      f"of its first {STRIP_VALUES} of {total:,} values"
+      if total > STRIP_VALUES
+      else f"of {total:,} values"
+    )
     note = f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, from black to white."
   return note + (f" {hidden:,} more codes are not shown." if hidden else "")

@@ -78,7 +78,9 @@ class Layer(TypedDict):
   norm_before: float  # L2
   norm_change: float  # L2 of (after - before)
   max_change: float  # largest |after - before|
-  share_changed: float  # fraction of the weights that moved by more than 1 % of the tensor's RMS weight
+  share_changed: (
+    float  # fraction of the weights that moved by more than 1 % of the tensor's RMS weight
+  )
 
 
 class Control(TypedDict):
@@ -101,7 +103,9 @@ class Evidence(TypedDict):
   dataset: str
   model: str
   num_test_examples: int
-  confusion_before: list[list[int]]  # C x C counts on the test set: row = true class, column = predicted class
+  confusion_before: list[
+    list[int]
+  ]  # C x C counts on the test set: row = true class, column = predicted class
   confusion_after: list[list[int]]
   losses: Losses
   layers: list[Layer]
@@ -112,7 +116,12 @@ REPORT_KEYS = tuple(Report.__annotations__)
 EVIDENCE_KEYS = tuple(Evidence.__annotations__)
 
 _REDO = "The file was edited or half-written, or comes from another version; run `mnemonic forget` again to rewrite it."
-_FRACTIONS = ("retain_accuracy_before", "retain_accuracy_after", "forget_error_before", "forget_error_after")
+_FRACTIONS = (
+  "retain_accuracy_before",
+  "retain_accuracy_after",
+  "forget_error_before",
+  "forget_error_after",
+)
 _REPORT_TEXTS = ("checkpoint", "codes_sha256", "params_sha256_before", "params_sha256_after")
 
 
@@ -126,7 +135,9 @@ def validate(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> None:
   _require_keys("report['seconds']", report["seconds"], Seconds)
   _require_keys("evidence", evidence, Evidence)
   _require_keys("evidence['losses']", evidence["losses"], Losses)
-  num_classes = len(_require_list("evidence['class_names']", evidence["class_names"], None, str, "a string"))
+  num_classes = len(
+    _require_list("evidence['class_names']", evidence["class_names"], None, str, "a string")
+  )
   _validate_classes(report, num_classes)
   _validate_report_values(report, num_classes)
   _validate_evidence_values(evidence, num_classes)
@@ -151,10 +162,16 @@ def _validate_classes(report: Mapping[str, Any], num_classes: int) -> None:
   for key in ("requested", "classes"):
     name = f"report[{key!r}]"
     chosen = _require_list(name, report[key], None, Integral, "an integer")
-    if not chosen or len(set(chosen)) != len(chosen) or not all(0 <= c < num_classes for c in chosen):
-      raise ValueError(f"{name}: got {list(chosen)}; expected distinct classes in [0, {num_classes}), at least one.")
+    if (
+      not chosen or len(set(chosen)) != len(chosen) or not all(0 <= c < num_classes for c in chosen)
+    ):
+      raise ValueError(
+        f"{name}: got {list(chosen)}; expected distinct classes in [0, {num_classes}), at least one."
+      )
   if not set(report["requested"]) <= set(report["classes"]):
-    raise ValueError(f"report['requested']: got {report['requested']}; expected a part of {report['classes']}.")
+    raise ValueError(
+      f"report['requested']: got {report['requested']}; expected a part of {report['classes']}."
+    )
 
 
 def _validate_report_values(report: Mapping[str, Any], num_classes: int) -> None:
@@ -233,7 +250,9 @@ def _require(name: str, value: Any, kind: type, expected: str) -> None:
     raise ValueError(f"{name}: got {str(value)[:80]!r}; expected {expected}. {_REDO}")
 
 
-def _require_list(name: str, value: Any, length: int | None, kind: type = object, expected: str = "") -> Sequence[Any]:
+def _require_list(
+  name: str, value: Any, length: int | None, kind: type = object, expected: str = ""
+) -> Sequence[Any]:
   if not isinstance(value, (Sequence, np.ndarray)) or isinstance(value, (str, bytes)):
     raise ValueError(f"{name}: got {str(value)[:80]!r}; expected a list. {_REDO}")
   if length is not None and len(value) != length:

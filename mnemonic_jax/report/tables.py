@@ -57,18 +57,45 @@ class TimeRow:
   bar: float
 
 
-def score_rows(report: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]) -> tuple[ScoreRow, ...]:
+def score_rows(
+  report: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]
+) -> tuple[ScoreRow, ...]:
   """Return the trained model, this forget, both of the moving average where there is one, and every control, in one form."""
-  before = ("Before", False, report["retain_accuracy_before"], report["forget_error_before"], "the trained model")
-  this = ("This forget", True, report["retain_accuracy_after"], report["forget_error_after"], "from the codes alone")
-  others = [(c["name"], False, c["retain_accuracy"], c["forget_error"], str(c["note"])) for c in controls]
+  before = (
+    "Before",
+    False,
+    report["retain_accuracy_before"],
+    report["forget_error_before"],
+    "the trained model",
+  )
+  this = (
+    "This forget",
+    True,
+    report["retain_accuracy_after"],
+    report["forget_error_after"],
+    "from the codes alone",
+  )
+  others = [
+    (c["name"], False, c["retain_accuracy"], c["forget_error"], str(c["note"])) for c in controls
+  ]
   if (average := moving_average(report)) is not None:
     others[:0] = (
-      (f"Moving average, {when}", False, average[f"retain_accuracy_{when}"], average[f"forget_error_{when}"], note)
-      for when, note in (("before", "a copy of the params that may be served too"), ("after", "the same forget of it"))
+      (
+        f"Moving average, {when}",
+        False,
+        average[f"retain_accuracy_{when}"],
+        average[f"forget_error_{when}"],
+        note,
+      )
+      for when, note in (
+        ("before", "a copy of the params that may be served too"),
+        ("after", "the same forget of it"),
+      )
     )
   return tuple(
-    ScoreRow(clean(str(name)), marked, percent(number(retain)), percent(number(error)), clean(note, 300))
+    ScoreRow(
+      clean(str(name)), marked, percent(number(retain)), percent(number(error)), clean(note, 300)
+    )
     for name, marked, retain, error, note in (before, this, *others)
   )
 
@@ -78,12 +105,16 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> LayerTable:
   changes = [relative_change(layer) for layer in layers]
   finite = [change for change in changes if math.isfinite(change)]
   scale = max(finite, default=0.0) or 1.0
-  ranked = sorted(range(len(layers)), key=lambda i: (-changes[i] if changes[i] == changes[i] else -math.inf, i))
+  ranked = sorted(
+    range(len(layers)), key=lambda i: (-changes[i] if changes[i] == changes[i] else -math.inf, i)
+  )
   shown, rest = sorted(ranked[:LAYERS_SHOWN]), ranked[LAYERS_SHOWN:]
   others = ""
   if rest:
     most = max(changes[i] for i in rest)
-    others = f"{len(rest)} more layers moved less, each by at most {percent_of_norm(most)} of its norm."
+    others = (
+      f"{len(rest)} more layers moved less, each by at most {percent_of_norm(most)} of its norm."
+    )
   return LayerTable(tuple(_layer_row(layers[i], changes[i], scale) for i in shown), others)
 
 
@@ -99,7 +130,13 @@ def percent_of_norm(change: float) -> str:
   """Return a relative change in percent, with three digits however small it is."""
   if math.isnan(change):
     return "not finite"
-  return "was zero" if math.isinf(change) else "none" if change == 0 else f"{scientific(100 * change)}{UNIT}"
+  return (
+    "was zero"
+    if math.isinf(change)
+    else "none"
+    if change == 0
+    else f"{scientific(100 * change)}{UNIT}"
+  )
 
 
 def pretty_path(path: str) -> str:
@@ -135,7 +172,10 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
     ("Test examples", f"{evidence['num_test_examples']:,}"),
     ("Strength", f"λ₁ = {report['lambda1']:g}, λ₂ = {report['lambda2']:g}"),
     ("Sign", sign),
-    ("Versions", ", ".join(f"{clean(str(k))} {clean(str(v))}" for k, v in sorted(report["versions"].items()))),
+    (
+      "Versions",
+      ", ".join(f"{clean(str(k))} {clean(str(v))}" for k, v in sorted(report["versions"].items())),
+    ),
   )
 
 

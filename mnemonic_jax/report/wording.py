@@ -15,7 +15,21 @@ CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept c
 NO_EXAMPLES = "no examples"
 UNIT = "\u00a0%"  # the space keeps a number and its unit on one line
 
-_COUNTS = ["no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_COUNTS = [
+  "no",
+  "one",
+  "two",
+  "three",
+  "four",
+  "five",
+  "six",
+  "seven",
+  "eight",
+  "nine",
+  "ten",
+  "eleven",
+  "twelve",
+]
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -32,7 +46,9 @@ class Verdict:
 
 def clean(text: str, limit: int = 48) -> str:
   """Return `text` fit to show: no control or direction-changing characters, at most `limit` characters."""
-  shown = "".join("\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text)
+  shown = "".join(
+    "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text
+  )
   return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
@@ -106,10 +122,15 @@ def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> 
 def verdict(report: Mapping[str, Any], names: Sequence[str]) -> Verdict:
   """Judge a forget by its error on each of the forgotten classes and its loss on the kept ones together."""
   error = number(report["forget_error_after"])
-  errors = {c: round(1 - number(report["per_class_accuracy_after"][c]), 9) for c in sorted(report["classes"])}
+  errors = {
+    c: round(1 - number(report["per_class_accuracy_after"][c]), 9)
+    for c in sorted(report["classes"])
+  }
   remembered = [c for c, of_class in errors.items() if of_class < ENOUGH_ERROR]
   unmeasured = [c for c, of_class in errors.items() if math.isnan(of_class)]
-  loss = round(number(report["retain_accuracy_before"]) - number(report["retain_accuracy_after"]), 9)
+  loss = round(
+    number(report["retain_accuracy_before"]) - number(report["retain_accuracy_after"]), 9
+  )
   costly = loss > CHEAP_LOSS
   if math.isnan(error):
     kind, symbol, label = "unknown", "?", "Not measured"
@@ -135,7 +156,9 @@ def sentence(report: Mapping[str, Any], names: Sequence[str]) -> str:
   whose = "Its test error" if len(classes) == 1 else "Their test error"
   if earlier:
     asked += f", on top of {class_list(earlier, names)} asked for earlier"
-    whose = f"The test error of {'both' if len(classes) == 2 else f'all {count(len(classes))}'} together"
+    whose = (
+      f"The test error of {'both' if len(classes) == 2 else f'all {count(len(classes))}'} together"
+    )
   kept = len(names) - len(classes)
   keeping = {0: "no class is kept", 1: "accuracy on the one kept class"}
   accuracy = keeping.get(kept, f"accuracy on the {count(kept)} kept classes")
@@ -163,9 +186,7 @@ def _meaning_of_error(
 ) -> str:
   one = len(report["classes"]) == 1
   if math.isnan(error):
-    return (
-      f"Whether it worked is not known: there were no test examples of the {'class' if one else 'classes'} to forget."
-    )
+    return f"Whether it worked is not known: there were no test examples of the {'class' if one else 'classes'} to forget."
   if remembered and not one:
     up_to, whose = ("", "its") if len(remembered) == 1 else ("up to ", "their")
     return (
@@ -194,11 +215,7 @@ def _meaning_of_loss(loss: float) -> str:
   if math.isnan(loss):
     return "What it cost is not known: there were no test examples of the kept classes."
   if loss > CHEAP_LOSS:
-    return (
-      f"It cost a lot: the kept classes lost {lost} points of accuracy. At most {100 * CHEAP_LOSS:.0f} would be cheap."
-    )
+    return f"It cost a lot: the kept classes lost {lost} points of accuracy. At most {100 * CHEAP_LOSS:.0f} would be cheap."
   if lost == "0.0":
     return "It cost nothing: the kept classes are as accurate as before."
-  return (
-    f"The kept classes {'lost' if loss > 0 else 'gained'} {lost} {'point' if lost == '1.0' else 'points'} of accuracy."
-  )
+  return f"The kept classes {'lost' if loss > 0 else 'gained'} {lost} {'point' if lost == '1.0' else 'points'} of accuracy."

@@ -27,5 +27,8 @@ def head_edit(params: Any, head: Sequence[str], classes: Iterable[int]) -> Any:
   Array([ 0.e+00, -1.e+09,  0.e+00], dtype=float32)
   """
   if not head:
-    return {**params, "bias": jnp.asarray(params["bias"]).at[np.asarray(list(classes))].set(_VERY_LOW)}
+    return {
+      **params,
+      "bias": jnp.asarray(params["bias"]).at[np.asarray(list(classes))].set(_VERY_LOW),
+    }
   return {**params, head[0]: head_edit(params[head[0]], head[1:], classes)}

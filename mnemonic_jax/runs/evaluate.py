@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from mnemonic_jax import evaluation
-from mnemonic_jax.checkpoints import restore_params
 from mnemonic_jax.data import Dataset
+from mnemonic_jax.runs.checkpoints import restore_params
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.forget import check_classes, require_forgotten_from, require_reported
 from mnemonic_jax.runs.inference import predict_each
@@ -38,12 +38,21 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> d
     if finished:
       places["forgotten_ema"] = finished[-1] / "ema_params"
       models["forgotten_ema"] = restore_params(places["forgotten_ema"], trained.params)
-      require_reported(places["forgotten_ema"], models["forgotten_ema"], report.get("copies", {}).get("ema", {}))
-  result: dict[str, Any] = {"run": str(run.path), "classes": chosen, "trained": None, "forgotten": None}
+      require_reported(
+        places["forgotten_ema"], models["forgotten_ema"], report.get("copies", {}).get("ema", {})
+      )
+  result: dict[str, Any] = {
+    "run": str(run.path),
+    "classes": chosen,
+    "trained": None,
+    "forgotten": None,
+  }
   every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
   for name, seen in zip(models, every, strict=True):
     right = seen.labels[seen.predictions == seen.labels]
-    right_counts, counts = (np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels))
+    right_counts, counts = (
+      np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels)
+    )
     scores = evaluation.scores_from_counts(right_counts, counts, chosen)
     result[name] = {
       "retain_accuracy": scores.retain_accuracy,

@@ -12,14 +12,16 @@ from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import is_checkpoint, newest, restore_parts, stored_shapes
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.runs import files
+from mnemonic_jax.runs.checkpoints import is_checkpoint, newest, restore_parts, stored_shapes
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.forget import require_forgotten_from, require_reported
 
 
-def export(source: epath.Path, out: epath.Path, number: int | None = None, *, ema: bool = False) -> dict[str, Any]:
+def export(
+  source: epath.Path, out: epath.Path, number: int | None = None, *, ema: bool = False
+) -> dict[str, Any]:
   """Write params, and the model state where there is one, to the new file `out`, named by their dotted paths.
 
   Args:
@@ -41,13 +43,19 @@ def export(source: epath.Path, out: epath.Path, number: int | None = None, *, em
     raise UsageError(f"--number: got {number}; {source} is the folder of one forget.")
   folder = source if run is None else run.finished_forget(number)
   remedy = "Forget again to make new, whole files."
-  report, evidence = (files.read_json(folder / f"{name}.json", remedy) for name in ("report", "evidence"))
+  report, evidence = (
+    files.read_json(folder / f"{name}.json", remedy) for name in ("report", "evidence")
+  )
   reports.validate(report, evidence)
   checkpoint = epath.Path(report["checkpoint"]) if run is None else newest(run.checkpoints)
   if not is_checkpoint(checkpoint):
-    raise MnemonicError(f"{folder}: comes from {checkpoint}, which is gone. Put it back: the model state lies there.")
+    raise MnemonicError(
+      f"{folder}: comes from {checkpoint}, which is gone. Put it back: the model state lies there."
+    )
   if ema and "ema" not in report.get("copies", {}):
-    raise UsageError(f"--ema: {folder} has no moving average; train with --train.ema 0.999 to keep one.")
+    raise UsageError(
+      f"--ema: {folder} has no moving average; train with --train.ema 0.999 to keep one."
+    )
   where = folder / ("ema_params" if ema else "params")
   copy = report["copies"]["ema"] if ema else report
   params = restore_parts(where, stored_shapes(where))
@@ -65,7 +73,15 @@ def export(source: epath.Path, out: epath.Path, number: int | None = None, *, em
   }
   with files.written(out) as temporary:
     try:
-      save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, metadata)
+      save_file(
+        {name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary, metadata
+      )
     except SafetensorError as error:
       raise OSError(str(error)) from error
-  return {"file": str(out), "forget": str(folder), "arrays": len(arrays), **metadata, "classes": report["classes"]}
+  return {
+    "file": str(out),
+    "forget": str(folder),
+    "arrays": len(arrays),
+    **metadata,
+    "classes": report["classes"],
+  }

@@ -17,8 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from mnemonic_jax import distributed, paths
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.multihost import paths, processes
 
 # What a folder that cannot be flushed, or not be read, answers.
 _NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
@@ -61,7 +61,7 @@ def _failing_as(path: epath.Path) -> Iterator[None]:
 
 def write_text(path: epath.PathLike, text: str) -> None:
   """Write `text` to `path`, atomically; of several processes, process 0 does."""
-  if not distributed.is_writer():
+  if not processes.is_writer():
     return
   with written(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
     file.write(text)
@@ -74,7 +74,7 @@ def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> No
   processes write, `fill` writes into `final` itself: it is whole when what `fill` writes last is there.
   """
   final = epath.Path(final)
-  if paths.is_remote(final) or distributed.several():
+  if paths.is_remote(final) or processes.several():
     with _failing_as(final):
       final.mkdir(parents=True, exist_ok=True)
       fill(final)
@@ -85,7 +85,10 @@ def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> No
       parent.mkdir(parents=True, exist_ok=True)
       _to_disk(parent.parent)
       for leftover in paths.children(parent, f"{UNFINISHED}{glob.escape(final.name)}-*"):
-        with contextlib.suppress(OSError), _lock(leftover) as got:  # what is not ours, or no folder, stays
+        with (
+          contextlib.suppress(OSError),
+          _lock(leftover) as got,
+        ):  # what is not ours, or no folder, stays
           if got:
             shutil.rmtree(leftover)
       temporary = _new_folder(final, lock)

@@ -17,11 +17,11 @@ import jax
 from etils import epath
 
 import mnemonic_jax
-from mnemonic_jax import config as configs
-from mnemonic_jax import distributed, paths
-from mnemonic_jax.config import Config
 from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.multihost import paths, processes
+from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files
+from mnemonic_jax.runs.config import Config
 
 _FORMAT = 1
 # Fields that say where or how, not what: they may differ between the commands of one run.
@@ -45,7 +45,7 @@ class RunFolder:
       MnemonicError: the folder holds something else, or a run of another config.
     """
     run = cls(path, config, str(jax.random.key_impl(jax.random.key(0))))
-    distributed.on_writer(run._create)
+    processes.on_writer(run._create)
     if not (run.path / "config.json").exists():  # process 0 made it
       raise MnemonicError(
         f"{path}: process {jax.process_index()} does not see what process 0 wrote. Put the run on a file system that all "
@@ -61,9 +61,13 @@ class RunFolder:
       path.mkdir(parents=True, exist_ok=True)
       found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-      raise MnemonicError(f"{path}: cannot be used as a run folder: {error.strerror or error}.") from error
+      raise MnemonicError(
+        f"{path}: cannot be used as a run folder: {error.strerror or error}."
+      ) from error
     if found and "config.json" not in found:
-      raise MnemonicError(f"{path}: is not empty and no run (found {found[0]}). Choose a new folder for --out.")
+      raise MnemonicError(
+        f"{path}: is not empty and no run (found {found[0]}). Choose a new folder for --out."
+      )
     with self._lock():
       if (path / "config.json").exists():
         old = RunFolder.open(path)
@@ -93,17 +97,23 @@ class RunFolder:
           "was changed; choose another --out."
         )
 
-    distributed.on_writer(check)
+    processes.on_writer(check)
 
   @classmethod
   def open(cls, path: epath.PathLike) -> RunFolder:
     """Open an existing run."""
     path = epath.Path(path)
     if not path.is_dir():
-      raise MnemonicError(f"{path}: no such run folder. Make one with: mnemonic train CONFIG --out {path}")
+      raise MnemonicError(
+        f"{path}: no such run folder. Make one with: mnemonic train CONFIG --out {path}"
+      )
     remedy = "It is no run folder, or a damaged one; train into a new folder with: mnemonic train CONFIG --out RUN"
     record = files.read_json(path / "config.json", remedy)
-    if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("config"), dict):
+    if (
+      not isinstance(record, dict)
+      or record.get("format") != _FORMAT
+      or not isinstance(record.get("config"), dict)
+    ):
       raise MnemonicError(f"{path / 'config.json'}: is no run record of format {_FORMAT}. {remedy}")
     try:
       config = configs.build(str(record["config"].get("name", path.name)), record["config"])
@@ -130,7 +140,7 @@ class RunFolder:
     An object store has no locks: there, do not start two commands on one run.
     """
     with ExitStack() as held:
-      distributed.on_writer(lambda: held.enter_context(self._lock()))
+      processes.on_writer(lambda: held.enter_context(self._lock()))
       yield
 
   @contextmanager
@@ -158,7 +168,7 @@ class RunFolder:
 
     In an object store, where nothing can be appended to, each record writes the files again.
     """
-    if not distributed.is_writer():
+    if not processes.is_writer():
       yield lambda record: None
       return
     from tensorboardX.event_file_writer import EventsWriter  # half a second
@@ -170,8 +180,14 @@ class RunFolder:
 
     def log(record: dict[str, Any]) -> None:
       nonlocal board
-      scalars = {name: value for name, value in files.plain(record).items() if name != "step" and value is not None}
-      summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()])
+      scalars = {
+        name: value
+        for name, value in files.plain(record).items()
+        if name != "step" and value is not None
+      }
+      summary = Summary(
+        value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+      )
       with self._writing_metrics():
         with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
           file.write(files.dumps(record) + "\n")
@@ -193,7 +209,9 @@ class RunFolder:
       folder = self.path
       if remote:
         folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "metrics.jsonl").write_text("".join(files.dumps(record) + "\n" for record in self.metrics()))
+        (folder / "metrics.jsonl").write_text(
+          "".join(files.dumps(record) + "\n" for record in self.metrics())
+        )
       try:
         yield log
       finally:
@@ -206,7 +224,9 @@ class RunFolder:
     try:
       yield
     except OSError as error:
-      raise MnemonicError(f"{self.path}: metrics cannot be written: {error.strerror or error}.") from error
+      raise MnemonicError(
+        f"{self.path}: metrics cannot be written: {error.strerror or error}."
+      ) from error
 
   def metrics(self) -> list[dict[str, Any]]:
     """The whole lines of metrics.jsonl; one cut by a kill, or that says of no step, is left out."""
@@ -215,7 +235,11 @@ class RunFolder:
     for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
       with contextlib.suppress(ValueError):
         record = json.loads(line)
-        if isinstance(record, dict) and _is_number(record.get("epoch", 1)) and _is_step(record.get("step")):
+        if (
+          isinstance(record, dict)
+          and _is_number(record.get("epoch", 1))
+          and _is_step(record.get("step"))
+        ):
           records.append(record)
     return records
 
@@ -224,7 +248,9 @@ class RunFolder:
     records = self.metrics()
     kept = [record for record in records if record.get("step", 0) <= step]
     if (self.path / "metrics.jsonl").exists():
-      files.write_text(self.path / "metrics.jsonl", "".join(files.dumps(record) + "\n" for record in kept))
+      files.write_text(
+        self.path / "metrics.jsonl", "".join(files.dumps(record) + "\n" for record in kept)
+      )
 
   def forgets(self) -> list[epath.Path]:
     """Folders of the finished forgets, those that have a report.json, oldest first."""
@@ -241,7 +267,9 @@ class RunFolder:
 
   def _numbered_forgets(self) -> list[epath.Path]:
     """forgets/NNNN, finished or not, by number."""
-    numbered = [path for path in paths.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()]
+    numbered = [
+      path for path in paths.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()
+    ]
     return sorted(numbered, key=lambda path: int(path.name))
 
   def forgotten_classes(self) -> list[int]:
@@ -281,7 +309,7 @@ class RunFolder:
     parent = self.path / "forgets"
     number = max((int(path.name) for path in self._numbered_forgets()), default=0) + 1
     final = parent / f"{number:04d}"
-    distributed.barrier("all have seen the same number")
+    processes.barrier("all have seen the same number")
     files.make_folder(final, fill)
     return final
 

@@ -13,8 +13,6 @@ from etils import epath
 
 from mnemonic_jax import evaluation, forgetting
 from mnemonic_jax import report as reports
-from mnemonic_jax.checkpoints import require_plain, save_params
-from mnemonic_jax.config import Config
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream
@@ -22,17 +20,21 @@ from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.evaluation import Scores
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
-from mnemonic_jax.perturbation import Strength
+from mnemonic_jax.methods.perturbation import Strength
 from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, setup
+from mnemonic_jax.runs.checkpoints import require_plain, save_params
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder, versions
 from mnemonic_jax.runs.hashing import params_sha256, to_host
 from mnemonic_jax.runs.inference import Predictions, predict_each
 from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 _SHOWN_LOSSES = 2000  # per distribution in the report
-_MOVED = 0.01  # a weight counts as moved when it changed by more than this part of its layer's RMS weight
+_MOVED = (
+  0.01  # a weight counts as moved when it changed by more than this part of its layer's RMS weight
+)
 
 
 def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[str, Any]:
@@ -43,14 +45,20 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int]) -> dict[s
   """
   require_plain(run.path)
   with run.locked():
-    classes = check_request(run.config, requested, len(dataset.class_names), run.forgotten_classes())
+    classes = check_request(
+      run.config, requested, len(dataset.class_names), run.forgotten_classes()
+    )
     report, fill = described(restore(run, dataset), run.config, dataset, requested, classes)
     folder = run.add_forget(fill)
   return _placed(report, folder)
 
 
 def forget_plain(
-  checkpoint: epath.Path, out: epath.Path, config: Config, dataset: Dataset, requested: Sequence[int]
+  checkpoint: epath.Path,
+  out: epath.Path,
+  config: Config,
+  dataset: Dataset,
+  requested: Sequence[int],
 ) -> dict[str, Any]:
   """Forget `requested` in a checkpoint of a training loop of the user's own; see `trained.restore_plain`.
 
@@ -60,15 +68,23 @@ def forget_plain(
   require_plain(out)
   classes = _union(requested, len(dataset.class_names))
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-    raise MnemonicError(f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out.")
+    raise MnemonicError(
+      f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out."
+    )
   if os.path.realpath(out).startswith(os.path.join(os.path.realpath(checkpoint), "")):
-    raise MnemonicError(f"{out}: lies in the checkpoint, which is not to be touched. Choose another folder for --out.")
-  report, fill = described(restore_plain(checkpoint, config, dataset), config, dataset, requested, classes)
+    raise MnemonicError(
+      f"{out}: lies in the checkpoint, which is not to be touched. Choose another folder for --out."
+    )
+  report, fill = described(
+    restore_plain(checkpoint, config, dataset), config, dataset, requested, classes
+  )
   files.make_folder(out, fill)
   return _placed(report, out)
 
 
-def require_forgotten_from(checkpoint: epath.Path, params: Any, report: dict[str, Any], folder: epath.Path) -> None:
+def require_forgotten_from(
+  checkpoint: epath.Path, params: Any, report: dict[str, Any], folder: epath.Path
+) -> None:
   """Refuse a checkpoint whose params are not those that the forget in `folder` started from."""
   if params_sha256(params) != report.get("params_sha256_before"):
     raise MnemonicError(
@@ -119,7 +135,9 @@ def described(
       execution=Execution(microbatch=config.execution.microbatch or None),
     )
   if predict is None:
-    predict = lambda candidates, split: predict_each(trained.logits_fn, candidates, split, dataset.preprocess)
+    predict = lambda candidates, split: predict_each(
+      trained.logits_fn, candidates, split, dataset.preprocess
+    )
   result = one_shot(before)
   candidates = [before, result.params, head_edit(before, trained.model.head, classes)]
   copies = {"params": result.params}
@@ -141,7 +159,10 @@ def described(
   }
   if average is not None:
     ema_scored = dict(zip(("before", "after"), of_average, strict=True))
-    report["copies"] = {"params": _outcome(before, result, scored), "ema": _outcome(average, ema, ema_scored)}
+    report["copies"] = {
+      "params": _outcome(before, result, scored),
+      "ema": _outcome(average, ema, ema_scored),
+    }
   # Of each copy, in words, from the test data.
   report["verdicts"] = {
     name: wording.verdict(report | copy, dataset.class_names).label
@@ -157,7 +178,9 @@ def described(
     "confusion_after": scored["after"].confusion,
     "unanswered": {name: int(s.counts.sum() - s.confusion.sum()) for name, s in scored.items()},
     "losses": {
-      f"{split}_{name}": getattr(s, f"{split}_losses") for split in ("train", "test") for name, s in scored.items()
+      f"{split}_{name}": getattr(s, f"{split}_losses")
+      for split in ("train", "test")
+      for name, s in scored.items()
     },
     "layers": _layer_changes(before, result.params),
     "controls": [
@@ -187,7 +210,11 @@ def _outcome(before: Any, result: ForgetResult, scored: dict[str, _Scored]) -> d
   return {
     **{
       f"{key}_{name}": getattr(s.scores, field)
-      for key, field in (("retain_accuracy",) * 2, ("forget_error",) * 2, ("per_class_accuracy", "per_class"))
+      for key, field in (
+        ("retain_accuracy",) * 2,
+        ("forget_error",) * 2,
+        ("per_class_accuracy", "per_class"),
+      )
       for name, s in scored.items()
     },
     "sign": result.sign,
@@ -209,7 +236,9 @@ class _Scored(NamedTuple):
   train_losses: np.ndarray
 
 
-def _scored(predict: Predict, candidates: list[Any], dataset: Dataset, classes: Sequence[int]) -> list[_Scored]:
+def _scored(
+  predict: Predict, candidates: list[Any], dataset: Dataset, classes: Sequence[int]
+) -> list[_Scored]:
   """Score each of several params, in one pass over the data."""
   num_classes = len(dataset.class_names)
   part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
@@ -246,7 +275,9 @@ def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
   return layers
 
 
-def check_request(config: Config, requested: Sequence[int], num_classes: int, earlier: Sequence[int] = ()) -> list[int]:
+def check_request(
+  config: Config, requested: Sequence[int], num_classes: int, earlier: Sequence[int] = ()
+) -> list[int]:
   """Refuse what a run of this config cannot forget, before anything is computed; return all classes to forget."""
   classes = _union(requested, num_classes, earlier)
   if config.codes.rate == 0:

@@ -12,7 +12,11 @@ import numpy as np
 
 def to_host(array: Any) -> np.ndarray:
   """An array on the host, gathered from all processes where it lies on more than one; then all of them must call."""
-  if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+  if (
+    isinstance(array, jax.Array)
+    and not array.is_fully_addressable
+    and not array.is_fully_replicated
+  ):
     from jax.experimental import multihost_utils
 
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -26,7 +30,9 @@ def params_sha256(params: Any) -> str:
   NUL byte; then its bytes, little-endian, in C order.
   """
   digest = hashlib.sha256()
-  leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+  leaves = {
+    jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
   for path in sorted(leaves):
     array = to_host(leaves[path])
     for text in (path, array.dtype.name, str(array.shape)):

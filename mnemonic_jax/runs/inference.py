@@ -45,17 +45,23 @@ def predict_each(
 ) -> list[Predictions]:
   """The same for several params, in one pass over the split: a streamed one is decoded once."""
   if not split.num_examples:
-    return [Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(candidates)
+    return [Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(
+      candidates
+    )
   size = min(split.num_examples, max(_LEAST_ROWS, min(_ROWS, _VALUES // int(np.prod(split.shape)))))
   parts: list[list[Predictions]] = [[] for _ in candidates]
-  with Progress("evaluate", split.num_examples, "images", quiet=isinstance(split, Split)) as progress:
+  with Progress(
+    "evaluate", split.num_examples, "images", quiet=isinstance(split, Split)
+  ) as progress:
     for images, labels in split.batches(size):
       padding = size - len(labels)
       images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
       padded_labels = np.concatenate([labels, np.zeros(padding, labels.dtype)])
       for params, seen in zip(candidates, parts, strict=True):
         predicted, loss = _predict(logits_fn, preprocess, params, images, padded_labels)
-        seen.append(Predictions(np.asarray(predicted)[: len(labels)], np.asarray(loss)[: len(labels)], labels))
+        seen.append(
+          Predictions(np.asarray(predicted)[: len(labels)], np.asarray(loss)[: len(labels)], labels)
+        )
       progress.update(len(labels))
   return [Predictions(*map(np.concatenate, zip(*seen, strict=True))) for seen in parts]
 

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import blending, data, models, pretrained, training
 from mnemonic_jax import codes as codes_stage
-from mnemonic_jax.config import Config, TrainConfig
-from mnemonic_jax.data import Dataset
+from mnemonic_jax import data, models, training
+from mnemonic_jax.data import Dataset, mixup
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.models import Model
+from mnemonic_jax.models import Model, pretrained
+from mnemonic_jax.runs.config import Config, TrainConfig
 from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
@@ -73,7 +73,9 @@ def first_state(
   prng_impl: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
   """State and codes before the first step; traceable, so that each device may make its own shards alone."""
-  params_key, codes_key, train_key = jax.random.split(jax.random.key(config.train.seed, impl=prng_impl), 3)
+  params_key, codes_key, train_key = jax.random.split(
+    jax.random.key(config.train.seed, impl=prng_impl), 3
+  )
   params, model_state = model.init(params_key)
   codes = codes_stage.make_codes(
     codes_key,
@@ -99,7 +101,9 @@ def make_model(config: Config, dataset: Dataset, text: np.ndarray | None = None)
   try:
     return models.make(**settings, text=text, shape=dataset.shape, num_classes=num_classes)
   except ValueError as error:
-    raise MnemonicError(f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}") from error
+    raise MnemonicError(
+      f"model.name: {config.model.name!r} cannot take {dataset.name}: {error}"
+    ) from error
 
 
 def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformation:
@@ -121,23 +125,29 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
   return with_ema(optimizer, train.ema) if train.ema else optimizer
 
 
-def make_step(config: Config, model: Model, optimizer: optax.GradientTransformation, codes: jax.Array) -> Any:
+def make_step(
+  config: Config, model: Model, optimizer: optax.GradientTransformation, codes: jax.Array
+) -> Any:
   """The train step of a config; see `training.make_train_step`."""
   blend, rate, accumulate = make_blend(config.train), config.codes.rate, config.train.accumulate
-  return training.make_train_step(model.apply, optimizer, codes, rate=rate, blend=blend, accumulate=accumulate)
+  return training.make_train_step(
+    model.apply, optimizer, codes, rate=rate, blend=blend, accumulate=accumulate
+  )
 
 
 def make_blend(train: TrainConfig) -> BlendFn | None:
   """Mixup, CutMix or neither, then label smoothing; None where a config asks for none of them."""
   blend: BlendFn | None = None
   if train.mixup:
-    blend = partial(blending.mixup, alpha=train.mixup)
+    blend = partial(mixup.mixup, alpha=train.mixup)
   elif train.cutmix:
-    blend = partial(blending.cutmix, alpha=train.cutmix)
+    blend = partial(mixup.cutmix, alpha=train.cutmix)
   if not train.label_smoothing:
     return blend
 
-  def smoothed(key: jax.Array, images: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def smoothed(
+    key: jax.Array, images: jax.Array, targets: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     images, targets = blend(key, images, targets) if blend else (images, targets)
     return images, optax.smooth_labels(targets, train.label_smoothing)
 
@@ -146,7 +156,9 @@ def make_blend(train: TrainConfig) -> BlendFn | None:
 
 def _kernels(params: Any) -> Any:
   """Which params AdamW's decay shrinks: no bias, no scale, no position."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: getattr(path[-1], "key", None) == "kernel", params)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: getattr(path[-1], "key", None) == "kernel", params
+  )
 
 
 def array_sha256(array: Any) -> str:

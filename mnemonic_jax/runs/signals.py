@@ -42,7 +42,10 @@ def exit_at_once() -> None:
   """
 
   def handle(signum: int, frame: FrameType | None) -> None:
-    os.write(2, f"mnemonic: stopped by {_NAMES[signal.Signals(signum)]}; nothing that was finished is lost.\n".encode())
+    os.write(
+      2,
+      f"mnemonic: stopped by {_NAMES[signal.Signals(signum)]}; nothing that was finished is lost.\n".encode(),
+    )
     os._exit(128 + signum)
 
   for signum in _heeded():
@@ -53,13 +56,13 @@ def exit_at_once() -> None:
 def deferred() -> Iterator[StopFlag]:
   """Within, the first signal sets the flag, and a second Ctrl-C does what it did before.
 
-  With several processes SIGTERM is left to the handler that JAX's runtime put when `distributed.initialize` was called, by
+  With several processes SIGTERM is left to the handler that JAX's runtime put when `processes.initialize` was called, by
   which all of them agree on a step (`StopFlag.asked`), and Ctrl-C is handed on to it. So call `exit_at_once` before
-  `distributed.initialize`; what it set is back after the block.
+  `processes.initialize`; what it set is back after the block.
   """
-  from mnemonic_jax import distributed  # imports jax: not for --help
+  from mnemonic_jax.multihost import processes  # imports jax: not for --help
 
-  flag, several, heard = StopFlag(), distributed.several(), 0
+  flag, several, heard = StopFlag(), processes.several(), 0
   previous = {signum: signal.getsignal(signum) for signum in _heeded()}
 
   def handle(signum: int, frame: FrameType | None) -> None:

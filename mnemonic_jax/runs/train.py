@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import pretrained, training
-from mnemonic_jax.checkpoints import Checkpoints
-from mnemonic_jax.config import Config
+from mnemonic_jax import training
 from mnemonic_jax.data import Dataset, augmentation
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.models import pretrained
 from mnemonic_jax.progress import Progress
 from mnemonic_jax.runs import setup, signals
+from mnemonic_jax.runs.checkpoints import Checkpoints
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.hashing import params_sha256
 from mnemonic_jax.runs.inference import predict
@@ -48,14 +49,22 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     run.rewind_metrics(first)
     log = stack.enter_context(run.metric_log(first))
     step = setup.make_step(config, start.model, start.optimizer, codes)
-    augment, split, size = augmentation.NAMES[config.data.augment], dataset.train, settings.batch_size
+    augment, split, size = (
+      augmentation.NAMES[config.data.augment],
+      dataset.train,
+      settings.batch_size,
+    )
     at_once = None
     # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
-    stepwise = isinstance(split, Stream) or (jax.default_backend() == "cpu" and config.model.name != "mlp")
+    stepwise = isinstance(split, Stream) or (
+      jax.default_backend() == "cpu" and config.model.name != "mlp"
+    )
     if isinstance(split, Stream):
       batch_step = training.make_batch_step(step, dataset.preprocess, augment)
       seed, workers = settings.seed, config.execution.workers
-      loader = split.training_batches(seed, size, first_step=first, last_step=total, workers=workers)
+      loader = split.training_batches(
+        seed, size, first_step=first, last_step=total, workers=workers
+      )
       batches = _streamed(stack.enter_context(loader), steps)
     else:
       batch_step = training.make_stored_step(step, dataset.preprocess, augment)
@@ -65,12 +74,16 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
         at_once = _epoch_at_once(batch_step, images, labels, size)
     one_by_one = _steps_one_by_one(batch_step, batches, steps, size)
     started = time.perf_counter()
-    amount, unit, initial = (total, "steps", first) if stepwise else (-(-total // steps), "epochs", first // steps)
+    amount, unit, initial = (
+      (total, "steps", first) if stepwise else (-(-total // steps), "epochs", first // steps)
+    )
     with signals.deferred() as stop, Progress("train", amount, unit, initial) as progress:
       while (before := int(state.step)) < total:
         stretch_started, inside = time.perf_counter(), before % steps
         if at_once is None or inside or before + steps > total:
-          end = int(min(total, before - inside + steps, _next_multiple(before, settings.checkpoint_steps)))
+          end = int(
+            min(total, before - inside + steps, _next_multiple(before, settings.checkpoint_steps))
+          )
           state, values = one_by_one(state, end - before, stop, progress if stepwise else None)
         else:  # not inside an epoch, where a checkpoint from another machine may stand
           state, values = at_once(state)
@@ -85,7 +98,15 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
         due = settings.checkpoint_steps and done % settings.checkpoint_steps == 0
         last = done == total
         if not rest or due or last:
-          log({"epoch": _plain(done / steps), "step": done, **values, "images_per_second": rate, "seconds": seconds})
+          log(
+            {
+              "epoch": _plain(done / steps),
+              "step": done,
+              **values,
+              "images_per_second": rate,
+              "seconds": seconds,
+            }
+          )
         saved = due or last or stop.signum or (not rest and epoch % settings.checkpoint_every == 0)
         if saved:
           checkpoints.save(state, codes)
@@ -99,7 +120,9 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
           )
       checkpoints.wait()
     seconds = time.perf_counter() - started
-    test = predict(start.model.logits_fn(state.model_state), state.params, dataset.test, dataset.preprocess)
+    test = predict(
+      start.model.logits_fn(state.model_state), state.params, dataset.test, dataset.preprocess
+    )
     return {
       "run": str(run.path),
       "config": run.config.name,
@@ -115,7 +138,9 @@ def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _first_state(config: Config, start: setup.Setup, checkpoints: Checkpoints) -> tuple[TrainState, jax.Array]:
+def _first_state(
+  config: Config, start: setup.Setup, checkpoints: Checkpoints
+) -> tuple[TrainState, jax.Array]:
   """State and codes of the newest checkpoint, else of the pretrained file, else fresh ones."""
   if checkpoints.latest_step() is not None:
     return checkpoints.restore(start.state, start.codes)
@@ -128,7 +153,9 @@ def _first_state(config: Config, start: setup.Setup, checkpoints: Checkpoints) -
     start.state.model_state,
     new_head=config.model.new_head,
   )
-  return training.init_train_state(params, model_state, start.optimizer, start.state.key), start.codes
+  return training.init_train_state(
+    params, model_state, start.optimizer, start.state.key
+  ), start.codes
 
 
 def _streamed(stream: Iterator[Any], steps_per_epoch: int) -> Batches:

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mnemonic_jax import _trees, data, paths
-from mnemonic_jax.checkpoints import Checkpoints, restore_parts, stored_shapes
-from mnemonic_jax.config import Config
+from mnemonic_jax import _trees, data
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
+from mnemonic_jax.multihost import paths
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.checkpoints import Checkpoints, restore_parts, stored_shapes
+from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.training import TrainState, ema_params
 
@@ -33,7 +34,9 @@ class Trained(NamedTuple):
   logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
 
-def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any], Any] | None = None) -> Trained:
+def restore(
+  run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any], Any] | None = None
+) -> Trained:
   """Restore the checkpoint of a run whose training is finished, or say how far it is.
 
   `place` gives abstract state and codes their shardings; if not given, all goes to the first device.
@@ -41,19 +44,27 @@ def restore(run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any],
   resume = f"Finish it first: mnemonic train {run.config.name} --out {run.path}"
   if not run.checkpoints.is_dir():
     raise MnemonicError(f"{run.path}: has no checkpoint yet. {resume}")
-  optimizer = setup.make_optimizer(run.config.train, steps=1)  # whatever the steps, its state has the same structure
+  optimizer = setup.make_optimizer(
+    run.config.train, steps=1
+  )  # whatever the steps, its state has the same structure
   with Checkpoints(run.checkpoints, create=False) as checkpoints:
     if (newest := checkpoints.latest_step()) is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
     model = _make_model(run.config, dataset, run.checkpoints / str(newest) / "default")
-    first = jax.eval_shape(lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl))
+    first = jax.eval_shape(
+      lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl)
+    )
     state, codes = checkpoints.restore(*(place or _on_first_device)(*first))
   done, asked, unit = _progress(run, dataset, int(state.step))
   if done < asked:
-    raise MnemonicError(f"{run.path}: training stands at {unit} {done:.4g} of {asked:.4g}. {resume}")
+    raise MnemonicError(
+      f"{run.path}: training stands at {unit} {done:.4g} of {asked:.4g}. {resume}"
+    )
   checkpoint = run.checkpoints / str(int(state.step))
   logits_fn = model.logits_fn(state.model_state)
-  return Trained(model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn)
+  return Trained(
+    model, state.params, ema_params(state), state.model_state, codes, checkpoint, logits_fn
+  )
 
 
 def _make_model(config: Config, dataset: Dataset, checkpoint: epath.PathLike) -> Model:
@@ -75,7 +86,11 @@ def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float
   train = run.config.train
   if train.steps:
     return step, train.steps, "step"
-  if records := [record for record in run.metrics() if record.get("epoch") and record.get("step", step + 1) <= step]:
+  if records := [
+    record
+    for record in run.metrics()
+    if record.get("epoch") and record.get("step", step + 1) <= step
+  ]:
     return records[-1]["epoch"] * step / records[-1]["step"], train.epochs, "epoch"
   if not dataset.train.num_examples:
     raise MnemonicError(
@@ -100,7 +115,9 @@ def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
 
 def _on_first_device(state: TrainState, codes: Any) -> Any:
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (state, codes))
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (state, codes)
+  )
 
 
 def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Trained:
@@ -141,7 +158,9 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   model_state = tree.get("model_state", model_state)
   average = tree.get("ema_params", tree.get("optimizer_state", {}).get("average"))
   logits_fn = model.logits_fn(model_state)
-  return Trained(model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn)
+  return Trained(
+    model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn
+  )
 
 
 _AVERAGE = "optimizer_state.average"  # where the checkpoints of `mnemonic train` have it
@@ -149,13 +168,21 @@ _AVERAGE = "optimizer_state.average"  # where the checkpoints of `mnemonic train
 
 def _other_copies(stored: dict[str, Any]) -> list[str]:
   """What else in a checkpoint has the paths and shapes of the params, and may be a copy of them that is served."""
-  layout = lambda tree: {path: getattr(leaf, "shape", None) for path, leaf in _trees.by_path(tree).items()}
+  layout = lambda tree: {
+    path: getattr(leaf, "shape", None) for path, leaf in _trees.by_path(tree).items()
+  }
   state = stored.get("optimizer_state")
   trees = {**stored, _AVERAGE: state.get("average") if isinstance(state, dict) else None}
-  return [n for n in trees if n not in ("params", "ema_params") and layout(trees[n]) == layout(stored["params"])]
+  return [
+    n
+    for n in trees
+    if n not in ("params", "ema_params") and layout(trees[n]) == layout(stored["params"])
+  ]
 
 
-def _require_same(folder: epath.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]) -> None:
+def _require_same(
+  folder: epath.Path, what: str, stored: dict[str, Any], expected: dict[str, Any]
+) -> None:
   """Refuse params or a model state of another structure, shape or dtype."""
   remedy = "Pass the --config, with the same --model fields, that the checkpoint was trained with."
   theirs = _trees.by_path({name: stored.get(name) for name in expected})
@@ -164,7 +191,9 @@ def _require_same(folder: epath.Path, what: str, stored: dict[str, Any], expecte
     if path not in theirs:
       raise MnemonicError(f"{folder}: has no {path}; {what} expects {_kind(leaf)}. {remedy}")
     if _kind(theirs[path]) != _kind(leaf):
-      raise MnemonicError(f"{folder}: {path} is {_kind(theirs[path])} there; {what} expects {_kind(leaf)}. {remedy}")
+      raise MnemonicError(
+        f"{folder}: {path} is {_kind(theirs[path])} there; {what} expects {_kind(leaf)}. {remedy}"
+      )
   if extra := next((path for path in theirs if path not in ours), None):
     raise MnemonicError(f"{folder}: holds {extra}, which {what} has no place for. {remedy}")
 
@@ -173,7 +202,11 @@ def _require_codes(folder: epath.Path, codes: Any, dataset: Dataset) -> None:
   """Refuse codes that are not one or more for each class, of the images' shape."""
   classes = len(dataset.class_names)
   shape: tuple[int, ...] = getattr(codes, "shape", ())
-  fits = len(shape) == 2 + len(dataset.shape) and (shape[0], *shape[2:]) == (classes, *dataset.shape) and shape[1]
+  fits = (
+    len(shape) == 2 + len(dataset.shape)
+    and (shape[0], *shape[2:]) == (classes, *dataset.shape)
+    and shape[1]
+  )
   if not fits or not jnp.issubdtype(codes.dtype, jnp.floating):
     raise MnemonicError(
       f"{folder}: codes is {_kind(codes)} there; expected floats ({classes}, K, {', '.join(map(str, dataset.shape))}), K "

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mnemonic_jax import distributed
 from mnemonic_jax.errors import MnemonicError, UsageError
+from mnemonic_jax.multihost import processes
 
-_BROKEN = re.compile(r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE)
+_BROKEN = re.compile(
+  r"gloo|nccl|coordination service|heartbeat|connection (closed|reset)", re.IGNORECASE
+)
 
 
 class PeerLost(MnemonicError):
@@ -62,7 +64,7 @@ class Watchdog:
 
   def __enter__(self) -> Watchdog:
     self.phase("start-up")
-    if distributed.several():
+    if processes.several():
       threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
     return self
 
@@ -70,16 +72,24 @@ class Watchdog:
     self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
   ) -> None:
     if self._ending:
-      time.sleep(2 * distributed.LAST)  # all is said, and the process on its way out
+      time.sleep(2 * processes.LAST)  # all is said, and the process on its way out
     self._over.set()
-    if distributed.several() and isinstance(error, (RuntimeError, ValueError)) and _BROKEN.search(str(error)):
-      raise PeerLost(f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})") from error
+    if (
+      processes.several()
+      and isinstance(error, (RuntimeError, ValueError))
+      and _BROKEN.search(str(error))
+    ):
+      raise PeerLost(
+        f"cut off after step {self._step} ({str(error).splitlines()[0][:200]})"
+      ) from error
 
   def beat(self, step: int) -> None:
     """Say that `step` is finished, its results read on the host, and that the next one runs."""
     self._step = step
     what = f"no step finished for {self._timeout:g} s after step {step}"
-    self._limit = _Limit(time.monotonic() + self._timeout, what, "--peer-timeout", "waits for its input")
+    self._limit = _Limit(
+      time.monotonic() + self._timeout, what, "--peer-timeout", "waits for its input"
+    )
 
   def phase(self, what: str) -> None:
     """Say that all before is finished, and what begins now; it lasts until the next `phase` or `beat`."""
@@ -110,4 +120,4 @@ class Watchdog:
           why = "this process waits for its next batch, so its input is stuck or too slow"
         remedy = f", and with a larger {limit.flag} if all was well and only slow"
         message = str(PeerLost(f"{limit.what} ({limit.flag})", why, remedy))
-        distributed.end(1, last=distributed.is_writer(), message=message)
+        processes.end(1, last=processes.is_writer(), message=message)

@@ -35,4 +35,8 @@ def children(folder: epath.Path, pattern: str) -> list[epath.Path]:
   >>> children(epath.Path("no such folder"), "*")
   []
   """
-  return [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)] if folder.is_dir() else []
+  return (
+    [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
+    if folder.is_dir()
+    else []
+  )

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from mnemonic_jax import _loss_checks, _passes, _trees
+from mnemonic_jax import _trees
+from mnemonic_jax.fisher import loss_checks, passes
 
 PyTree = Any
 
@@ -33,7 +34,15 @@ class FisherPlan:
   def __str__(self) -> str:
     heads = ("leaf", "shape", "rule", "kFLOP/example", "kB", "kB/example", "why")
     rows = [
-      (x.path, str(x.shape), x.rule, _kilo(x.flops), _kilo(x.bytes), _kilo(x.bytes_per_example), x.reason)
+      (
+        x.path,
+        str(x.shape),
+        x.rule,
+        _kilo(x.flops),
+        _kilo(x.bytes),
+        _kilo(x.bytes_per_example),
+        x.reason,
+      )
       for x in self.leaves
     ]
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
@@ -48,7 +57,12 @@ class FisherPlan:
 
 
 def explain_fisher(
-  loss_fn: _loss_checks.LossFn, params: PyTree, inputs: PyTree, labels: PyTree, *, mask: PyTree = None
+  loss_fn: loss_checks.LossFn,
+  params: PyTree,
+  inputs: PyTree,
+  labels: PyTree,
+  *,
+  mask: PyTree = None,
 ) -> FisherPlan:
   """Tell for every leaf which way `diagonal_fisher` takes, why, and what that costs.
 
@@ -74,8 +88,8 @@ def explain_fisher(
   ['kernel']  (4, 3)  per example            0.0  0.0         0.0  used more than once
   """
   chosen = _trees.mask_leaves(mask, params)
-  _loss_checks.check_loss(loss_fn, params, inputs, labels, None)
-  uses = _passes.uses_of(_passes.Objective(loss_fn, chosen, None), params, (inputs, labels))
+  loss_checks.check_loss(loss_fn, params, inputs, labels, None)
+  uses = passes.uses_of(passes.Objective(loss_fn, chosen, None), params, (inputs, labels))
   plans = []
   for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
     if not chosen[index]:
@@ -88,7 +102,9 @@ def explain_fisher(
         path=jax.tree_util.keystr(path),
         shape=tuple(leaf.shape),
         rule=" + ".join(dict.fromkeys(use.rule for use in own)) or "unused",
-        reason="; ".join(dict.fromkeys(use.reason for use in own if use.reason)) if own else "does not reach the loss",
+        reason="; ".join(dict.fromkeys(use.reason for use in own if use.reason))
+        if own
+        else "does not reach the loss",
         flops=sum(use.flops for use in own),
         bytes=max(contracted, default=0),
         bytes_per_example=sum(copied),

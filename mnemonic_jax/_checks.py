@@ -15,7 +15,9 @@ PyTree = Any
 
 def is_concrete(tree: PyTree) -> bool:
   """Tell whether no leaf of `tree` is being traced or a mere shape, so that its values may be looked at."""
-  return not any(isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree))
+  return not any(
+    isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree)
+  )
 
 
 def require_size(name: str, value: Any) -> int:
@@ -39,7 +41,9 @@ def require_key(key: Any) -> jax.Array:
       "Make one with jax.random.key(seed), or wrap an old one with jax.random.wrap_key_data."
     )
   if key.ndim:
-    raise ValueError(f"key: got an array of {key.shape} keys; expected one key. Pass key[0], or vmap over the keys.")
+    raise ValueError(
+      f"key: got an array of {key.shape} keys; expected one key. Pass key[0], or vmap over the keys."
+    )
   return key
 
 
@@ -54,17 +58,23 @@ def require_rate(rate: Any) -> Any:
   except (TypeError, ValueError):
     raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].") from None
   if not 0.0 <= value <= 1.0:
-    raise ValueError(f"rate: got {value}; expected a probability in [0, 1], the share of examples that become codes.")
+    raise ValueError(
+      f"rate: got {value}; expected a probability in [0, 1], the share of examples that become codes."
+    )
   return rate
 
 
-def require_classes(name: str, classes: Iterable[Any], num_classes: int, *, proper: bool = True) -> tuple[int, ...]:
+def require_classes(
+  name: str, classes: Iterable[Any], num_classes: int, *, proper: bool = True
+) -> tuple[int, ...]:
   """Return `classes` as distinct ints in [0, num_classes); `proper` also refuses none and all of them."""
   if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
     raise TypeError(f"{name}: got {classes!r}; expected a list of class indices, such as [0].")
   checked: list[int] = []
   for value in classes:
-    scalar_array = hasattr(value, "dtype") and np.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    scalar_array = (
+      hasattr(value, "dtype") and np.ndim(value) == 0 and jnp.issubdtype(value.dtype, jnp.integer)
+    )
     if isinstance(value, bool) or not (isinstance(value, int) or scalar_array):
       raise TypeError(
         f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices (a bool mask or "
@@ -72,9 +82,13 @@ def require_classes(name: str, classes: Iterable[Any], num_classes: int, *, prop
       )
     index = int(value)
     if not 0 <= index < num_classes:
-      raise ValueError(f"{name}: got {index}; expected integers in [0, {num_classes}), one per class of the model.")
+      raise ValueError(
+        f"{name}: got {index}; expected integers in [0, {num_classes}), one per class of the model."
+      )
     if index in checked:
-      raise ValueError(f"{name}: class {index} is repeated in {[*checked, index]}; expected each class once.")
+      raise ValueError(
+        f"{name}: class {index} is repeated in {[*checked, index]}; expected each class once."
+      )
     checked.append(index)
   if proper and not checked:
     raise ValueError(f"{name}: got none; expected at least one class out of [0, {num_classes}).")
@@ -87,14 +101,20 @@ def require_labels(name: str, labels: Any, num_examples: int, num_classes: int) 
   """Refuse labels that are not integers of shape (num_examples,), or, when concrete, out of [0, num_classes)."""
   dtype = getattr(labels, "dtype", None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
-    raise TypeError(f"{name}: got {kind(labels)}; expected an integer array of shape ({num_examples},).")
+    raise TypeError(
+      f"{name}: got {kind(labels)}; expected an integer array of shape ({num_examples},)."
+    )
   if labels.shape != (num_examples,):
-    raise ValueError(f"{name}: got shape {labels.shape}; expected ({num_examples},), one label per image.")
+    raise ValueError(
+      f"{name}: got shape {labels.shape}; expected ({num_examples},), one label per image."
+    )
   if num_examples and is_concrete(labels):
     host = np.asarray(labels)
     low, high = int(host.min()), int(host.max())
     if low < 0 or high >= num_classes:
-      raise ValueError(f"{name}: got values from {low} to {high}; expected integers in [0, {num_classes}).")
+      raise ValueError(
+        f"{name}: got values from {low} to {high}; expected integers in [0, {num_classes})."
+      )
 
 
 def require_codes(codes: Any) -> None:
@@ -131,14 +151,18 @@ def require_callable(name: str, value: Any, signature: str) -> Callable[..., Any
 def require_finite_number(name: str, value: Any) -> None:
   """Refuse a concrete `value` that is not a number, or not finite, or negative, anywhere."""
   array = np.asarray(value)
-  if array.dtype == bool or not (np.issubdtype(array.dtype, np.number) or jnp.issubdtype(array.dtype, jnp.floating)):
+  if array.dtype == bool or not (
+    np.issubdtype(array.dtype, np.number) or jnp.issubdtype(array.dtype, jnp.floating)
+  ):
     raise TypeError(f"{name}: got {value!r}; expected a number, finite and not negative.")
   if np.issubdtype(array.dtype, np.complexfloating):
     raise TypeError(f"{name}: got {value!r}; expected a real number, finite and not negative.")
   with np.errstate(over="ignore"):
     numbers = array.astype(np.float32)
   if not np.all(np.isfinite(numbers)) or np.any(numbers < 0):
-    raise ValueError(f"{name}: got {value!r}; expected a number, finite in float32 and not negative, such as 1e-3.")
+    raise ValueError(
+      f"{name}: got {value!r}; expected a number, finite in float32 and not negative, such as 1e-3."
+    )
 
 
 def kind(value: Any) -> str:

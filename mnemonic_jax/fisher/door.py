@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mnemonic_jax import _loss_checks, _passes, _trees, _validation
-from mnemonic_jax._loss_checks import LossFn
+from mnemonic_jax import _checks, _mesh, _trees
+from mnemonic_jax.fisher import loss_checks, passes
+from mnemonic_jax.fisher.loss_checks import LossFn
 
 PyTree = Any
 
@@ -34,7 +35,7 @@ class Execution:
 
   def __post_init__(self) -> None:
     if self.microbatch is not None:
-      _validation.require_size("execution.microbatch", self.microbatch)
+      _checks.require_size("execution.microbatch", self.microbatch)
     if self.shardings is not None:
       leaves = tuple(jax.tree.leaves(self.shardings))
       meshes = {getattr(leaf, "mesh", None) for leaf in leaves}
@@ -105,23 +106,25 @@ def diagonal_fisher(
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2; Kunstner, Balles, Hennig (2019) on "empirical".
   """
-  _validation.require_callable("loss_fn", loss_fn, "(params, inputs, labels) -> (N,) losses")
+  _checks.require_callable("loss_fn", loss_fn, "(params, inputs, labels) -> (N,) losses")
   chosen = _trees.mask_leaves(mask, params)
   execution = require_execution(execution)
-  num_examples = _loss_checks.num_examples_of(inputs, labels)
+  num_examples = loss_checks.num_examples_of(inputs, labels)
   group_weights, squeeze = _group_weights(weights, num_examples)
-  _loss_checks.check_loss(loss_fn, params, inputs, labels, precision)
+  loss_checks.check_loss(loss_fn, params, inputs, labels, precision)
   execution = on_mesh(execution, params, (inputs, labels, group_weights))
-  objective = _passes.Objective(
+  objective = passes.Objective(
     loss_fn,
     chosen,
     precision,
     disjoint=_disjoint(weights, group_weights),
-    placements=_passes.placements_of(execution.shardings, chosen),
-    platform=_passes.platform_of(params),
+    placements=_mesh.placements_of(execution.shardings, chosen),
+    platform=_mesh.platform_of(params),
     weighed=_weighed(weights, group_weights),
   )
-  sums = _passes.squared_gradients(objective, params, (inputs, labels), group_weights, execution.microbatch).sums
+  sums = passes.squared_gradients(
+    objective, params, (inputs, labels), group_weights, execution.microbatch
+  ).sums
   _, treedef = _trees.flatten(params)
   filled = iter(value[0] if squeeze else value for value in sums)
   return treedef.unflatten([next(filled) if takes_part else None for takes_part in chosen])
@@ -131,7 +134,7 @@ def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
   """Whether each example is known to have a weight in one group at most; of the weights as given: jit traces all others."""
   if len(group_weights) == 1:
     return True
-  if not _validation.is_concrete(weights):
+  if not _checks.is_concrete(weights):
     return False
   return bool(np.all(np.count_nonzero(np.asarray(weights), axis=0) <= 1))
 
@@ -140,7 +143,7 @@ def _weighed(weights: Any, group_weights: jax.Array) -> bool:
   """Whether some example is known to have a weight; of the weights as given, as above."""
   if weights is None:
     return True
-  return _validation.is_concrete(weights) and bool(np.any(np.asarray(weights, group_weights.dtype)))
+  return _checks.is_concrete(weights) and bool(np.any(np.asarray(weights, group_weights.dtype)))
 
 
 def require_execution(execution: Execution | None) -> Execution:
@@ -148,7 +151,9 @@ def require_execution(execution: Execution | None) -> Execution:
   if execution is None:
     return Execution()
   if not isinstance(execution, Execution):
-    raise TypeError(f"execution: got {execution!r}; expected mnemonic_jax.Execution(microbatch=...).")
+    raise TypeError(
+      f"execution: got {execution!r}; expected mnemonic_jax.Execution(microbatch=...)."
+    )
   return execution
 
 
@@ -159,7 +164,7 @@ def on_mesh(execution: Execution, params: PyTree, others: PyTree) -> Execution:
     raise ValueError(
       f"execution.shardings: got {len(execution.shardings)} for {len(leaves)} leaves of params; expected one for each."
     )
-  if execution.shardings is not None or not _validation.is_concrete((params, others)):
+  if execution.shardings is not None or not _checks.is_concrete((params, others)):
     return execution
   found = [getattr(leaf, "sharding", None) for leaf in leaves]
   meshes = {sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)}
@@ -174,20 +179,24 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
   """Weights as (G, N), and whether the group axis is to be dropped from the result."""
   if weights is None:
     return jnp.full((1, num_examples), 1.0 / num_examples), True
-  on_host = not isinstance(weights, jax.Array) and _validation.is_concrete(weights)
+  on_host = not isinstance(weights, jax.Array) and _checks.is_concrete(weights)
   try:
     weights = (np if on_host else jnp).asarray(weights)
   except ValueError:  # rows of different lengths
-    raise ValueError(f"weights: got {weights!r}; expected an array (N,), or (G, N) for G groups.") from None
+    raise ValueError(
+      f"weights: got {weights!r}; expected an array (N,), or (G, N) for G groups."
+    ) from None
   if weights.ndim not in (1, 2) or weights.shape[-1] != num_examples or weights.shape[0] == 0:
     raise ValueError(
       f"weights: got shape {weights.shape}; expected ({num_examples},), or (G, {num_examples}) for G groups."
     )
-  if not (jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)):
+  if not (
+    jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)
+  ):
     raise TypeError(f"weights: got dtype {weights.dtype}; expected floating numbers.")
   if on_host and np.issubdtype(weights.dtype, np.integer):  # JAX would cut them to 32 bits
     weights = weights.astype(np.float64)
   weights = jnp.asarray(weights)
-  if _validation.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
+  if _checks.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
     raise ValueError("weights: got NaN or inf; expected finite numbers.")
   return jnp.atleast_2d(weights), weights.ndim == 1

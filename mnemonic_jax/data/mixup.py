@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mnemonic_jax import _trees, _validation
+from mnemonic_jax import _checks, _mesh, _trees
 
 # (key, (N, H, W), alpha) -> how much of the next example each pixel becomes: (N, H, W) or (N, 1, 1), in [0, 1]
 Draw = Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
 
 
-def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
+def mixup(
+  key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
+) -> tuple[jax.Array, jax.Array]:
   """Replace each example by a mean of itself and the next one, with a weight of its own.
 
       lambda_n ~ Beta(alpha, alpha)
@@ -54,7 +56,9 @@ def mixup(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any) -> 
   return _blend(_mean, key, images, targets, alpha)
 
 
-def cutmix(key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any) -> tuple[jax.Array, jax.Array]:
+def cutmix(
+  key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
+) -> tuple[jax.Array, jax.Array]:
   """Paste a box of the next example into each, and weigh the targets by the share of pixels pasted.
 
       lambda_n ~ Beta(alpha, alpha),  centre_n ~ Uniform over the picture
@@ -98,15 +102,17 @@ def _box(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
 def _blend(
   draw: Draw, key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
 ) -> tuple[jax.Array, jax.Array]:
-  def blend(batch: tuple[jax.Array, jax.Array], key: jax.Array, alpha: jax.Array) -> tuple[jax.Array, jax.Array]:
+  def blend(
+    batch: tuple[jax.Array, jax.Array], key: jax.Array, alpha: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     images, targets = batch
     # All devices draw for all examples: they would have to agree in every round of beta's rejections.
-    share = _trees.gathered(draw(key, images.shape[:3], alpha))
+    share = _mesh.gathered(draw(key, images.shape[:3], alpha))
     return _lerp(images, share[..., None]), _lerp(targets, share.mean((1, 2))[:, None])
 
   arguments = key, jnp.asarray(alpha, jnp.float32)
   out_specs = jax.typeof(images).sharding.spec, jax.typeof(targets).sharding.spec
-  return _trees.with_automatic_axes(blend, (images, targets), *arguments, out_specs=out_specs)
+  return _mesh.with_automatic_axes(blend, (images, targets), *arguments, out_specs=out_specs)
 
 
 def _lerp(x: jax.Array, share: jax.Array) -> jax.Array:
@@ -117,11 +123,11 @@ def _lerp(x: jax.Array, share: jax.Array) -> jax.Array:
 
 
 def _check(key: Any, images: Any, targets: Any, alpha: Any) -> None:
-  _validation.require_key(key)
+  _checks.require_key(key)
   for name, value in (("images", images), ("targets", targets)):
     dtype = getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-      raise TypeError(f"{name}: got {_validation.kind(value)}; expected a floating array.")
+      raise TypeError(f"{name}: got {_checks.kind(value)}; expected a floating array.")
   if images.ndim != 4 or 0 in images.shape:
     raise ValueError(f"images: got shape {images.shape}; expected (N, H, W, C), none of them 0.")
   if targets.ndim != 2 or len(targets) != len(images):
@@ -131,6 +137,8 @@ def _check(key: Any, images: Any, targets: Any, alpha: Any) -> None:
     )
   if isinstance(alpha, jax.core.Tracer):
     return
-  _validation.require_finite_number("alpha", alpha)
+  _checks.require_finite_number("alpha", alpha)
   if jnp.ndim(alpha) or not alpha > 0:
-    raise ValueError(f"alpha: got {alpha!r}; expected one number above 0, such as 0.2 (mixup) or 1.0 (cutmix).")
+    raise ValueError(
+      f"alpha: got {alpha!r}; expected one number above 0, such as 0.2 (mixup) or 1.0 (cutmix)."
+    )

@@ -137,7 +137,9 @@ class Config:
   execution: ExecutionConfig = ExecutionConfig()
 
 
-_SECTIONS: dict[str, Any] = {f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"}
+_SECTIONS: dict[str, Any] = {
+  f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"
+}
 _CHOICES = {
   "data.name": ("digits", *prepared.NAMES),
   "data.augment": tuple(augmentation.NAMES),
@@ -173,7 +175,9 @@ _AT_LEAST_ONE = {
 
 def names() -> list[str]:
   """The named configs that ship with the package."""
-  return sorted(file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml"))
+  return sorted(
+    file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml")
+  )
 
 
 def text(name: str) -> str:
@@ -211,14 +215,18 @@ def load(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Confi
   return build(name, tables, overrides)
 
 
-def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+def build(
+  name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
+) -> Config:
   """Make a checked Config from nested tables (a TOML file, a run's config.json) and dotted overrides."""
   values: dict[str, Any] = {}
   for section, table in tables.items():
     if section == "name":
       continue
     if section not in _SECTIONS:
-      raise UsageError(f"config {name!r}: unknown section [{section}]. {nearest(section, _SECTIONS)}")
+      raise UsageError(
+        f"config {name!r}: unknown section [{section}]. {nearest(section, _SECTIONS)}"
+      )
     if not isinstance(table, Mapping):
       raise UsageError(f"config {name!r}: {section} is {table!r}; expected a table [{section}].")
     values.update({f"{section}.{field}": value for field, value in table.items()})
@@ -234,7 +242,9 @@ def build(name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | N
       raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
     section, _, key = field.partition(".")
     sections[section][key] = _checked(field, value, known[field])
-  config = Config(name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()})
+  config = Config(
+    name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()}
+  )
   _check_together(config)
   return config
 
@@ -261,7 +271,11 @@ def _checked(field: str, value: Any, kind: Any) -> Any:
     largest = _LARGEST_INT if kind is int else _LARGEST_FLOAT
     low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, largest))
     if not low <= value <= high:
-      limit = f"of at least {low:g}, at most {high:g}" if high == largest else f"from {low:.0f} to {high:.0f}"
+      limit = (
+        f"of at least {low:g}, at most {high:g}"
+        if high == largest
+        else f"from {low:.0f} to {high:.0f}"
+      )
       raise UsageError(f"{field}: got {value}; expected a number {limit}.")
   return value
 
@@ -271,13 +285,17 @@ def _check_together(config: Config) -> None:
   model, train = config.model, config.train
   for option, having in models.OPTIONS.items():
     if getattr(model, option) and model.name not in having:
-      raise UsageError(f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it.")
+      raise UsageError(
+        f"model.{option}: got true for model.name {model.name!r}; only {', '.join(having)} have it."
+      )
   if model.new_head and not model.pretrained:
     raise UsageError(
       "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
     )
   if train.ema >= 1:
-    raise UsageError(f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999.")
+    raise UsageError(
+      f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999."
+    )
   if train.batch_size % train.accumulate:
     raise UsageError(
       f"train.accumulate: got {train.accumulate} for train.batch_size {train.batch_size}; expected a divisor of it."
@@ -289,4 +307,4 @@ def _check_together(config: Config) -> None:
 
 
 def _folder() -> Any:
-  return importlib.resources.files("mnemonic_jax") / "configs"
+  return importlib.resources.files("mnemonic_jax.runs") / "configs"

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mnemonic_jax import _contractions, _uses
-from mnemonic_jax._contractions import Groups
+from mnemonic_jax import _mesh
+from mnemonic_jax.fisher import contractions, uses
+from mnemonic_jax.fisher.contractions import Groups
 
 
 class Param(NamedTuple):
@@ -40,9 +41,9 @@ class Data(NamedTuple):
 
 
 _CONTRACTIONS = {
-  "product": _contractions.dot_general,
-  "convolution": _contractions.convolution,
-  "lookup": _contractions.lookup,
+  "product": contractions.dot_general,
+  "convolution": contractions.convolution,
+  "lookup": contractions.lookup,
 }
 
 
@@ -55,7 +56,7 @@ def squared_gradients(
   *,
   disjoint: bool = False,
   platform: str | None = None,
-  spread: _contractions.Spread | None = None,
+  spread: _mesh.Spread | None = None,
 ) -> tuple[list[jax.Array], Any]:
   """Per leaf, sum_n w_n (d function_n / d leaf . cotangent_n)^2, (G, *leaf.shape), and what `cotangents` says.
 
@@ -72,7 +73,7 @@ def squared_gradients(
   one = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), examples)
   closed = jax.make_jaxpr(function)(list(leaves), one)
   groups = Groups.make(weights, disjoint, platform, spread)
-  dummies = [_contractions.dummy(leaf, weights) for leaf in leaves]
+  dummies = [contractions.dummy(leaf, weights) for leaf in leaves]
 
   def outputs(dummies: list[jax.Array]) -> jax.Array:
     args = [*map(Param, leaves, dummies), *map(Data, jax.tree.leaves(examples))]
@@ -86,27 +87,31 @@ def squared_gradients(
 
 def _evaluate(jaxpr: Any, consts: Sequence[Any], groups: Groups, args: Sequence[Any]) -> list[Any]:
   """Evaluate the jaxpr of one example on all: args and results are Param, Data, or plain where all examples agree."""
-  jaxpr, consts = _uses.without_jits(jaxpr, consts)
-  reasons = _uses.plan(jaxpr, [_kind(arg) for arg in args])
+  jaxpr, consts = uses.without_jits(jaxpr, consts)
+  reasons = uses.plan(jaxpr, [_kind(arg) for arg in args])
   env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
   for index, (var, arg) in enumerate(zip(jaxpr.invars, args, strict=True)):
     if index in reasons:
-      arg = Data(_contractions.copies(arg.value, arg.squares, groups))
+      arg = Data(contractions.copies(arg.value, arg.squares, groups))
     env[var] = arg
-  if _uses.mutates(jaxpr):
-    return _on_batch(jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts)), [env[var] for var in jaxpr.invars])
+  if uses.mutates(jaxpr):
+    return _on_batch(
+      jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts)), [env[var] for var in jaxpr.invars]
+    )
   read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
   waiting: list[Any] = []  # equations of data alone, which are mapped over the examples together
 
   def catch_up() -> None:
     if waiting:
-      reads, writes, run = _uses.stretch(jaxpr, waiting)
+      reads, writes, run = uses.stretch(jaxpr, waiting)
       env.update(zip(writes, _on_batch(run, [env[var] for var in reads]), strict=True))
       waiting.clear()
 
   for equation in jaxpr.eqns:
     kinds = {
-      _kind(env[atom]) if atom in env else "data" for atom in equation.invars if not isinstance(atom, jex.Literal)
+      _kind(env[atom]) if atom in env else "data"
+      for atom in equation.invars
+      if not isinstance(atom, jex.Literal)
     }
     if "data" in kinds and "param" not in kinds:
       waiting.append(equation)
@@ -128,9 +133,9 @@ def _evaluate_equation(jaxpr: Any, equation: Any, args: list[Any], groups: Group
   params = [arg for arg in args if isinstance(arg, Param)]
   if not params or name == "stop_gradient":
     return _on_batch(run, args)
-  if name in _uses.IDENTITIES:
+  if name in uses.IDENTITIES:
     return [params[0]._replace(value=run(params[0].value)[0])]
-  if name in _uses.REARRANGING or name == "broadcast_in_dim":
+  if name in uses.REARRANGING or name == "broadcast_in_dim":
     wide = max((param.squares.dtype for param in params), key=lambda dtype: dtype.itemsize)
     squares = jax.vmap(_bind(equation))(*(param.squares.astype(wide) for param in params))
     values = run(*(param.value for param in params))
@@ -142,9 +147,11 @@ def _evaluate_equation(jaxpr: Any, equation: Any, args: list[Any], groups: Group
   if name == "scan":
     return _evaluate_scan(equation, args, groups)
   if name == "cond":
-    branches = [partial(_evaluate_all, branch.jaxpr, branch.consts) for branch in equation.params["branches"]]
+    branches = [
+      partial(_evaluate_all, branch.jaxpr, branch.consts) for branch in equation.params["branches"]
+    ]
     return list(map(Data, jax.lax.switch(args[0], branches, groups, *args[1:])))
-  if name in _uses.REMAT:
+  if name in uses.REMAT:
     inner = equation.params["jaxpr"]
     again = partial(_evaluate_all, getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()))
     settings = {key: equation.params[key] for key in ("prevent_cse", "policy")}
@@ -157,7 +164,7 @@ def _contracted(equation: Any, run: Callable[..., Any], args: list[Any], groups:
   index = next(index for index, arg in enumerate(args) if isinstance(arg, Param))
   param, data = args[index], args[1 - index].value
   (output,) = _on_batch(run, args)
-  rule, settings, _ = _uses.rule_of(equation, index)
+  rule, settings, _ = uses.rule_of(equation, index)
   shape = param.value.shape
   if 0 in (data.size, output.value.size, *shape):
     return output  # without a tap, the dummy's cotangent is zero
@@ -168,8 +175,8 @@ def _contracted(equation: Any, run: Callable[..., Any], args: list[Any], groups:
       clipped = jnp.where(data == clipped, clipped.astype(jnp.int32), shape[0])
     data = clipped.astype(jnp.int32)
   contract = lambda data, g, groups: _CONTRACTIONS[rule](data, g, groups, shape, *settings)
-  summed = partial(_contractions.summed, contract, param.squares.shape)
-  return Data(_contractions.tap(summed, output.value, data, param.squares, groups))
+  summed = partial(contractions.summed, contract, param.squares.shape)
+  return Data(contractions.tap(summed, output.value, data, param.squares, groups))
 
 
 def _evaluate_all(jaxpr: Any, consts: Sequence[Any], groups: Groups, *args: Any) -> list[jax.Array]:
@@ -181,7 +188,11 @@ def _evaluate_scan(equation: Any, args: list[Any], groups: Groups) -> list[Any]:
   """A scan whose stacked params are scanned with their dummies; every carry has a batch axis."""
   params = equation.params
   inner, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
-  consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
+  consts, carry, xs = (
+    args[:num_consts],
+    args[num_consts : num_consts + num_carry],
+    args[num_consts + num_carry :],
+  )
 
   def scanned_axis_first(x: Any) -> Any:
     if isinstance(x, Param):
@@ -208,18 +219,26 @@ def _on_batch(run: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
 def _batched(value: Any, groups: Groups) -> jax.Array:
   """With a batch axis, whatever it was."""
   return (
-    value.value if isinstance(value, Data) else jnp.broadcast_to(value, (groups.weights.shape[1], *jnp.shape(value)))
+    value.value
+    if isinstance(value, Data)
+    else jnp.broadcast_to(value, (groups.weights.shape[1], *jnp.shape(value)))
   )
 
 
 def _runner(jaxpr: Any, equation: Any) -> Callable[..., list[Any]]:
   """Evaluate one equation on values of all its operands, literals among them."""
-  reads, _, function = _uses.stretch(jaxpr, [equation])
+  reads, _, function = uses.stretch(jaxpr, [equation])
 
   def run(*args: Any) -> list[Any]:
-    values = {atom: arg for atom, arg in zip(equation.invars, args, strict=True) if not isinstance(atom, jex.Literal)}
+    values = {
+      atom: arg
+      for atom, arg in zip(equation.invars, args, strict=True)
+      if not isinstance(atom, jex.Literal)
+    }
     outs = iter(function(*(values[atom] for atom in reads)))
-    return [jnp.zeros(()) if isinstance(var, jex.DropVar) else next(outs) for var in equation.outvars]
+    return [
+      jnp.zeros(()) if isinstance(var, jex.DropVar) else next(outs) for var in equation.outvars
+    ]
 
   return run
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _trees, _validation
+from mnemonic_jax import _checks, _mesh
 
 PyTree = Any
 # (params, inputs, labels) -> (N,) losses.
@@ -34,10 +34,14 @@ def num_examples_of(inputs: PyTree, labels: PyTree) -> int:
   for name, tree in (("inputs", inputs), ("labels", labels)):
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       if not np.ndim(leaf):
-        raise ValueError(f"{name}{jax.tree_util.keystr(path)}: got a scalar; expected a leading axis of N examples.")
+        raise ValueError(
+          f"{name}{jax.tree_util.keystr(path)}: got a scalar; expected a leading axis of N examples."
+        )
       sizes[name + jax.tree_util.keystr(path)] = np.shape(leaf)[0]
   if len(set(sizes.values())) > 1:
-    raise ValueError(f"inputs, labels: leading axes differ: {sizes}; expected the same number of examples in each.")
+    raise ValueError(
+      f"inputs, labels: leading axes differ: {sizes}; expected the same number of examples in each."
+    )
   if not sizes or 0 in sizes.values():
     raise ValueError("inputs: an empty batch; expected at least one example.")
   return next(iter(sizes.values()))
@@ -56,7 +60,13 @@ def matmul_precision(precision: str | None) -> contextlib.AbstractContextManager
 
 
 def check_loss(
-  loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, precision: str | None, *, cancels: bool = True
+  loss_fn: LossFn,
+  params: PyTree,
+  inputs: PyTree,
+  labels: PyTree,
+  precision: str | None,
+  *,
+  cancels: bool = True,
 ) -> None:
   """Refuse a loss that is not (N,), communicates, or, for concrete values, whose examples depend on each other.
 
@@ -65,8 +75,14 @@ def check_loss(
   num_examples = num_examples_of(inputs, labels)
   with matmul_precision(precision):
     jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
-  if getattr(shape, "shape", None) != (num_examples,) or not jnp.issubdtype(shape.dtype, jnp.floating):
-    got = f"shape {shape.shape} and dtype {shape.dtype}" if hasattr(shape, "shape") else f"{type(shape).__name__}"
+  if getattr(shape, "shape", None) != (num_examples,) or not jnp.issubdtype(
+    shape.dtype, jnp.floating
+  ):
+    got = (
+      f"shape {shape.shape} and dtype {shape.dtype}"
+      if hasattr(shape, "shape")
+      else f"{type(shape).__name__}"
+    )
     raise ValueError(
       f"loss_fn: returned {got}; expected floating losses of shape ({num_examples},), one per example. "
       "Drop the mean or sum over the batch: per-example gradients are squared before they are averaged."
@@ -79,18 +95,20 @@ def check_loss(
         "it is squared. Gather the params before calling diagonal_fisher and pass the gathered tree, or use jit with "
         "sharded arrays, which needs no collective in the loss."
       )
-  if num_examples > 1 and _validation.is_concrete((params, inputs, labels)):
+  if num_examples > 1 and _checks.is_concrete((params, inputs, labels)):
     half = any(
       getattr(getattr(v, "aval", None), "dtype", None) in (jnp.bfloat16, jnp.float16)
       for e in operations
       for v in e.outvars
     )
-    rows = np.unique(np.linspace(0, num_examples - 1, min(num_examples, _INDEPENDENCE_ROWS)).astype(int))
+    rows = np.unique(
+      np.linspace(0, num_examples - 1, min(num_examples, _INDEPENDENCE_ROWS)).astype(int)
+    )
     relative, absolute = _ROUNDING["half" if half else "float32"]
     with matmul_precision(precision):
       difference = _dependence(loss_fn, params, inputs, labels, rows, absolute if cancels else 0.0)
     # Inside a trace the difference is not concrete, even that of concrete values.
-    if _validation.is_concrete(difference) and difference > relative:
+    if _checks.is_concrete(difference) and difference > relative:
       raise ValueError(
         f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its example is computed alone. "
         "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
@@ -98,7 +116,9 @@ def check_loss(
       )
 
 
-def of_one(function: Callable[..., Any], params: PyTree, inputs: PyTree, labels: PyTree) -> jax.Array:
+def of_one(
+  function: Callable[..., Any], params: PyTree, inputs: PyTree, labels: PyTree
+) -> jax.Array:
   """What a loss, or a model, returns for a batch of one example, whose axis must still be there."""
   remedy = "A squeeze without its axis takes the axis of examples too when there is one: name the axes to squeeze."
   try:
@@ -123,7 +143,9 @@ def _dependence(
   def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
     inputs, labels = jax.tree.map(lambda x: x[rows], batch)
     together = loss_fn(params, inputs, labels)
-    alone = jax.vmap(lambda x, y: of_one(loss_fn, params, *jax.tree.map(lambda z: z[None], (x, y)))[0])(inputs, labels)
+    alone = jax.vmap(
+      lambda x, y: of_one(loss_fn, params, *jax.tree.map(lambda z: z[None], (x, y)))[0]
+    )(inputs, labels)
     larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
     beyond = jnp.abs(together - alone) - absolute
     relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)
@@ -131,7 +153,9 @@ def _dependence(
     return jnp.max(jnp.where(jnp.isfinite(together) == jnp.isfinite(alone), relative, 1))
 
   specs = jax.sharding.PartitionSpec()
-  return _trees.with_automatic_axes(largest_difference, (inputs, labels), params, rows, out_specs=specs)
+  return _mesh.with_automatic_axes(
+    largest_difference, (inputs, labels), params, rows, out_specs=specs
+  )
 
 
 def equations_in(jaxpr: Any) -> Iterator[Any]:

@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mnemonic_jax import _code_fishers, _loss_checks, _passes, _trees, perturbation
+from mnemonic_jax import _code_fishers, _mesh, _trees
 from mnemonic_jax._code_fishers import LogitsFn
-from mnemonic_jax.perturbation import Strength
+from mnemonic_jax.fisher import loss_checks, passes
+from mnemonic_jax.methods import perturbation
+from mnemonic_jax.methods.perturbation import Strength
 
 PyTree = Any
 
@@ -31,7 +33,9 @@ class ForgetInfo(NamedTuple):
   code_forget_error: jax.Array
 
 
-def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | float = 0.0) -> jax.Array:
+def choose_sign(
+  plus: CodeScores, minus: CodeScores, resolution: jax.Array | float = 0.0
+) -> jax.Array:
   """Choose the direction of the perturbation from how both candidates do on the codes.
 
       sign = +1 if A_R + E_F is larger for w+, -1 if it is larger for w-
@@ -54,7 +58,9 @@ def choose_sign(plus: CodeScores, minus: CodeScores, resolution: jax.Array | flo
   Source: Yamashita, Yamada, Shibata (2024), section 3.2; the tie break is ours.
   """
   lost = lambda scores: jnp.isnan(scores.retain_accuracy + scores.forget_error)
-  advantage = (plus.retain_accuracy + plus.forget_error) - (minus.retain_accuracy + minus.forget_error)
+  advantage = (plus.retain_accuracy + plus.forget_error) - (
+    minus.retain_accuracy + minus.forget_error
+  )
   tie = jnp.abs(advantage) <= resolution
   by_scores = jnp.where(tie, minus.loss_gap > plus.loss_gap, advantage < 0)
   take_minus = jnp.where(lost(plus) | lost(minus), lost(plus) & ~lost(minus), by_scores)
@@ -72,13 +78,15 @@ def update(
   strength: Strength,
 ) -> tuple[PyTree, ForgetInfo]:
   """Amplitude, scale, both candidates, and the better one."""
-  live_axes = [axis for axis, takes_part in zip(options.layer_axes, options.mask, strict=True) if takes_part]
+  live_axes = [
+    axis for axis, takes_part in zip(options.layer_axes, options.mask, strict=True) if takes_part
+  ]
   layer_axis = _trees.flatten(fishers)[1].unflatten(live_axes)
   f_forget, f_remain = jax.tree.map(lambda x: x[0], fishers), jax.tree.map(lambda x: x[1], fishers)
   eta = perturbation.amplitude(f_forget, f_remain, layer_axis=layer_axis)
   pairs = jnp.sum(forget, dtype=float) * jnp.sum(remain, dtype=float) * codes.shape[1] ** 2
   resolution = 0.5 / jnp.maximum(pairs, 1)
-  on_mesh = _passes.spread_of(options.execution.shardings) is not None
+  on_mesh = _mesh.spread_of(options.execution.shardings) is not None
 
   def better_sign(strength: Strength) -> tuple[jax.Array, CodeScores]:
     scale = perturbation.layer_scale(eta, strength, layer_axis=layer_axis)
@@ -95,7 +103,9 @@ def update(
 
   if jnp.ndim(strength.lambda1):
     _, scores = jax.lax.map(better_sign, strength)
-    sizes = jax.lax.map(lambda one: _size(perturbation.layer_scale(eta, one, layer_axis=layer_axis), eta), strength)
+    sizes = jax.lax.map(
+      lambda one: _size(perturbation.layer_scale(eta, one, layer_axis=layer_axis), eta), strength
+    )
     total = scores.retain_accuracy + scores.forget_error
     total = jnp.where(jnp.isnan(total), -jnp.inf, total)
     among = total >= jnp.max(total) - resolution
@@ -122,18 +132,22 @@ def _score(
   remain: jax.Array,
 ) -> CodeScores:
   """How a candidate does on the codes of both sides."""
-  objective, (inputs, labels), weights = _code_fishers.fisher_problem(logits_fn, options, params, codes, forget, remain)
+  objective, (inputs, labels), weights = _code_fishers.fisher_problem(
+    logits_fn, options, params, codes, forget, remain
+  )
   spread, microbatch = objective.spread, options.execution.microbatch
   explicit = any(jax.typeof(codes).sharding.spec)  # split over axes that no loop can cut
   if spread is None and not explicit:  # as many codes at a time as in the Fisher
-    microbatch = _passes.examples_at_once(objective, params, (inputs, labels), weights, microbatch)
+    microbatch = passes.examples_at_once(objective, params, (inputs, labels), weights, microbatch)
   microbatch = min(microbatch or len(inputs), len(inputs))
-  with _loss_checks.matmul_precision(options.precision):
+  with loss_checks.matmul_precision(options.precision):
     if spread is not None:
       count = -(-len(inputs) // microbatch)
-      parts = _passes.dealt(inputs, count, spread)
-      some = lambda index: logits_fn(params, _passes.part(parts, index, spread))
-      logits = jax.lax.map(some, jnp.arange(count)) if count > 1 else some(0)[None]  # (count, size, C)
+      parts = passes.dealt(inputs, count, spread)
+      some = lambda index: logits_fn(params, passes.part(parts, index, spread))
+      logits = (
+        jax.lax.map(some, jnp.arange(count)) if count > 1 else some(0)[None]
+      )  # (count, size, C)
       logits = jnp.swapaxes(logits, 0, 1).reshape(-1, logits.shape[-1])[: len(inputs)]
     elif microbatch == len(inputs):
       logits = logits_fn(params, inputs)

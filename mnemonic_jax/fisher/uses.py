@@ -12,16 +12,29 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mnemonic_jax import _contractions
+from mnemonic_jax.fisher import contractions
 
 # Of an atom in a plan: "data", "const" (the same for all examples), or the params that it rearranges.
 Kind = str | frozenset[int]
 # Each element of the result is one element of an operand, and none is there twice.
 REARRANGING = frozenset(
-  {"reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "concatenate", "copy", "copy_p"}
+  {
+    "reshape",
+    "transpose",
+    "squeeze",
+    "expand_dims",
+    "rev",
+    "slice",
+    "split",
+    "concatenate",
+    "copy",
+    "copy_p",
+  }
 )
 # These are the identity to a squared gradient; the dummies keep their own sign, precision and placement.
-IDENTITIES = frozenset({"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"})
+IDENTITIES = frozenset(
+  {"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"}
+)
 # Factors beyond these, or not known while tracing, could take squares out of range that the gradient itself is in.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-16, 2.0**16
 _STATE_EFFECTS = ("ReadEffect", "WriteEffect", "AccumEffect")
@@ -35,16 +48,22 @@ class Use(NamedTuple):
   leaves: frozenset[int]
   rule: str  # "product", "convolution", "lookup" or "per example"
   reason: str  # why it is not contracted; empty where it is
-  flops: int  # of the gradient (of its operation, for "per example" of the square alone) and its square
+  flops: (
+    int  # of the gradient (of its operation, for "per example" of the square alone) and its square
+  )
   bytes: int  # of gradient that is held
 
 
 def plan(jaxpr: Any, kinds: Sequence[str]) -> dict[int, str]:
   """Index of each param input (kind "param") that every example must have its own copy of, and why."""
   if mutates(jaxpr):
-    return {index: "used beside mutable arrays" for index, kind in enumerate(kinds) if kind == "param"}
+    return {
+      index: "used beside mutable arrays" for index, kind in enumerate(kinds) if kind == "param"
+    }
   copied: dict[int, str] = {}
-  while more := _conflicts(jaxpr, kinds, copied):  # a copied param is data, which may free or bind others
+  while more := _conflicts(
+    jaxpr, kinds, copied
+  ):  # a copied param is data, which may free or bind others
     copied.update(more)
   return copied
 
@@ -156,7 +175,11 @@ def _apart(windows: Sequence[Any]) -> bool:
 
 def mutates(jaxpr: Any) -> bool:
   """Whether it reads or writes mutable arrays, whose equations cannot be taken one by one."""
-  return any(type(effect).__name__ in _STATE_EFFECTS for equation in jaxpr.eqns for effect in equation.effects)
+  return any(
+    type(effect).__name__ in _STATE_EFFECTS
+    for equation in jaxpr.eqns
+    for effect in equation.effects
+  )
 
 
 def rule_of(equation: Any, index: int) -> tuple[str, tuple[Any, ...], int]:
@@ -165,7 +188,7 @@ def rule_of(equation: Any, index: int) -> tuple[str, tuple[Any, ...], int]:
   if name == "gather":
     return "lookup", (), 1
   if name == "conv_general_dilated":
-    geometry = _contractions.ConvGeometry.of(equation)
+    geometry = contractions.ConvGeometry.of(equation)
     batch, _, *spatial = (equation.outvars[0].aval.shape[i] for i in geometry.numbers.out_spec)
     return "convolution", (geometry,), math.prod((batch, *spatial))
   numbers = params["dimension_numbers"]
@@ -215,7 +238,9 @@ def _survey_inner(equation: Any, kinds: list[Kind]) -> list[Use]:
     again = lambda use: use._replace(flops=use.flops * params["length"])
     return list(map(again, survey(params["jaxpr"].jaxpr, params["jaxpr"].consts, kinds)))
   if equation.primitive.name == "cond":
-    return [use for branch in params["branches"] for use in survey(branch.jaxpr, branch.consts, kinds[1:])]
+    return [
+      use for branch in params["branches"] for use in survey(branch.jaxpr, branch.consts, kinds[1:])
+    ]
   inner = params["jaxpr"]
   return survey(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), kinds)
 
@@ -228,12 +253,18 @@ def activation_bytes(jaxpr: Any) -> int:
   """Bytes of all values that a jaxpr computes, about what its backward pass finds in memory."""
   total = 0
   for equation in jaxpr.eqns:
-    inner = [x for value in equation.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+    inner = [
+      x
+      for value in equation.params.values()
+      for x in (value if isinstance(value, tuple) else (value,))
+    ]
     inner = [getattr(x, "jaxpr", x) for x in inner]
     inside = max((activation_bytes(x) for x in inner if hasattr(x, "eqns")), default=0)
     if equation.primitive.name in REMAT:  # computed again when it is needed
       inside = 0
-    total += inside * equation.params.get("length", 1) if equation.primitive.name == "scan" else inside
+    total += (
+      inside * equation.params.get("length", 1) if equation.primitive.name == "scan" else inside
+    )
     shaped: list[Any] = [var.aval for var in equation.outvars if hasattr(var.aval, "shape")]
     total += sum(math.prod(aval.shape) * aval.dtype.itemsize for aval in shaped)
   return total
@@ -249,12 +280,18 @@ class Stretch(NamedTuple):
 
 def stretch(jaxpr: Any, equations: Sequence[Any]) -> Stretch:
   """Evaluate some equations through the public evaluation of a jaxpr that holds nothing else."""
-  kept = [var for equation in equations for var in equation.outvars if not isinstance(var, jex.DropVar)]
+  kept = [
+    var for equation in equations for var in equation.outvars if not isinstance(var, jex.DropVar)
+  ]
   written = set(kept)
-  atoms = (atom for equation in equations for atom in equation.invars if not isinstance(atom, jex.Literal))
+  atoms = (
+    atom for equation in equations for atom in equation.invars if not isinstance(atom, jex.Literal)
+  )
   reads = list(dict.fromkeys(atom for atom in atoms if atom not in written))
   effects = frozenset().union(*(equation.effects for equation in equations))
-  alone = jaxpr.replace(constvars=[], invars=reads, outvars=kept, eqns=list(equations), effects=effects)
+  alone = jaxpr.replace(
+    constvars=[], invars=reads, outvars=kept, eqns=list(equations), effects=effects
+  )
   return Stretch(reads, kept, jex.jaxpr_as_fun(jex.ClosedJaxpr(alone, ())))
 
 
@@ -266,7 +303,9 @@ def without_jits(jaxpr: Any, consts: Sequence[Any]) -> tuple[Any, Sequence[Any]]
   def run(jaxpr: Any, consts: Sequence[Any], *args: Any) -> list[Any]:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
     read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
-    for is_jit, equations in itertools.groupby(jaxpr.eqns, lambda equation: equation.primitive.name in _JIT):
+    for is_jit, equations in itertools.groupby(
+      jaxpr.eqns, lambda equation: equation.primitive.name in _JIT
+    ):
       if is_jit:
         for equation in equations:
           inner = equation.params["jaxpr"]

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _contractions, _loss_checks, _taps, _trees, _uses, _validation
+from mnemonic_jax import _checks, _mesh, _trees
+from mnemonic_jax.fisher import loss_checks, taps, uses
 
 PyTree = Any
 Function = Callable[[PyTree, PyTree, PyTree], jax.Array]
@@ -37,14 +38,16 @@ class Objective:
   precision: str | None
   loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
   disjoint: bool = False  # whether each example has a weight in one group at most
-  placements: tuple[Any, ...] | None = None  # for the sums: a NamedSharding per leaf that takes part, or none at all
+  placements: tuple[Any, ...] | None = (
+    None  # for the sums: a NamedSharding per leaf that takes part, or none at all
+  )
   platform: str | None = None  # where it runs, if that is known while tracing; see `platform_of`
   weighed: bool = False  # whether some example is known to have a weight
 
   @property
-  def spread(self) -> _contractions.Spread | None:
+  def spread(self) -> _mesh.Spread | None:
     """How examples and sums lie on a mesh."""
-    return spread_of(self.placements)
+    return _mesh.spread_of(self.placements)
 
 
 class SquaredGradients(NamedTuple):
@@ -73,9 +76,9 @@ def squared_gradients(
   num_examples = weights.shape[-1]
   microbatch = examples_at_once(objective, params, batch, weights, microbatch)
   if one_pass is None:
-    concrete = _validation.is_concrete((params, batch, weights, shift))
+    concrete = _checks.is_concrete((params, batch, weights, shift))
     one_program = jitted_program if concrete else _program
-    if microbatch == num_examples or not (concrete and _on_one_device((params, batch))):
+    if microbatch == num_examples or not (concrete and _mesh.on_one_device((params, batch))):
       return one_program(objective, microbatch, params, batch, weights, shift)
     one_pass = partial(jitted_program, objective, microbatch)
   # A step a call, from Python: on CPU a convolution inside a loop of XLA's is many times slower.
@@ -109,15 +112,19 @@ def _program(
     one_pass = lambda index: _one_pass(objective, params, *part_of(index), shift, weighed)
     if count == 1:
       return one_pass(0)
-    empty = jax.tree.map(lambda x: _trees.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
+    empty = jax.tree.map(lambda x: _mesh.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
     empty = empty._replace(exponent=empty.exponent + _LOWEST_EXPONENT)
-    return jax.lax.scan(lambda total, index: (_add(total, one_pass(index)), None), empty, jnp.arange(count))[0]
+    return jax.lax.scan(
+      lambda total, index: (_add(total, one_pass(index)), None), empty, jnp.arange(count)
+    )[0]
 
   if placements is None:
     specs: Any = jax.sharding.PartitionSpec()
   else:
     specs = SquaredGradients([p.spec for p in placements], jax.sharding.PartitionSpec())  # type: ignore[arg-type]
-  sums, exponent = _trees.with_automatic_axes(passes, batch, params, weights, jnp.asarray(shift), out_specs=specs)
+  sums, exponent = _mesh.with_automatic_axes(
+    passes, batch, params, weights, jnp.asarray(shift), out_specs=specs
+  )
   if placements is not None and not placements[0].mesh.explicit_axes:
     sums = [jax.lax.with_sharding_constraint(x, p) for x, p in zip(sums, placements, strict=True)]
   return SquaredGradients(sums, exponent)
@@ -135,7 +142,8 @@ def _add(a: SquaredGradients, b: SquaredGradients) -> SquaredGradients:
     return x * factor * factor
 
   sums = [
-    shrunk(x, a.exponent - exponent) + shrunk(y, b.exponent - exponent) for x, y in zip(a.sums, b.sums, strict=True)
+    shrunk(x, a.exponent - exponent) + shrunk(y, b.exponent - exponent)
+    for x, y in zip(a.sums, b.sums, strict=True)
   ]
   return SquaredGradients(sums, exponent)
 
@@ -153,7 +161,7 @@ def take(batch: PyTree, weights: jax.Array, start: Any, size: int) -> tuple[PyTr
   return jax.tree.map(lambda x: x[rows], batch), jnp.where(real, weights[:, rows], 0)
 
 
-def dealt(batch: PyTree, count: int, spread: _contractions.Spread) -> PyTree:
+def dealt(batch: PyTree, count: int, spread: _mesh.Spread) -> PyTree:
   """Arrays (N, ...) as (size, count, ...): `count` parts of equal size, to which every device deals its own examples.
 
   Filled up by repeating the last example.
@@ -167,18 +175,18 @@ def dealt(batch: PyTree, count: int, spread: _contractions.Spread) -> PyTree:
   return jax.tree.map(deal, batch)
 
 
-def dealt_weights(weights: jax.Array, count: int, spread: _contractions.Spread) -> jax.Array:
+def dealt_weights(weights: jax.Array, count: int, spread: _mesh.Spread) -> jax.Array:
   """Weights (G, N) as (G, size, count), zero for what `dealt` filled up."""
   missing = _part_size(weights.shape[1], count, spread) * count - weights.shape[1]
   return jnp.pad(weights, ((0, 0), (0, missing))).reshape(len(weights), -1, count)
 
 
-def part(parts: PyTree, index: Any, spread: _contractions.Spread) -> PyTree:
+def part(parts: PyTree, index: Any, spread: _mesh.Spread) -> PyTree:
   """One part of what `dealt` made."""
   return jax.tree.map(lambda x: spread.examples(x[:, index]), parts)
 
 
-def _part_size(num_examples: int, count: int, spread: _contractions.Spread) -> int:
+def _part_size(num_examples: int, count: int, spread: _mesh.Spread) -> int:
   return -(-num_examples // (count * spread.mesh.size)) * spread.mesh.size
 
 
@@ -194,9 +202,11 @@ def _one_pass(
   leaves, treedef = _trees.flatten(params)
   chosen = objective.chosen
   # What the function closes over may vary along more axes than its arguments do.
-  axes = _trees.varying_axes((weights, params, jax.eval_shape(objective.function, params, *batch)))
-  live = [_trees.varying(leaf, axes) for leaf, takes_part in zip(leaves, chosen, strict=True) if takes_part]
-  weights = _trees.varying(weights, axes)
+  axes = _mesh.varying_axes((weights, params, jax.eval_shape(objective.function, params, *batch)))
+  live = [
+    _mesh.varying(leaf, axes) for leaf, takes_part in zip(leaves, chosen, strict=True) if takes_part
+  ]
+  weights = _mesh.varying(weights, axes)
   # An example that no group weighs is replaced by one that some group does: nothing of it can reach the result.
   active = jnp.any(weights != 0, axis=0)
   stand_in = jnp.argmax(active)
@@ -206,19 +216,25 @@ def _one_pass(
     if objective.spread is None:
       taken = x[stand_in]
     else:  # a sum, for a row at a traced place would bring all examples to every device
-      taken = jnp.sum(jnp.where(along(jnp.arange(len(x)) == stand_in, x), x, 0), axis=0, dtype=x.dtype)
+      taken = jnp.sum(
+        jnp.where(along(jnp.arange(len(x)) == stand_in, x), x, 0), axis=0, dtype=x.dtype
+      )
     return jnp.where(along(active, x), x, taken)
 
   batch = jax.tree.map(pick, batch)
 
   def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:
     replacements = iter(live_leaves)
-    params = treedef.unflatten([next(replacements) if c else leaf for c, leaf in zip(chosen, leaves, strict=True)])
-    return _loss_checks.of_one(objective.function, params, *jax.tree.map(lambda x: x[None], example))[0]
+    params = treedef.unflatten(
+      [next(replacements) if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
+    )
+    return loss_checks.of_one(
+      objective.function, params, *jax.tree.map(lambda x: x[None], example)
+    )[0]
 
   def cotangents(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     if objective.loss is None:
-      return jnp.ones_like(values), _trees.varying(jnp.int32(0), axes)
+      return jnp.ones_like(values), _mesh.varying(jnp.int32(0), axes)
     loss = objective.loss
     residuals = jax.vmap(jax.grad(lambda value, label: loss(value[None], label)[0]))(
       values, jax.tree.map(lambda x: x[:, None], batch[1])
@@ -228,11 +244,13 @@ def _one_pass(
     wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
     largest = jnp.max(jnp.abs(wide), initial=0.0)
     exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0) - target
-    exponent = jnp.where(largest == 0, _LOWEST_EXPONENT, jnp.clip(exponent, _LOWEST_EXPONENT, -_LOWEST_EXPONENT))
+    exponent = jnp.where(
+      largest == 0, _LOWEST_EXPONENT, jnp.clip(exponent, _LOWEST_EXPONENT, -_LOWEST_EXPONENT)
+    )
     return (wide * _trees.power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
 
-  with _loss_checks.matmul_precision(objective.precision):
-    sums, exponent = _taps.squared_gradients(
+  with loss_checks.matmul_precision(objective.precision):
+    sums, exponent = taps.squared_gradients(
       function,
       cotangents,
       live,
@@ -246,19 +264,31 @@ def _one_pass(
     return SquaredGradients(sums, exponent)
   # Where all are without weight there is none to stand in: neither their values nor their range may count.
   some = jnp.any(active)
-  return SquaredGradients([jnp.where(some, x, 0) for x in sums], jnp.where(some, exponent, _LOWEST_EXPONENT))
+  return SquaredGradients(
+    [jnp.where(some, x, 0) for x in sums], jnp.where(some, exponent, _LOWEST_EXPONENT)
+  )
 
 
 def examples_at_once(
-  objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree], weights: jax.Array, microbatch: int | None
+  objective: Objective,
+  params: PyTree,
+  batch: tuple[PyTree, PyTree],
+  weights: jax.Array,
+  microbatch: int | None,
 ) -> int:
   """The microbatch: the one asked for, or one that keeps a pass within the memory it may take."""
   num_examples = weights.shape[-1]
   if microbatch is not None:
     return min(microbatch, num_examples)
   shapes, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, batch)))
-  activations, copies, convolves = _bytes_per_example(objective.function, objective.chosen, tuple(shapes), treedef)
-  if convolves and jax.default_backend() == "cpu" and not _validation.is_concrete((params, batch, weights)):
+  activations, copies, convolves = _bytes_per_example(
+    objective.function, objective.chosen, tuple(shapes), treedef
+  )
+  if (
+    convolves
+    and jax.default_backend() == "cpu"
+    and not _checks.is_concrete((params, batch, weights))
+  ):
     return num_examples
   stats = jax.devices()[0].memory_stats() or {}
   allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
@@ -280,53 +310,30 @@ def _bytes_per_example(
   params, batch = treedef.unflatten(shapes)
   closed = _trace_one(function, params, batch)
   convolves = any(
-    equation.primitive.name == "conv_general_dilated" for equation in _loss_checks.equations_in(closed.jaxpr)
+    equation.primitive.name == "conv_general_dilated"
+    for equation in loss_checks.equations_in(closed.jaxpr)
   )
   copies = sum(use.bytes for use in _uses_in(closed, chosen) if use.rule == "per example")
   # XLA fuses about half of what the equations compute, or more, and never stores it.
-  return _uses.activation_bytes(closed.jaxpr) // 2, copies, convolves
+  return uses.activation_bytes(closed.jaxpr) // 2, copies, convolves
 
 
-def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[_uses.Use]:
+def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[uses.Use]:
   """How the function of one example uses the leaves that take part; arrays may be abstract."""
   return _uses_in(_trace_one(objective.function, params, batch), objective.chosen)
 
 
-def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[_uses.Use]:
-  kinds: list[Any] = [frozenset([index]) if takes_part else "const" for index, takes_part in enumerate(chosen)]
-  return _uses.survey(closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds)))
+def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[uses.Use]:
+  kinds: list[Any] = [
+    frozenset([index]) if takes_part else "const" for index, takes_part in enumerate(chosen)
+  ]
+  return uses.survey(
+    closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds))
+  )
 
 
 def _trace_one(function: Function, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
-  example = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch)
-  return jax.make_jaxpr(partial(_loss_checks.of_one, function))(params, *example)
-
-
-def spread_of(shardings: tuple[Any, ...] | None) -> _contractions.Spread | None:
-  """How examples and sums lie on the mesh of these; None without a mesh, on an explicit one, and on one device."""
-  if not shardings or shardings[0].mesh.explicit_axes or shardings[0].mesh.size == 1:
-    return None
-  mesh, entries = shardings[0].mesh, [entry for sharding in shardings for entry in sharding.spec if entry]
-  split = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
-  return _contractions.Spread(mesh, tuple(name for name in mesh.axis_names if name in split))
-
-
-def placements_of(shardings: tuple[Any, ...] | None, chosen: tuple[bool, ...]) -> tuple[Any, ...] | None:
-  """Where the sums of each leaf that takes part go: like the leaf, with the axis of groups in front."""
-  if shardings is None:
-    return None
-  grouped = lambda p: jax.sharding.NamedSharding(p.mesh, jax.sharding.PartitionSpec(None, *p.spec))
-  return tuple(grouped(p) for p, c in zip(shardings, chosen, strict=True) if c)
-
-
-def platform_of(tree: PyTree) -> str | None:
-  """Where concrete arrays are ("cpu", "gpu", "tpu"), if that can be told."""
-  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-  if not arrays or not _validation.is_concrete(tree):
-    return None
-  return next(iter(arrays[0].devices())).platform
-
-
-def _on_one_device(tree: PyTree) -> bool:
-  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-  return all(isinstance(array.sharding, jax.sharding.SingleDeviceSharding) for array in arrays)
+  example = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch
+  )
+  return jax.make_jaxpr(partial(loss_checks.of_one, function))(params, *example)

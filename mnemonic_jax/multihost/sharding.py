@@ -25,7 +25,9 @@ RULES = ((r"\bblocks\b", 1), (r"", 0))
 _LEAST_SPLIT = 2**13
 
 
-def make_mesh(data: int | None = None, fsdp: int | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(
+  data: int | None = None, fsdp: int | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
   """Arrange all devices as data x fsdp.
 
   Without sizes, fsdp is the devices of one process: params are gathered inside a host and only gradients travel between
@@ -86,7 +88,9 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def require_batch(mesh: Mesh, name: str, size: int) -> None:
   """Refuse a number of examples that does not spread evenly."""
   if size % mesh.size:
-    raise ValueError(f"{name}: got {size} for {mesh.size} devices; expected a multiple of {mesh.size}.")
+    raise ValueError(
+      f"{name}: got {size} for {mesh.size} devices; expected a multiple of {mesh.size}."
+    )
 
 
 def _spec(path: str, shape: Sequence[int], fsdp: int) -> PartitionSpec:

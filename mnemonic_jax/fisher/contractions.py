@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _mesh, _trees
 
 # Bytes of per-example gradients of one param that a contraction holds at once, where it takes several examples a step.
 _CHUNK_BYTES = 2**26
@@ -30,17 +30,6 @@ _FEW = 4
 _STEP = 128
 # Multiplications up to which that is not worth its loop.
 _LITTLE = 2**25
-
-
-class Spread(NamedTuple):
-  """Examples lie on all axes of a mesh; sums of squares are split over those axes that split the params."""
-
-  mesh: jax.sharding.Mesh
-  sums: tuple[str, ...]
-
-  def examples(self, x: jax.Array) -> jax.Array:
-    """Each device its part of (N, ...)."""
-    return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names)))
 
 
 @jax.tree_util.register_dataclass
@@ -57,10 +46,15 @@ class Groups:
   stops: jax.Array | None = None  # (G,)
   # "cpu", "gpu" or "tpu" where it is known.
   platform: str | None = dataclasses.field(default=None, metadata={"static": True})
-  spread: Spread | None = dataclasses.field(default=None, metadata={"static": True})
+  spread: _mesh.Spread | None = dataclasses.field(default=None, metadata={"static": True})
 
   @staticmethod
-  def make(weights: jax.Array, disjoint: bool, platform: str | None = None, spread: Spread | None = None) -> Groups:
+  def make(
+    weights: jax.Array,
+    disjoint: bool,
+    platform: str | None = None,
+    spread: _mesh.Spread | None = None,
+  ) -> Groups:
     """Groups with these weights (G, N); examples without any weight come last."""
     if not disjoint:
       return Groups(weights, platform=platform, spread=spread)
@@ -81,7 +75,9 @@ class Groups:
 Contraction = Callable[[jax.Array, jax.Array, Groups], jax.Array]
 
 
-def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
+def summed(
+  contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.Array, groups: Groups
+) -> jax.Array:
   """`contract`, whose result has `shape` (G, *param.shape), wherever the examples lie.
 
   On a mesh each device contracts its own examples, and the sum over devices goes straight to their parts of the result:
@@ -101,11 +97,15 @@ def summed(contract: Contraction, shape: Sequence[int], data: jax.Array, g: jax.
     total = contract(data, g, Groups.make(weights, disjoint, groups.platform))
     if axis is None:
       return jax.lax.psum(total, names)
-    return jax.lax.psum(jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True), copied)
+    return jax.lax.psum(
+      jax.lax.psum_scatter(total, spread.sums, scatter_dimension=axis, tiled=True), copied
+    )
 
   examples, whole = PartitionSpec(names), PartitionSpec(None, names)
   result = PartitionSpec(*[None] * axis, spread.sums) if axis is not None else PartitionSpec()
-  mapped = jax.shard_map(local, mesh=spread.mesh, in_specs=(examples, examples, whole), out_specs=result)
+  mapped = jax.shard_map(
+    local, mesh=spread.mesh, in_specs=(examples, examples, whole), out_specs=result
+  )
   return mapped(data, g, groups.weights)
 
 
@@ -116,11 +116,15 @@ def copies(value: jax.Array, squares: jax.Array, groups: Groups) -> jax.Array:
 
 
 def _copies_forward(value: jax.Array, squares: jax.Array, groups: Groups) -> tuple[jax.Array, Any]:
-  return groups.copies_of(value), dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype))
+  return groups.copies_of(value), dataclasses.replace(
+    groups, weights=groups.weights.astype(squares.dtype)
+  )
 
 
 def _copies_backward(groups: Groups, g: jax.Array) -> tuple[Any, ...]:
-  contract = lambda _, g, groups: _weighted_sum(groups.weights, jnp.square(g.astype(groups.weights.dtype)))
+  contract = lambda _, g, groups: _weighted_sum(
+    groups.weights, jnp.square(g.astype(groups.weights.dtype))
+  )
   return None, summed(contract, (len(groups.weights), *g.shape[1:]), g, g, groups), None
 
 
@@ -128,12 +132,16 @@ copies.defvjp(_copies_forward, _copies_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def tap(contract: Contraction, output: jax.Array, data: jax.Array, squares: jax.Array, groups: Groups) -> jax.Array:
+def tap(
+  contract: Contraction, output: jax.Array, data: jax.Array, squares: jax.Array, groups: Groups
+) -> jax.Array:
   """Return `output`; its cotangent and `data` are contracted into the cotangent of `squares` on the way back."""
   return output
 
 
-def _tap_forward(contract: Contraction, output: Any, data: Any, squares: Any, groups: Groups) -> tuple[jax.Array, Any]:
+def _tap_forward(
+  contract: Contraction, output: Any, data: Any, squares: Any, groups: Groups
+) -> tuple[jax.Array, Any]:
   return output, (data, dataclasses.replace(groups, weights=groups.weights.astype(squares.dtype)))
 
 
@@ -146,7 +154,13 @@ tap.defvjp(_tap_forward, _tap_backward)
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def dot_general(
-  data: jax.Array, g: jax.Array, groups: Groups, shape: Sequence[int], numbers: Any, param_first: bool, precision: Any
+  data: jax.Array,
+  g: jax.Array,
+  groups: Groups,
+  shape: Sequence[int],
+  numbers: Any,
+  param_first: bool,
+  precision: Any,
 ) -> jax.Array:
   """The `Contraction` of a `dot_general` equation of one example, whose param has `shape`."""
   (left, right), (left_batch, right_batch) = numbers
@@ -164,8 +178,14 @@ def dot_general(
 
   if param_first:  # the output is (batch, free, positions)
     num_batch, num_free = 1 + len(right_batch), len(free)
-    g = g.transpose(*range(num_batch), *range(num_batch + num_free, g.ndim), *range(num_batch, num_batch + num_free))
-  total = _squared_products(inputs_of, width, data, g.reshape(len(g), batch, -1, outputs), groups, precision)
+    g = g.transpose(
+      *range(num_batch),
+      *range(num_batch + num_free, g.ndim),
+      *range(num_batch, num_batch + num_free),
+    )
+  total = _squared_products(
+    inputs_of, width, data, g.reshape(len(g), batch, -1, outputs), groups, precision
+  )
   order = (*right_batch, *right, *free)
   total = total.reshape(len(total), *sizes(order))
   return total.transpose(0, *(1 + int(i) for i in np.argsort(order)))
@@ -184,7 +204,15 @@ class ConvGeometry(NamedTuple):
 
   @staticmethod
   def of(equation: Any) -> ConvGeometry:
-    names = ("dimension_numbers", "feature_group_count", "window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    """Read the settings of an equation."""
+    names = (
+      "dimension_numbers",
+      "feature_group_count",
+      "window_strides",
+      "padding",
+      "lhs_dilation",
+      "rhs_dilation",
+    )
     return ConvGeometry(*(equation.params[name] for name in (*names, "precision")))
 
 
@@ -193,37 +221,63 @@ def convolution(
   data: jax.Array, g: jax.Array, groups: Groups, shape: Sequence[int], geometry: ConvGeometry
 ) -> jax.Array:
   """The `Contraction` of a convolution of one example whose kernel has `shape`."""
-  numbers, parts, stride, dilation = geometry.numbers, geometry.parts, geometry.stride, geometry.kernel_dilation
+  numbers, parts, stride, dilation = (
+    geometry.numbers,
+    geometry.parts,
+    geometry.stride,
+    geometry.kernel_dilation,
+  )
   outputs, part_features, *spatial = (shape[i] for i in numbers.rhs_spec)
   features, taps = part_features * parts, math.prod(spatial)
-  padding = [(low, high, d - 1) for (low, high), d in zip(geometry.padding, geometry.input_dilation, strict=True)]
-  offsets = np.array([[o * d for o, d in zip(tap, dilation, strict=True)] for tap in np.ndindex(*spatial)], np.int32)
+  padding = [
+    (low, high, d - 1)
+    for (low, high), d in zip(geometry.padding, geometry.input_dilation, strict=True)
+  ]
+  offsets = np.array(
+    [[o * d for o, d in zip(tap, dilation, strict=True)] for tap in np.ndindex(*spatial)], np.int32
+  )
 
   def inputs_of(data: jax.Array) -> jax.Array:
     """Patches (N, parts, positions, taps * part_features), tap by tap: no convolution stands inside a loop."""
     x = _channels_last(data, numbers.lhs_spec)
-    x = jax.lax.pad(x.reshape(-1, *x.shape[2:]), jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+    x = jax.lax.pad(
+      x.reshape(-1, *x.shape[2:]), jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)]
+    )
     reach = [(k - 1) * d for k, d in zip(spatial, dilation, strict=True)]
-    window = [(size - r - 1) // s * s + 1 for size, r, s in zip(x.shape[1:], reach, stride, strict=False)]
+    window = [
+      (size - r - 1) // s * s + 1 for size, r, s in zip(x.shape[1:], reach, stride, strict=False)
+    ]
 
     def put(index: jax.Array, patches: jax.Array) -> jax.Array:
       start, zero = _row(jnp.asarray(offsets), index)[0], jnp.int32(0)
       from_start = {"allow_negative_indices": False}
-      seen = jax.lax.dynamic_slice(x, (zero, *start, zero), (len(x), *window, features), **from_start)
-      seen = jax.lax.slice(seen, [0] * seen.ndim, seen.shape, (1, *stride, 1)).reshape(len(x), -1, 1, features)
+      seen = jax.lax.dynamic_slice(
+        x, (zero, *start, zero), (len(x), *window, features), **from_start
+      )
+      seen = jax.lax.slice(seen, [0] * seen.ndim, seen.shape, (1, *stride, 1)).reshape(
+        len(x), -1, 1, features
+      )
       return jax.lax.dynamic_update_slice(patches, seen, (zero, zero, index, zero), **from_start)
 
     positions = math.prod((w - 1) // s + 1 for w, s in zip(window, stride, strict=True))
-    if tuple(spatial) == tuple(stride) and all(d == 1 for d in dilation):  # side by side, as a ViT's
+    if tuple(spatial) == tuple(stride) and all(
+      d == 1 for d in dilation
+    ):  # side by side, as a ViT's
       counts = [size // k for size, k in zip(x.shape[1:], spatial, strict=False)]
       x = x[(slice(None), *(slice(n * k) for n, k in zip(counts, spatial, strict=True)))]
-      x = x.reshape(len(x), *(size for pair in zip(counts, spatial, strict=True) for size in pair), features)
+      x = x.reshape(
+        len(x), *(size for pair in zip(counts, spatial, strict=True) for size in pair), features
+      )
       axes = range(1, 1 + 2 * len(spatial))
-      patches = x.transpose(0, *axes[::2], *axes[1::2], x.ndim - 1).reshape(len(x), positions, taps, features)
+      patches = x.transpose(0, *axes[::2], *axes[1::2], x.ndim - 1).reshape(
+        len(x), positions, taps, features
+      )
     else:
-      patches = _trees.zeros((len(x), positions, taps, features), x.dtype, x)
+      patches = _mesh.zeros((len(x), positions, taps, features), x.dtype, x)
       patches = (
-        put(jnp.int32(0), patches) if taps == 1 else jax.lax.fori_loop(jnp.int32(0), jnp.int32(taps), put, patches)
+        put(jnp.int32(0), patches)
+        if taps == 1
+        else jax.lax.fori_loop(jnp.int32(0), jnp.int32(taps), put, patches)
       )
     if parts == 1:
       return patches.reshape(len(data), 1, -1, taps * features)
@@ -238,7 +292,9 @@ def convolution(
   last = total.ndim - 1
   axes = {numbers.rhs_spec[0]: (1, last), numbers.rhs_spec[1]: (last - 1,)}
   axes |= {axis: (2 + index,) for index, axis in enumerate(numbers.rhs_spec[2:])}
-  return total.transpose(0, *(i for axis in range(len(shape)) for i in axes[axis])).reshape(len(total), *shape)
+  return total.transpose(0, *(i for axis in range(len(shape)) for i in axes[axis])).reshape(
+    len(total), *shape
+  )
 
 
 @partial(jax.jit, static_argnums=3)
@@ -259,7 +315,7 @@ def lookup(data: jax.Array, g: jax.Array, groups: Groups, shape: Sequence[int]) 
   weights, rows, width = groups.weights, shape[0], math.prod(shape[1:])
   g = g.reshape(*data.shape, width).astype(weights.dtype)
   total, _ = jax.lax.scan(
-    add, _trees.zeros((len(weights), rows, width), weights.dtype, (weights, g)), (data, g, weights.T)
+    add, _mesh.zeros((len(weights), rows, width), weights.dtype, (weights, g)), (data, g, weights.T)
   )
   return total.reshape(len(weights), *shape)
 
@@ -279,7 +335,7 @@ def _squared_products(
   """
   num, batch, positions, outputs = g.shape
   shape, wide = (batch, width, outputs), groups.weights.dtype
-  zeros = lambda num_groups: _trees.zeros((num_groups, *shape), wide, (groups, data, g))
+  zeros = lambda num_groups: _mesh.zeros((num_groups, *shape), wide, (groups, data, g))
 
   def at_once(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
     inputs, cotangents = (jnp.square(x[:, :, 0]) for x in (inputs_of(data), g))
@@ -291,7 +347,9 @@ def _squared_products(
     largest = jnp.argmax(counts)
     whole = 4 * jnp.max(counts) >= 3 * num
     steps = jnp.where((jnp.arange(len(counts)) == largest) & whole, 0, -(-counts // _STEP))
-    ends = jnp.sum(jnp.where(jnp.tri(len(steps), dtype=bool), steps, 0), axis=1)  # of each group's steps among all
+    ends = jnp.sum(
+      jnp.where(jnp.tri(len(steps), dtype=bool), steps, 0), axis=1
+    )  # of each group's steps among all
     taken = lambda x, rows: x.at[rows].get(mode="promise_in_bounds")
 
     def add(step: jax.Array, total: jax.Array) -> jax.Array:
@@ -311,7 +369,9 @@ def _squared_products(
 
   def squares(data: jax.Array, g: jax.Array) -> jax.Array:
     """Of each example's gradient, (n, *shape)."""
-    gradients = jnp.einsum("nbtk,nbto->nbko", inputs_of(data), g, precision=precision, preferred_element_type=wide)
+    gradients = jnp.einsum(
+      "nbtk,nbto->nbko", inputs_of(data), g, precision=precision, preferred_element_type=wide
+    )
     return jnp.square(gradients)
 
   def by_example(data: jax.Array, g: jax.Array, groups: Groups) -> jax.Array:
@@ -333,9 +393,13 @@ def _squared_products(
     """As many examples at a time as the chunk holds gradients of."""
     chunk = max(1, min(num, _CHUNK_BYTES // (wide.itemsize * math.prod(shape))))
     padding = -num % chunk  # rows of zeros, at weight zero
-    cut = lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+    cut = lambda x: jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(
+      -1, chunk, *x.shape[1:]
+    )
     add = lambda total, part: (total + _weighted_sum(part[2].T, squares(part[0], part[1])), None)
-    return jax.lax.scan(add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T)))[0]
+    return jax.lax.scan(
+      add, zeros(len(groups.weights)), (cut(data), cut(g), cut(groups.weights.T))
+    )[0]
 
   if positions == 1:
     data, g = _of_like_size(data.astype(wide), g.astype(wide))
@@ -361,7 +425,9 @@ def _of_like_size(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _weighted_outer_products(weights: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
   """sum_n w_gn a_nbk b_nbo: (G, N), (N, B, K), (N, B, O) -> (G, B, K, O), in the layout it is computed in."""
-  product = lambda a, b: jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST)
+  product = lambda a, b: jax.lax.dot_general(
+    a, b, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
+  )
   weigh = lambda x: weights.T[:, None, :, None] * x[:, :, None]  # (N, B, G, ...)
   if b.shape[2] < a.shape[2]:  # weigh the smaller one
     return jnp.moveaxis(jax.vmap(product, 1)(a, weigh(b)), 2, 0)
@@ -383,11 +449,17 @@ def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
 
 def _weighted_sum(weights: jax.Array, squares: jax.Array) -> jax.Array:
   """sum_n w_gn s_n: (G, N), (N, ...) -> (G, ...)."""
-  if squares.size <= _SMALL or len(squares) <= _FEW:  # one loop: compiles faster, and a product of few rows is slow
-    return jnp.sum(weights.reshape(*weights.shape, *(1,) * (squares.ndim - 1)) * squares[None], axis=1)
+  if (
+    squares.size <= _SMALL or len(squares) <= _FEW
+  ):  # one loop: compiles faster, and a product of few rows is slow
+    return jnp.sum(
+      weights.reshape(*weights.shape, *(1,) * (squares.ndim - 1)) * squares[None], axis=1
+    )
   return jnp.einsum("gn,n...->g...", weights, squares, precision=jax.lax.Precision.HIGHEST)
 
 
 def dummy(leaf: jax.Array, weights: jax.Array) -> jax.Array:
   """The zeros (G, *leaf.shape) that go with a param, of the dtype that its squares are summed in."""
-  return _trees.zeros((len(weights), *leaf.shape), _trees.at_least_float32(leaf.dtype), (leaf, weights))
+  return _mesh.zeros(
+    (len(weights), *leaf.shape), _trees.at_least_float32(leaf.dtype), (leaf, weights)
+  )

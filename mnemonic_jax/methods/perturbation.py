@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _trees, _validation
+from mnemonic_jax import _checks, _trees
 
 PyTree = Any
 
@@ -35,8 +35,8 @@ class Strength:
 
   def __init__(self, lambda1: Any, lambda2: Any) -> None:
     for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-      if _validation.is_concrete(value):
-        _validation.require_finite_number(f"strength.{name}", value)
+      if _checks.is_concrete(value):
+        _checks.require_finite_number(f"strength.{name}", value)
       object.__setattr__(self, name, value)
 
   def __setattr__(self, name: str, value: Any) -> None:
@@ -58,7 +58,9 @@ class Strength:
 
   def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
     """Children with their names, as jax asks for them."""
-    return tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in self.__slots__), None
+    return tuple(
+      (jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in self.__slots__
+    ), None
 
   @classmethod
   def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Strength:
@@ -75,7 +77,9 @@ def require_strength(strength: Any) -> Strength:
   for name in Strength.__slots__:
     if jnp.ndim(getattr(strength, name)):
       shape = jnp.shape(getattr(strength, name))
-      raise ValueError(f"strength.{name}: got an array of shape {shape}; expected one number. Use vmap for a batch.")
+      raise ValueError(
+        f"strength.{name}: got an array of shape {shape}; expected one number. Use vmap for a batch."
+      )
   return strength
 
 
@@ -97,7 +101,9 @@ def _require_kind(strength: Any) -> None:
       f"strength: got the unknown name {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...)."
     )
   if not isinstance(strength, Strength):
-    raise TypeError(f"strength: got {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...).")
+    raise TypeError(
+      f"strength: got {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...)."
+    )
 
 
 def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree = None) -> PyTree:
@@ -130,14 +136,20 @@ def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree =
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
-  remain_leaves = _trees.require_like("fisher_remain", fisher_remain, "fisher_forget", fisher_forget)
+  remain_leaves = _trees.require_like(
+    "fisher_remain", fisher_remain, "fisher_forget", fisher_forget
+  )
   axes = _trees.axis_leaves(layer_axis, fisher_forget)
   leaves, treedef = _trees.flatten(fisher_forget)
   etas = []
-  for path, forget, remain, axis in zip(_trees.leaf_paths(fisher_forget), leaves, remain_leaves, axes, strict=True):
+  for path, forget, remain, axis in zip(
+    _trees.leaf_paths(fisher_forget), leaves, remain_leaves, axes, strict=True
+  ):
     if remain is None or jnp.shape(forget) != jnp.shape(remain):
       got = "None" if remain is None else f"shape {jnp.shape(remain)}"
-      raise ValueError(f"fisher_remain{path}: got {got}; expected shape {jnp.shape(forget)}, as in fisher_forget.")
+      raise ValueError(
+        f"fisher_remain{path}: got {got}; expected shape {jnp.shape(forget)}, as in fisher_forget."
+      )
     etas.append(_leaf_amplitude(jnp.asarray(forget), jnp.asarray(remain), axis))
   return treedef.unflatten(etas)
 
@@ -179,7 +191,11 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
 
   def scale(leaf: jax.Array, axis: int | None) -> jax.Array:
     leaf = jnp.asarray(leaf)
-    leaf = leaf.astype(_trees.at_least_float32(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
+    leaf = leaf.astype(
+      _trees.at_least_float32(leaf.dtype)
+      if jnp.issubdtype(leaf.dtype, jnp.floating)
+      else jnp.float32
+    )
     lambda1, lambda2 = (jnp.asarray(x, leaf.dtype) for x in (strength.lambda1, strength.lambda2))
     largest = _layer_max(leaf, axis)
     return jnp.where(largest == 0, lambda1, jnp.minimum(lambda1, lambda2 / largest))
@@ -212,20 +228,28 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
-  if _validation.is_concrete(sign) and (np.ndim(sign) or np.asarray(sign).item() not in (1, -1)):
+  if _checks.is_concrete(sign) and (np.ndim(sign) or np.asarray(sign).item() not in (1, -1)):
     raise ValueError(f"sign: got {sign!r}; expected +1 or -1.")
   leaves, treedef = _trees.flatten(params)
   etas = _trees.require_like("eta", eta, "params", params)
   scales = _trees.require_like("scale", scale, "params", params)
   moved = []
-  for path, leaf, leaf_eta, leaf_scale in zip(_trees.leaf_paths(params), leaves, etas, scales, strict=True):
+  for path, leaf, leaf_eta, leaf_scale in zip(
+    _trees.leaf_paths(params), leaves, etas, scales, strict=True
+  ):
     if leaf_eta is None:
       moved.append(leaf)
       continue
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      raise TypeError(f"params{path}: got dtype {leaf.dtype}; expected floating arrays only where eta is not None.")
-    if jnp.shape(leaf_eta) != leaf.shape or leaf_scale is None or not _broadcasts(jnp.shape(leaf_scale), leaf.shape):
+      raise TypeError(
+        f"params{path}: got dtype {leaf.dtype}; expected floating arrays only where eta is not None."
+      )
+    if (
+      jnp.shape(leaf_eta) != leaf.shape
+      or leaf_scale is None
+      or not _broadcasts(jnp.shape(leaf_scale), leaf.shape)
+    ):
       raise ValueError(
         f"eta{path}: got shape {jnp.shape(leaf_eta)} (scale: {None if leaf_scale is None else jnp.shape(leaf_scale)}); "
         f"expected {leaf.shape}, as in params, and a scale that broadcasts to it."
@@ -237,7 +261,9 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
 
 
 def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-  return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
+  return len(shape) <= len(to) and all(
+    a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False)
+  )
 
 
 def _layer_max(leaf: jax.Array, axis: int | None) -> jax.Array:

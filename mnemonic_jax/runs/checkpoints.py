@@ -19,13 +19,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mnemonic_jax import paths
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.multihost import paths
 from mnemonic_jax.training import TrainState
 
 PyTree = Any
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax logs each save; ours is the only voice on stderr
+logging.getLogger("absl").setLevel(
+  logging.ERROR
+)  # Orbax logs each save; ours is the only voice on stderr
 
 
 class Checkpoints:
@@ -39,12 +41,17 @@ class Checkpoints:
     if create:
       require_plain(folder)
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=create, cleanup_tmp_directories=create, enable_async_checkpointing=True
+      max_to_keep=keep,
+      create=create,
+      cleanup_tmp_directories=create,
+      enable_async_checkpointing=True,
     )
     try:
       self._manager = ocp.CheckpointManager(paths.absolute(folder), options=options)
     except (OSError, ValueError) as error:
-      raise MnemonicError(f"{folder}: cannot be opened for checkpoints: {_first_line(error)}") from error
+      raise MnemonicError(
+        f"{folder}: cannot be opened for checkpoints: {_first_line(error)}"
+      ) from error
 
   def __enter__(self) -> Checkpoints:
     return self
@@ -96,7 +103,9 @@ class Checkpoints:
     """Step of the newest whole checkpoint."""
     step = self.latest_step()
     if step is None:
-      raise MnemonicError(f"{self._folder}: holds no whole checkpoint. Train first: mnemonic train CONFIG --out RUN")
+      raise MnemonicError(
+        f"{self._folder}: holds no whole checkpoint. Train first: mnemonic train CONFIG --out RUN"
+      )
     return step
 
   def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
@@ -105,13 +114,19 @@ class Checkpoints:
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
     try:
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-    except Exception as error:  # Orbax raises many kinds for files that are damaged or of another model
+    except (
+      Exception
+    ) as error:  # Orbax raises many kinds for files that are damaged or of another model
       raise MnemonicError(
         f"{self._folder / str(step)}: cannot be restored as this config's model: {_first_line(error)} "
         "The files are damaged, or belong to another config. Move the folder away to fall back to the checkpoint before."
       ) from error
-    key = jax.random.wrap_key_data(tree["key"], impl=jax.random.key_impl(jnp.empty((), state.key.dtype)))
-    restored = TrainState(tree["params"], tree["model_state"], tree["optimizer_state"], tree["step"], key)
+    key = jax.random.wrap_key_data(
+      tree["key"], impl=jax.random.key_impl(jnp.empty((), state.key.dtype))
+    )
+    restored = TrainState(
+      tree["params"], tree["model_state"], tree["optimizer_state"], tree["step"], key
+    )
     return restored, tree["codes"]
 
 
@@ -153,10 +168,14 @@ def stored_shapes(folder: epath.PathLike) -> PyTree:
       found = checkpointer.metadata(paths.absolute(folder)).item_metadata
     if found is None:
       raise ValueError("_METADATA is damaged")
-    shape = lambda x: x if getattr(x, "dtype", None) is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    shape = lambda x: (
+      x if getattr(x, "dtype", None) is None else jax.ShapeDtypeStruct(x.shape, x.dtype)
+    )
     return jax.tree.map(shape, found.tree)
   except Exception as error:  # as in Checkpoints.restore
-    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
+    raise MnemonicError(
+      f"{folder}: cannot be restored: {_first_line(error)} The files are damaged."
+    ) from error
 
 
 def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
@@ -167,7 +186,9 @@ def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
       args = ocp.args.PyTreeRestore(parts, restore_args=on_host, partial_restore=True)
       return checkpointer.restore(paths.absolute(folder), args=args)
   except Exception as error:  # as in Checkpoints.restore
-    raise MnemonicError(f"{folder}: cannot be restored: {_first_line(error)} The files are damaged.") from error
+    raise MnemonicError(
+      f"{folder}: cannot be restored: {_first_line(error)} The files are damaged."
+    ) from error
 
 
 def save_params(folder: epath.PathLike, params: PyTree) -> None:
@@ -184,7 +205,9 @@ def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
   """Read what `save_params` wrote, in the structure of `params`."""
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      return checkpointer.restore(paths.absolute(folder), jax.tree.map(ocp.utils.to_shape_dtype_struct, params))
+      return checkpointer.restore(
+        paths.absolute(folder), jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
+      )
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(
       f"{folder}: cannot be restored: {_first_line(error)} The files are damaged. Forget again to make new ones."
@@ -213,7 +236,11 @@ def _key_data(key: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
   text = str(error).strip()
-  for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # these come wrapped in a page of internals
+  for code in (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+  ):  # these come wrapped in a page of internals
     if (reason := os.strerror(code)) in text:
       return f"{reason}."
   line = textwrap.shorten(text, 200, placeholder=" ...") or type(error).__name__

@@ -28,7 +28,9 @@ def roll_call(coordinator: str, process_id: int, num_processes: int, timeout: fl
   """
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-    raise UsageError(f"--coordinator: got {coordinator}; expected host:port of process 0, for example 10.0.0.1:8476.")
+    raise UsageError(
+      f"--coordinator: got {coordinator}; expected host:port of process 0, for example 10.0.0.1:8476."
+    )
   if not 0 <= process_id < num_processes:
     raise UsageError(
       f"--process-id: got {process_id} with --num-processes {num_processes}; expected 0 to {num_processes - 1}, another "
@@ -38,7 +40,9 @@ def roll_call(coordinator: str, process_id: int, num_processes: int, timeout: fl
   if process_id == 0:
     verdict = _listen(int(port), num_processes, deadline, timeout)
   else:
-    verdict = _report(host.strip("[]"), int(port), f"{process_id} {num_processes}", deadline, timeout)
+    verdict = _report(
+      host.strip("[]"), int(port), f"{process_id} {num_processes}", deadline, timeout
+    )
   if verdict:
     raise MnemonicError(f"--coordinator {coordinator}: {verdict}")
 
@@ -48,7 +52,10 @@ def _listen(port: int, num_processes: int, deadline: float, timeout: float) -> s
   try:
     both = socket.has_dualstack_ipv6()
     server = socket.create_server(
-      ("", port), family=socket.AF_INET6 if both else socket.AF_INET, backlog=num_processes, dualstack_ipv6=both
+      ("", port),
+      family=socket.AF_INET6 if both else socket.AF_INET,
+      backlog=num_processes,
+      dualstack_ipv6=both,
     )
   except OSError as error:
     return f"process 0 cannot listen at port {port} ({error.strerror or error}). Choose another port on all processes."

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.roll_call import roll_call
+from mnemonic_jax.multihost.roll_call import roll_call
 
 Result = TypeVar("Result")
 
@@ -46,12 +46,18 @@ def initialize(
     UsageError: only some of the three are given, or one is out of range.
     MnemonicError: a process is missing or does not fit, on every process.
   """
-  given = {"--coordinator": coordinator, "--process-id": process_id, "--num-processes": num_processes}
+  given = {
+    "--coordinator": coordinator,
+    "--process-id": process_id,
+    "--num-processes": num_processes,
+  }
   if num_processes == 1 or jax.distributed.is_initialized():
     return
   missing = [flag for flag, value in given.items() if value is None]
   if 0 < len(missing) < len(given):
-    raise UsageError(f"{missing[0]}: missing; pass {', '.join(given)} on every process, or none of them.")
+    raise UsageError(
+      f"{missing[0]}: missing; pass {', '.join(given)} on every process, or none of them."
+    )
   started = time.monotonic()
   if coordinator is not None and process_id is not None and num_processes is not None:
     roll_call(coordinator, process_id, num_processes, startup_timeout)

@@ -26,7 +26,9 @@ class _Source(NamedTuple):
   """How one library names the arrays of one family of models."""
 
   marker: str  # a name that only its files hold
-  rules: tuple[tuple[str, Any], ...]  # regular expressions that turn its names into our dotted paths, in this order
+  rules: tuple[
+    tuple[str, Any], ...
+  ]  # regular expressions that turn its names into our dotted paths, in this order
 
 
 def _next(number: str) -> str:
@@ -107,7 +109,10 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
       (
         (r"^patch_embed\.proj\.", "patches."),
         (r"^patch_embed\.norm\.", "patches_norm."),
-        (r"^layers\.(\d)\.blocks\.(\d+)\.", lambda found: f"stage{_next(found[1])}_block{_next(found[2])}."),
+        (
+          r"^layers\.(\d)\.blocks\.(\d+)\.",
+          lambda found: f"stage{_next(found[1])}_block{_next(found[2])}.",
+        ),
         (r"^layers\.(\d)\.downsample\.norm\.", lambda found: f"stage{_next(found[1])}_norm."),
         (r"^layers\.(\d)\.downsample\.reduction\.", lambda found: f"stage{_next(found[1])}_merge."),
         (r"^head\.fc\.", "head."),
@@ -119,7 +124,10 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
       (
         (r"^features\.0\.0\.", "patches."),
         (r"^features\.0\.2\.", "patches_norm."),
-        (r"^features\.(\d)\.(\d+)\.", lambda found: f"stage{int(found[1]) // 2 + 1}_block{_next(found[2])}."),
+        (
+          r"^features\.(\d)\.(\d+)\.",
+          lambda found: f"stage{int(found[1]) // 2 + 1}_block{_next(found[2])}.",
+        ),
         (r"^features\.(\d)\.norm\.", lambda found: f"stage{int(found[1]) // 2 + 1}_norm."),
         (r"^features\.(\d)\.reduction\.", lambda found: f"stage{int(found[1]) // 2 + 1}_merge."),
         *_BLOCK_OF_TORCH,
@@ -144,7 +152,14 @@ def check(file: str | pathlib.Path, name: str) -> None:
     pass
 
 
-def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTree, *, new_head: bool = False) -> Any:
+def load(
+  file: str | pathlib.Path,
+  name: str,
+  params: PyTree,
+  model_state: PyTree,
+  *,
+  new_head: bool = False,
+) -> Any:
   """Fill params and running statistics with the weights in a file.
 
   Args:
@@ -169,28 +184,48 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     def read(ours: str, shape: tuple[int, ...]) -> np.ndarray:
       reader = named.get(ours)
       if reader is None:
-        raise MnemonicError(f"{file}: has no array for {ours} {shape} of {name}; {_remedy(ours, named, head)}")
+        raise MnemonicError(
+          f"{file}: has no array for {ours} {shape} of {name}; {_remedy(ours, named, head)}"
+        )
       used.add(ours)
       value = reader()
       if value.shape != shape:
         raise MnemonicError(
           f"{file}: {ours} has shape {value.shape} there; {name} with this data set expects {shape}."
-          + (" Pass model.new_head to start with a head of your own." if ours.startswith(f"{head}.") else "")
+          + (
+            " Pass model.new_head to start with a head of your own."
+            if ours.startswith(f"{head}.")
+            else ""
+          )
         )
       if not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
-        raise MnemonicError(f"{file}: {ours} has dtype {value.dtype} there; expected floating weights.")
-      if not np.all(np.isfinite(value) if value.dtype.itemsize <= 4 else np.abs(value) <= np.finfo(np.float32).max):
-        raise MnemonicError(f"{file}: {ours} holds NaN, inf or numbers beyond float32; expected finite weights.")
+        raise MnemonicError(
+          f"{file}: {ours} has dtype {value.dtype} there; expected floating weights."
+        )
+      if not np.all(
+        np.isfinite(value)
+        if value.dtype.itemsize <= 4
+        else np.abs(value) <= np.finfo(np.float32).max
+      ):
+        raise MnemonicError(
+          f"{file}: {ours} holds NaN, inf or numbers beyond float32; expected finite weights."
+        )
       return value
 
     def fill(path: Any, leaf: Any) -> Any:
       top, *keys = (str(key.key) for key in path)
       if new_head and top == head:
         return leaf
-      uncommitted = not getattr(leaf, "committed", True)  # such an array may go anywhere, and so may its weights
+      uncommitted = not getattr(
+        leaf, "committed", True
+      )  # such an array may go anywhere, and so may its weights
       placement = None if uncommitted else getattr(leaf, "sharding", None)
-      if top == "blocks" and ".".join([top, *keys]) not in named:  # scanned: one leaf holds a param of every block
-        stacked = jax.jit(partial(jax.numpy.zeros, leaf.shape, leaf.dtype), out_shardings=placement)()
+      if (
+        top == "blocks" and ".".join([top, *keys]) not in named
+      ):  # scanned: one leaf holds a param of every block
+        stacked = jax.jit(
+          partial(jax.numpy.zeros, leaf.shape, leaf.dtype), out_shardings=placement
+        )()
         for index in range(len(stacked)):
           layer = read(".".join([f"block{index + 1}", *keys]), tuple(leaf.shape[1:]))
           on_devices = _placed(layer, leaf.dtype, _of_a_layer(placement))
@@ -210,7 +245,9 @@ def load(file: str | pathlib.Path, name: str, params: PyTree, model_state: PyTre
     order = sorted(range(len(leaves)), key=lambda place: -leaves[place][1].size)
     done = {place: fill(leaves[place][0][1:], leaves[place][1]) for place in order}
     filled = jax.tree.unflatten(structure, [done[place] for place in range(len(leaves))])
-    left = [ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))]
+    left = [
+      ours for ours in named if ours not in used and not (new_head and ours.startswith(f"{head}."))
+    ]
     if left:
       raise MnemonicError(
         f"{file}: holds arrays that {name} has no place for: {_few(left)}; it is another architecture."
@@ -246,9 +283,13 @@ def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarr
     MnemonicError: no such file, a damaged one, or vectors that no head can score against; it names the file.
   """
   remedy = "save the vectors with numpy.save(FILE, vectors)."
-  with _opened(pathlib.Path(file), "model.text_embeddings", (".npy", ".safetensors"), remedy) as arrays:
+  with _opened(
+    pathlib.Path(file), "model.text_embeddings", (".npy", ".safetensors"), remedy
+  ) as arrays:
     if len(arrays) != 1:
-      raise MnemonicError(f"{file}: holds {len(arrays)} arrays ({_few(arrays)}); expected one, the text embeddings.")
+      raise MnemonicError(
+        f"{file}: holds {len(arrays)} arrays ({_few(arrays)}); expected one, the text embeddings."
+      )
     (read,) = arrays.values()
     vectors = read()
   if vectors.ndim != 2 or len(vectors) != num_classes or not vectors.size:
@@ -261,9 +302,13 @@ def load_text_embeddings(file: str | pathlib.Path, num_classes: int) -> np.ndarr
     vectors = vectors.astype(np.float64)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
   if (wrong := np.flatnonzero(~np.isfinite(lengths))).size:
-    raise MnemonicError(f"{file}: the vector of class {wrong[0]} holds NaN or inf; expected finite vectors.")
+    raise MnemonicError(
+      f"{file}: the vector of class {wrong[0]} holds NaN or inf; expected finite vectors."
+    )
   if (wrong := np.flatnonzero(lengths == 0)).size:
-    raise MnemonicError(f"{file}: the vector of class {wrong[0]} is zero; expected one with a direction.")
+    raise MnemonicError(
+      f"{file}: the vector of class {wrong[0]} is zero; expected one with a direction."
+    )
   return (vectors / lengths).astype(np.float32)
 
 
@@ -271,7 +316,9 @@ def _placed(value: np.ndarray, dtype: Any, placement: Sharding | None) -> jax.Ar
   """A host array on the devices, each its own part; on the default device where no placement is given."""
   if placement is None:
     return jax.numpy.asarray(value, dtype)
-  return jax.make_array_from_callback(value.shape, placement, lambda part: np.asarray(value[part], dtype))
+  return jax.make_array_from_callback(
+    value.shape, placement, lambda part: np.asarray(value[part], dtype)
+  )
 
 
 def _of_a_layer(placement: Sharding | None) -> Sharding | None:
@@ -353,10 +400,14 @@ def _weights_of(file: str | pathlib.Path, name: str) -> Iterator[dict[str, Reade
 
 
 @contextmanager
-def _opened(path: pathlib.Path, field: str, suffixes: tuple[str, str], remedy: str) -> Iterator[dict[str, Reader]]:
+def _opened(
+  path: pathlib.Path, field: str, suffixes: tuple[str, str], remedy: str
+) -> Iterator[dict[str, Reader]]:
   """Name -> reader of each array in a file; nothing is read before it is asked for, and nothing is unpickled."""
   if not path.is_file():
-    raise MnemonicError(f"{path}: no such file. {field} takes a local {' or '.join(suffixes)} file.")
+    raise MnemonicError(
+      f"{path}: no such file. {field} takes a local {' or '.join(suffixes)} file."
+    )
   if path.suffix not in suffixes:
     raise MnemonicError(
       f"{path}: is neither {' nor '.join(suffixes)}. Other files may run code when they are read; {remedy}"
@@ -367,7 +418,9 @@ def _opened(path: pathlib.Path, field: str, suffixes: tuple[str, str], remedy: s
       return read(*arguments, **options)
     except OSError as error:
       raise MnemonicError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    except Exception as error:  # zipfile, zlib, struct, numpy and safetensors raise many kinds for damaged files
+    except (
+      Exception
+    ) as error:  # zipfile, zlib, struct, numpy and safetensors raise many kinds for damaged files
       raise MnemonicError(f"{path}: cannot be read, it is damaged: {error}") from error
 
   with ExitStack() as stack:
@@ -390,4 +443,6 @@ def _read_npy(path: pathlib.Path) -> np.ndarray:
 
 def _few(names: Iterable[str]) -> str:
   names = list(names)
-  return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+  return ", ".join(names[:_SHOWN]) + (
+    f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+  )

@@ -1,0 +1,113 @@
+"""How arrays lie on devices: placements, meshes in explicit mode, and what varies inside shard_map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mnemonic_jax import _checks
+
+PyTree = Any
+
+
+class Spread(NamedTuple):
+  """Examples lie on all axes of a mesh; sums of squares are split over those axes that split the params."""
+
+  mesh: jax.sharding.Mesh
+  sums: tuple[str, ...]
+
+  def examples(self, x: jax.Array) -> jax.Array:
+    """Each device its part of (N, ...)."""
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(self.mesh, PartitionSpec(self.mesh.axis_names))
+    )
+
+
+def spread_of(shardings: tuple[Any, ...] | None) -> Spread | None:
+  """How examples and sums lie on the mesh of these; None without a mesh, on an explicit one, and on one device."""
+  if not shardings or shardings[0].mesh.explicit_axes or shardings[0].mesh.size == 1:
+    return None
+  mesh, entries = (
+    shardings[0].mesh,
+    [entry for sharding in shardings for entry in sharding.spec if entry],
+  )
+  split = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
+  return Spread(mesh, tuple(name for name in mesh.axis_names if name in split))
+
+
+def placements_of(
+  shardings: tuple[Any, ...] | None, chosen: tuple[bool, ...]
+) -> tuple[Any, ...] | None:
+  """Where the sums of each leaf that takes part go: like the leaf, with the axis of groups in front."""
+  if shardings is None:
+    return None
+  grouped = lambda p: NamedSharding(p.mesh, PartitionSpec(None, *p.spec))
+  return tuple(grouped(p) for p, c in zip(shardings, chosen, strict=True) if c)
+
+
+def platform_of(tree: PyTree) -> str | None:
+  """Where concrete arrays are ("cpu", "gpu", "tpu"), if that can be told."""
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  if not arrays or not _checks.is_concrete(tree):
+    return None
+  return next(iter(arrays[0].devices())).platform
+
+
+def on_one_device(tree: PyTree) -> bool:
+  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+  return all(isinstance(array.sharding, jax.sharding.SingleDeviceSharding) for array in arrays)
+
+
+def with_automatic_axes(
+  function: Callable[..., PyTree], batch: PyTree, *arguments: Any, out_specs: PyTree
+) -> PyTree:
+  """Return `function(batch, *arguments)`; inside jit only.
+
+  When the batch is sharded over axes of a mesh in explicit mode, these are automatic inside: there, an axis of examples
+  cannot be cut into chunks or be mapped over beside sharded params, and a lookup has no sharding of its own.
+  """
+  shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch))
+  mesh = next((s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)), None)
+  if mesh is None:
+    return function(batch, *arguments)
+  with jax.sharding.use_abstract_mesh(mesh):
+    automatic = jax.sharding.auto_axes(function, axes=mesh.explicit_axes, out_sharding=out_specs)
+    return automatic(batch, *arguments)
+
+
+def varying_axes(tree: PyTree) -> frozenset[str]:
+  """Mesh axes of the surrounding `jax.shard_map` along which any leaf varies."""
+  abstract = [
+    x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)
+  ]
+  # An attribute that a later jax renames must fail here: without it every Fisher would be wrong, and say nothing.
+  return frozenset().union(
+    *(x.manual_axis_type.varying for x in abstract if x.manual_axis_type is not None)
+  )
+
+
+def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+  """Mark `x` as varying along `axes`. Without it shard_map sums gradients of replicated params *before* the square."""
+  missing = tuple(sorted(axes - varying_axes(x)))
+  return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+
+def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
+  """Zeros to start a loop with, varying along the mesh axes that `like` varies along."""
+  return varying(jnp.zeros(shape, dtype), varying_axes(like))
+
+
+def gathered(tree: PyTree) -> PyTree:
+  """Arrays as whole copies on every device of the mesh that `jax.set_mesh` has set; without one, as they are.
+
+  Params that are split over a mesh meet examples that are split over it too: gather the smaller of the two, a layer at a
+  time, rather than let the compiler choose.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.explicit_axes:
+    return tree
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, PartitionSpec()), tree)

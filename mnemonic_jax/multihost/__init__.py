@@ -1,0 +1,1 @@
+"""Many processes and devices: who is there, who writes, where arrays and files lie."""
