@@ -29,8 +29,6 @@ class Bound:
   6.0
   """
 
-  __slots__ = ("function", "state")
-
   def __init__(self, function: Callable[..., Any], state: PyTree) -> None:
     self.function, self.state = function, state
 

@@ -1,1 +1,13 @@
-"""Forgetting methods."""
+"""Forgetting methods: frozen pytrees of their own numbers, each run by `mnemonic_jax.forget`.
+
+`protocol` says what a method is, `problem` what it is given. To add one, write its file and add
+its class to `METHODS`.
+"""
+
+from mnemonic_jax.methods.perturbation import Perturbation
+from mnemonic_jax.methods.protocol import Method as Method
+from mnemonic_jax.methods.protocol import name_of
+from mnemonic_jax.methods.protocol import require_method as require_method
+from mnemonic_jax.methods.protocol import settings as settings
+
+METHODS = {name_of(cls): cls for cls in (Perturbation,)}
