@@ -42,6 +42,16 @@ class ForgetResult:
   code_forget_error: float
   seconds: Mapping[str, float]
 
+  @property
+  def method(self) -> Any:  # stand-in
+    from mnemonic_jax.methods import Perturbation
+
+    return Perturbation(self.strength.lambda1, self.strength.lambda2)
+
+  @property
+  def info(self) -> dict[str, Any]:  # stand-in
+    return {"sign": self.sign}
+
 
 def forget(
   logits_fn: LogitsFn,
@@ -49,7 +59,8 @@ def forget(
   codes: jax.Array,
   classes: Iterable[int],
   *,
-  strength: Strength,
+  strength: Strength | None = None,
+  method: Any = None,
   loss: PerExampleLoss | None = None,
   forgotten: Iterable[int] = (),
   mask: PyTree = None,
@@ -102,6 +113,8 @@ def forget(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   started = time.perf_counter()
+  if method is not None:
+    strength = Strength(method.lambda1, method.lambda2)
   perturbation.require_strength(strength)
   for name, value in (("params", params), ("codes", codes), ("strength", strength)):
     if not _checks.is_concrete(value):
