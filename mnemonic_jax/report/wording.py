@@ -16,7 +16,10 @@ CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept c
 NO_EXAMPLES = "no examples"
 UNIT = "\u00a0%"  # the space keeps a number and its unit on one line
 
-_COUNTS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_COUNTS = (
+  *("no", "one", "two", "three", "four", "five", "six"),
+  *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
@@ -32,7 +35,7 @@ class Verdict:
 
 
 def clean(text: str, limit: int = 48) -> str:
-  """Return `text` fit to show: no control or direction-changing characters, at most `limit` characters."""
+  """Return `text` without control and direction characters, cut to `limit` characters."""
   shown = "".join(
     "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text
   )
@@ -50,7 +53,7 @@ def percent(fraction: float) -> str:
 
 
 def points(difference: float) -> str:
-  """Return a difference of two fractions in percentage points, signed; what is not known is a dash."""
+  """Return a difference of two fractions in percentage points, signed; NaN is a dash."""
   if math.isnan(difference):
     return "–"
   shown = f"{100 * abs(difference):.1f}"
@@ -62,7 +65,7 @@ def points(difference: float) -> str:
 
 
 def scientific(value: float) -> str:
-  """Return `value` with three significant digits, powers of ten where plain digits would be long."""
+  """Return `value` with three significant digits, with a power of ten where it is long."""
   if not math.isfinite(value):
     return "not finite"
   if value == 0 or 1e-3 <= abs(value) < 1e5:

@@ -62,7 +62,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodesConfig:
-  """Draw `per_class` codes a class; `rate`, the paper's t_mix, is the share of examples replaced."""
+  """Draw codes, `per_class` a class; `rate` (the paper's t_mix) of the examples become codes."""
 
   rate: float = number(0.1, 0, 1)
   distribution: str = one_of("uniform", ("normal", "uniform"))

@@ -10,8 +10,8 @@ import numpy as np
 from mnemonic_jax import evaluation
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.runs.checkpoints import restore_params
-from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.classes import resolve
+from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import predict_each
 from mnemonic_jax.runs.records import require_forgotten_from, require_reported
 from mnemonic_jax.runs.trained import restore

@@ -1,4 +1,4 @@
-"""Gather what the page of a forget shows beyond its scores: confusions, losses, layers, controls."""
+"""Gather what the page of a forget shows: confusions, losses, layers, controls."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ class RunFolder:
     numbered = self._numbered_forgets()
     finished = [path for path in numbered if (path / "report.json").exists()]
     for path in numbered:
-      # The page is written just before the record; a killed job of several processes leaves neither.
+      # The page is written just before the record; a killed job leaves neither.
       if path not in finished and (path / "report.html").exists():
         raise MnemonicError(
           f"{path}: has no report.json, which says what classes were forgotten there. Put it back, "
