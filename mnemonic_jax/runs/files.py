@@ -10,7 +10,6 @@ import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -117,7 +116,8 @@ def _own_folder(path: epath.Path) -> Iterator[epath.Path]:
     try:
       yield path
     finally:
-      _remove(path)
+      # Threads of a failed write may still add to it: the next process to own it deletes the rest.
+      shutil.rmtree(path, ignore_errors=True)
   finally:
     os.close(descriptor)
 
@@ -147,15 +147,6 @@ def _to_disk(path: epath.Path) -> None:
   except OSError as error:
     if not (is_folder and error.errno in _NO_FLUSH):
       raise
-
-
-def _remove(folder: epath.Path) -> None:
-  """Delete a folder, into which threads of a failed write may still be writing."""
-  for _ in range(20):
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-      return
-    time.sleep(0.1)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
