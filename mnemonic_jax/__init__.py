@@ -1,8 +1,10 @@
-"""One-shot machine unlearning with mnemonic codes, in JAX.
+"""Make a trained classifier forget classes on request, without its training data, in JAX.
 
-The names below stand in the order of the pipeline. They are imported on first use, so `mnemonic --help` does not wait for
-jax.
+The public names stand in the order of the pipeline. They are imported on first use, so that
+`mnemonic --help` does not wait for jax.
 """
+
+# ruff: noqa: F401 (what type checkers see of the table below)
 
 from __future__ import annotations
 
@@ -14,10 +16,15 @@ if TYPE_CHECKING:
   from mnemonic_jax.evaluation import Scores, evaluate
   from mnemonic_jax.fisher.door import Execution, diagonal_fisher
   from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
-  from mnemonic_jax.forgetting import ForgetResult, forget, forget_step
+  from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, forget, forget_step
   from mnemonic_jax.losses import softmax_cross_entropy
-  from mnemonic_jax.methods.choosing import ForgetInfo, choose_sign
-  from mnemonic_jax.methods.perturbation import Strength, amplitude, layer_scale, perturb
+  from mnemonic_jax.methods.perturbation import (
+    Perturbation,
+    amplitude,
+    choose_sign,
+    layer_scale,
+    perturb,
+  )
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -34,43 +41,20 @@ _MODULE_OF = {
   "FisherPlan": "fisher.explain",
   "LeafPlan": "fisher.explain",
   "explain_fisher": "fisher.explain",
-  "Strength": "methods.perturbation",
+  "Scores": "evaluation",
+  "evaluate": "evaluation",
+  "Perturbation": "methods.perturbation",
   "amplitude": "methods.perturbation",
   "layer_scale": "methods.perturbation",
   "perturb": "methods.perturbation",
-  "ForgetInfo": "methods.choosing",
-  "choose_sign": "methods.choosing",
+  "choose_sign": "methods.perturbation",
+  "ForgetInfo": "forgetting",
   "ForgetResult": "forgetting",
   "forget": "forgetting",
   "forget_step": "forgetting",
-  "Scores": "evaluation",
-  "evaluate": "evaluation",
 }
 
-__all__ = [
-  "softmax_cross_entropy",
-  "make_codes",
-  "mix",
-  "TrainState",
-  "init_train_state",
-  "make_train_step",
-  "Execution",
-  "diagonal_fisher",
-  "FisherPlan",
-  "LeafPlan",
-  "explain_fisher",
-  "Strength",
-  "amplitude",
-  "layer_scale",
-  "perturb",
-  "ForgetInfo",
-  "choose_sign",
-  "ForgetResult",
-  "forget",
-  "forget_step",
-  "Scores",
-  "evaluate",
-]
+__all__ = list(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:

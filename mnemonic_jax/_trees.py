@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import jax
@@ -36,6 +36,11 @@ def exponent(x: jax.Array) -> jax.Array:
   info = jnp.finfo(x.dtype)
   bits = jax.lax.bitcast_convert_type(x, jnp.int64 if info.bits == 64 else jnp.int32)
   return (bits >> info.nmant).astype(jnp.int32) - (info.maxexp - 1)
+
+
+def like(tree: PyTree, leaves: Iterable[Any]) -> PyTree:
+  """Make a tree like `tree` from other leaves, in leaf order; they may be None."""
+  return flatten(tree)[1].unflatten(leaves)
 
 
 def leaf_paths(tree: PyTree) -> list[str]:

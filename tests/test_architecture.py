@@ -15,14 +15,13 @@ PACKAGE = pathlib.Path(mnemonic_jax.__file__).parent
 
 # One entry per module or package directly under mnemonic_jax; each imports from its own stage and from earlier ones
 # only. To add a module, add it here at the place where it belongs in the data flow.
-BASE = ("errors", "_checks", "_trees", "_mesh")
+BASE = ("errors", "_types", "_functions", "_checks", "_trees", "_mesh")
 CORE = (
   "losses",
   "codes",
   "training",
   "fisher",
   "evaluation",
-  "_code_fishers",
   "methods",
   "forgetting",
 )
@@ -65,17 +64,17 @@ NAMES = [
   "FisherPlan",
   "LeafPlan",
   "explain_fisher",
-  "Strength",
+  "Scores",
+  "evaluate",
+  "Perturbation",
   "amplitude",
   "layer_scale",
   "perturb",
-  "ForgetInfo",
   "choose_sign",
+  "ForgetInfo",
   "ForgetResult",
   "forget",
   "forget_step",
-  "Scores",
-  "evaluate",
 ]
 
 
@@ -164,8 +163,8 @@ for name in {BASE + CORE!r}:
 for name in mj.__all__:
   getattr(mj, name)
 codes = mj.make_codes(jax.random.key(0), 3, (8,))
-result = mj.forget(lambda w, x: x @ w, codes[:, 0].T, codes, [0], strength=mj.Strength(1.0, 10.0))
-assert result.sign in (1, -1)
+result = mj.forget(lambda w, x: x @ w, codes[:, 0].T, codes, [0], method=mj.Perturbation(1.0, 10.0))
+assert result.info["sign"] in (1, -1)
 loaded = [name for name in sys.modules if name.startswith("mnemonic_jax.")]
 assert {{name.split(".")[1] for name in loaded}} <= set({BASE + CORE!r}), loaded
 print("works")

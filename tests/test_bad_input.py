@@ -11,12 +11,11 @@ import pytest
 from toys import make_batch, make_codes, make_params, mlp, mlp_loss, regression
 
 import mnemonic_jax as mj
-from mnemonic_jax import forgetting
 
 KEY = jax.random.key(0)
 PARAMS, CODES = make_params("regression"), make_codes()
 IMAGES, LABELS = make_batch()
-STRENGTH = mj.Strength(1e-3, 10.0)
+STRENGTH = mj.Perturbation(1e-3, 10.0)
 COPIED = jax.sharding.NamedSharding(
   jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.sharding.PartitionSpec()
 )
@@ -45,24 +44,16 @@ def forget_with(**change):
     "params": PARAMS,
     "codes": CODES,
     "classes": [0],
-    "strength": STRENGTH,
+    "method": STRENGTH,
   } | change
   return lambda: mj.forget(**arguments)
 
 
 def step_with(**change):
   arguments = {
-    "logits_fn": regression, "params": PARAMS, "codes": CODES, "forget": HALF, "remain": ~HALF, "strength": STRENGTH,
+    "logits_fn": regression, "params": PARAMS, "codes": CODES, "forget": HALF, "remain": ~HALF, "method": STRENGTH,
   } | change  # fmt: skip
   return lambda: mj.forget_step(**arguments)
-
-
-def update_with(**change):
-  arguments = {
-    "logits_fn": regression, "params": PARAMS, "codes": CODES, "forget": HALF, "remain": ~HALF, "strength": STRENGTH,
-    "fishers": jax.tree.map(lambda leaf: jnp.ones((2, *leaf.shape)), PARAMS),
-  } | change  # fmt: skip
-  return lambda: forgetting.update_step(**arguments)
 
 
 def evaluate_with(*batch, batches=None, logits_fn=regression, classes=(0,), params=PARAMS):
@@ -162,21 +153,23 @@ CASES = [
   ("rate a traced array", lambda: jax.jit(lambda rate: mix_with(rate=rate)())(jnp.ones(7)), TypeError, r"rate: got .*expected one number"),
   ("train step rate", train_step_with(rate=2), ValueError, r"rate: got 2.0; expected"),
   # strength
-  ("strength negative", lambda: mj.Strength(-1.0, 1.0), ValueError, r"strength.lambda1: got -1.0; expected a number, finite .*not negative"),
-  ("strength nan", lambda: mj.Strength(1.0, math.nan), ValueError, r"strength.lambda2: got nan"),
-  ("strength inf", lambda: mj.Strength(1.0, math.inf), ValueError, r"strength.lambda2: got inf"),
-  ("strength above float32", lambda: mj.Strength(1e39, 1.0), ValueError, r"strength.lambda1: got 1e\+39.*finite in float32"),
-  ("strength negative in a batch", lambda: mj.Strength(jnp.array([1.0, -1.0]), 1.0), ValueError, r"strength.lambda1: got "),
-  ("strength a string", lambda: mj.Strength("1", 1.0), TypeError, r"strength.lambda1: got '1'; expected a number"),
-  ("strength None", lambda: mj.Strength(None, 1.0), TypeError, r"strength.lambda1: got None"),
-  ("strength a bool", lambda: mj.Strength(1.0, True), TypeError, r"strength.lambda2: got True"),
-  ("strength complex", lambda: mj.Strength(1j, 1.0), TypeError, r"strength.lambda1: got 1j; expected a real number"),
-  ("strength with an unknown name", lambda: mj.Strength(lambda1=1.0, lambda3=1.0), TypeError, r"lambda3"),
-  ("an unknown name of a strength", forget_with(strength="strong"), ValueError, r"strength: got the unknown name 'strong'; expected mnemonic_jax.Strength"),
-  ("strength a tuple", forget_with(strength=(1e-3, 10.0)), TypeError, r"strength: got \(0.001, 10.0\); expected mnemonic_jax.Strength"),
-  ("strength a dict", step_with(strength={"lambda1": 1}), TypeError, r"strength: got \{'lambda1': 1\}"),
-  ("strength of arrays", step_with(strength=mj.Strength(jnp.ones(2), 1.0)), ValueError, r"strength.lambda1: got an array of shape \(2,\).*vmap"),
-  ("layer_scale strength", pieces(mj.layer_scale, jnp.ones(2), 1.0), TypeError, r"strength: got 1.0"),
+  ("method negative", lambda: mj.Perturbation(-1.0, 1.0), ValueError, r"lambda1: got -1.0; expected a number, finite .*not negative"),
+  ("method nan", lambda: mj.Perturbation(1.0, math.nan), ValueError, r"lambda2: got nan"),
+  ("method inf", lambda: mj.Perturbation(1.0, math.inf), ValueError, r"lambda2: got inf"),
+  ("method above float32", lambda: mj.Perturbation(1e39, 1.0), ValueError, r"lambda1: got 1e\+39.*finite in float32"),
+  ("method negative in a batch", lambda: mj.Perturbation(jnp.array([1.0, -1.0]), 1.0), ValueError, r"lambda1: got "),
+  ("method a string", lambda: mj.Perturbation("1", 1.0), TypeError, r"lambda1: got '1'; expected a number"),
+  ("method None", lambda: mj.Perturbation(None, 1.0), TypeError, r"lambda1: got None"),
+  ("method a bool", lambda: mj.Perturbation(1.0, True), TypeError, r"lambda2: got True"),
+  ("method complex", lambda: mj.Perturbation(1j, 1.0), TypeError, r"lambda1: got 1j; expected a real number"),
+  ("method with an unknown name", lambda: mj.Perturbation(lambda1=1.0, lambda3=1.0), TypeError, r"lambda3"),
+  ("a name of a method", forget_with(method="strong"), TypeError, r"method: got 'strong' of type str; expected a method, such as mnemonic_jax.Perturbation"),
+  ("method a tuple", forget_with(method=(1e-3, 10.0)), TypeError, r"method: got \(0.001, 10.0\) of type tuple; expected a method"),
+  ("method a dict", step_with(method={"lambda1": 1}), TypeError, r"method: got \{'lambda1': 1\}"),
+  ("method of no pairs", lambda: mj.Perturbation(jnp.ones(2), 1.0), ValueError, r"lambda1, lambda2: got shapes \(2,\) and \(\); expected two numbers"),
+  ("method a class", forget_with(method=mj.Perturbation), TypeError, r"method: got .*Perturbation.*expected a method"),
+  ("no method", lambda: mj.forget(regression, PARAMS, CODES, [0]), TypeError, r"method"),
+  ("layer_scale method", pieces(mj.layer_scale, jnp.ones(2), 1.0), TypeError, r"method: got 1.0; expected mnemonic_jax.Perturbation"),
   # make_codes
   ("unknown distribution", make_codes_with(distribution="gauss"), ValueError, r"distribution: got 'gauss'; expected one of \['normal', 'uniform'\]"),
   ("distribution None", make_codes_with(distribution=None), ValueError, r"distribution: got None"),
@@ -242,10 +235,7 @@ CASES = [
   ("forget loss not a function", forget_with(loss="ce"), TypeError, r"loss: got 'ce' of type str; expected a function"),
   ("forget logits that depend on the batch", forget_with(logits_fn=lambda p, x: regression(p, x - x.mean(0, keepdims=True))), ValueError, r"examples depend on each other.*BatchNorm"),
   ("forget inside jit", lambda: jax.jit(lambda p: forget_with(params=p)())(PARAMS), TypeError, r"params: got traced values.*forget_step"),
-  ("forget with a traced strength", lambda: jax.jit(lambda s: forget_with(strength=mj.Strength(s, 1.0))())(1.0), TypeError, r"strength: got traced values.*forget_step"),
-  ("Fishers of other params", update_with(fishers={"kernel": jnp.ones((2, 5, 4))}), ValueError, r"fishers: .*code_fishers"),
-  ("Fishers of one class", update_with(fishers=jax.tree.map(jnp.ones_like, PARAMS)), ValueError, r"fishers.*code_fishers"),
-  ("Fishers under another mask", update_with(mask={"kernel": True, "bias": False}), ValueError, r"fishers.*code_fishers"),
+  ("forget with a traced method", lambda: jax.jit(lambda s: forget_with(method=mj.Perturbation(s, 1.0))())(1.0), TypeError, r"method: got traced values.*forget_step"),
   ("precision unknown", fisher_with(precision="best"), ValueError, r"precision: got 'best'; expected for example 'highest'"),
   ("precision unknown in forget", forget_with(precision=7), ValueError, r"precision: got 7; expected"),
   ("microbatch zero", lambda: mj.Execution(0), ValueError, r"execution.microbatch: got 0; expected an integer of at least 1"),
@@ -320,5 +310,5 @@ def test_good_input_passes():
     evaluate_with(IMAGES, LABELS),
   ):
     call()
-  mj.forget(mlp, make_params("mlp"), CODES, np.array([0, 2], np.int8), strength=STRENGTH)
-  mj.forget(regression, PARAMS, CODES, jnp.array([1]), strength=STRENGTH, forgotten=(0,))
+  mj.forget(mlp, make_params("mlp"), CODES, np.array([0, 2], np.int8), method=STRENGTH)
+  mj.forget(regression, PARAMS, CODES, jnp.array([1]), method=STRENGTH, forgotten=(0,))

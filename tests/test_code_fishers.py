@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,23 +10,18 @@ import reference
 from toys import mlp, regression
 
 import mnemonic_jax as mj
-from mnemonic_jax import _code_fishers
 from mnemonic_jax.fisher import passes
+from mnemonic_jax.methods.request import resolve
 
 CLASSES = 4
 
 
 def fishers(logits_fn, params, codes, forget=(0,), microbatch=None, loss=None):
-  """(f_F, f_R) as `forget` computes them, float64; both in the same unknown units per leaf."""
-  options = _code_fishers.Options.make(
-    params, codes, loss, None, None, "highest", mj.Execution(microbatch)
-  )
+  """(f_F, f_R) as methods are given them, float64; both in the same unknown units per leaf."""
   side = np.isin(np.arange(len(codes)), forget)
-  sides = jnp.asarray(side), jnp.asarray(~side)
-  made = _code_fishers.class_fishers_in_range(
-    logits_fn, options, params, codes, sides, {"compile": 0.0}
-  )
-  made = jax.tree.map(lambda x: np.asarray(x, np.float64), made)
+  execution = mj.Execution(microbatch)
+  problem = resolve(logits_fn, params, codes, (side, ~side), loss, None, None, "highest", execution)
+  made = jax.tree.map(lambda x: np.asarray(x, np.float64), problem.fishers())
   return jax.tree.map(lambda x: x[0], made), jax.tree.map(lambda x: x[1], made)
 
 
@@ -126,18 +119,6 @@ def test_a_layer_without_any_gradient_has_zeros():
   assert not made[0]["dead"].any() and not made[1]["dead"].any() and made[1]["kernel"].any()
 
 
-def test_one_pass_is_enough_where_gradients_are_ordinary(monkeypatch):
-  shifts = []
-  real = passes.squared_gradients
-  note = lambda *args, shift=0, **options: (
-    shifts.append(shift),
-    real(*args, shift=shift, **options),
-  )[1]
-  monkeypatch.setattr(passes, "squared_gradients", note)
-  fishers(regression, confident([5.0] * CLASSES), jnp.eye(CLASSES)[:, None])
-  assert shifts == [0]
-
-
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_logits_and_params(dtype):
   exact = confident([6.0, 5.0, 7.0, 6.0])
@@ -167,22 +148,9 @@ def test_residuals_beyond_what_a_power_of_two_undoes():
 def test_traced_calls_share_one_power_of_two():
   params, codes = confident([60.0, 59.5, 60.25, 60.0]), jnp.eye(CLASSES)[:, None]
   step = jax.jit(
-    lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Strength(1.0, 10.0))
+    lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Perturbation(1.0, 10.0))
   )
   traced = step(jnp.arange(CLASSES) == 0)[0]
-  eager = mj.forget(regression, params, codes, [0], strength=mj.Strength(1.0, 10.0)).params
+  eager = mj.forget(regression, params, codes, [0], method=mj.Perturbation(1.0, 10.0)).params
   for name in params:
     np.testing.assert_allclose(traced[name], eager[name], rtol=1e-5)
-
-
-def test_the_seconds_of_compiling_are_apart():
-  seconds = {"compile": 0.0}
-  options = _code_fishers.Options.make(
-    confident([1.0] * CLASSES), jnp.eye(CLASSES)[:, None], None, None, None, None, None
-  )
-  sides = jnp.arange(CLASSES) == 0, jnp.arange(CLASSES) != 0
-  start = time.perf_counter()
-  _code_fishers.class_fishers_in_range(
-    regression, options, confident([1.0] * CLASSES), jnp.eye(CLASSES)[:, None], sides, seconds
-  )
-  assert 0 < seconds["compile"] + seconds["fisher"] <= time.perf_counter() - start

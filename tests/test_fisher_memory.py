@@ -124,7 +124,7 @@ def test_candidates_are_judged_within_the_budget_of_a_pass(monkeypatch):
   def update():
     jax.clear_caches()
     step = lambda p, c, f: forgetting.update_step(
-      logits_fn, p, c, forget, ~forget, f, mj.Strength(1e-3, 1.0)
+      logits_fn, p, c, forget, ~forget, f, mj.Perturbation(1e-3, 1.0)
     )[1]
     fishers = jax.tree.map(lambda x: jnp.stack([x, 2 * x]) ** 2, params)
     return temporary(step, params, codes, fishers), jax.jit(step)(params, codes, fishers)

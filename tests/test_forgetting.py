@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
+import warnings
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +28,22 @@ from toys import (
 )
 
 import mnemonic_jax as mj
-from mnemonic_jax import forgetting
 from mnemonic_jax.fisher import passes
-from mnemonic_jax.methods.choosing import CodeScores
+from mnemonic_jax.methods.problem import CodeScores
+from mnemonic_jax.models import Model
 
 LARGEST = float(np.finfo(np.float32).max)
-STRENGTH = mj.Strength(0.1, 2.0)
+STRENGTH = mj.Perturbation(0.1, 2.0)
+# These models are drawn, not trained.
+pytestmark = pytest.mark.filterwarnings("ignore:The model classifies")
 
 
-def twin(model, params, codes, forget, strength=STRENGTH, forgotten=(), **options):
+def twin(model, params, codes, forget, method=STRENGTH, forgotten=(), **options):
   """What the reference does with the same request."""
   _, logits, gradient = MODELS[model]
   remain = [c for c in range(len(codes)) if c not in forget and c not in forgotten]
   codes = np.asarray(codes, np.float64)
-  arguments = codes, list(forget), remain, strength.lambda1, strength.lambda2
+  arguments = codes, list(forget), remain, method.lambda1, method.lambda2
   return reference.forget(logits, gradient, host(params), *arguments, overflow=LARGEST, **options)
 
 
@@ -53,9 +59,9 @@ def masks(classes, num_classes, forgotten=()):
 @pytest.mark.parametrize("model", MODELS)
 def test_matches_the_reference(model, classes):
   params, codes = make_params(model), make_codes()
-  result = mj.forget(MODELS[model][0], params, codes, classes, strength=STRENGTH)
+  result = mj.forget(MODELS[model][0], params, codes, classes, method=STRENGTH)
   wanted, sign, _ = twin(model, params, codes, classes)
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-4, atol=1e-5)
   assert not np.allclose(result.params[sorted(params)[0]], params[sorted(params)[0]])
 
@@ -76,9 +82,9 @@ def test_matches_the_reference_for_any_classes_and_shapes(
   )
   params = make_params("regression", seed, features, num_classes)
   codes = make_codes(seed, num_classes, per_class, features)
-  result = mj.forget(regression, params, codes, sorted(classes), strength=STRENGTH)
+  result = mj.forget(regression, params, codes, sorted(classes), method=STRENGTH)
   wanted, sign, _ = twin("regression", params, codes, sorted(classes))
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -86,50 +92,49 @@ def test_both_signs_happen_and_each_is_the_better_one():
   signs = set()
   for seed in range(6):
     params, codes = make_params("mlp", seed), make_codes(seed)
-    result = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
-    signs.add(result.sign)
-    assert result.sign == twin("mlp", params, codes, [0])[1]
+    result = mj.forget(mlp, params, codes, [0], method=STRENGTH)
+    signs.add(result.info["sign"])
+    assert result.info["sign"] == twin("mlp", params, codes, [0])[1]
   assert signs == {1, -1}
 
 
 def test_scores_on_the_codes_are_those_of_the_params_returned():
   for seed in range(4):
     params, codes = make_params("mlp", seed), make_codes(seed, per_class=2)
-    result = mj.forget(mlp, params, codes, [1], strength=STRENGTH)
+    result = mj.forget(mlp, params, codes, [1], method=STRENGTH)
     logits = np.asarray(mlp(result.params, codes.reshape(-1, 5)))
     right = logits.argmax(-1).reshape(4, 2) == np.arange(4)[:, None]
     assert result.code_retain_accuracy == pytest.approx(right[[0, 2, 3]].mean())
     assert result.code_forget_error == pytest.approx(1 - right[1].mean())
-    assert isinstance(result.code_retain_accuracy, float) and isinstance(result.sign, int)
-    assert (
-      set(result.seconds) == {"compile", "fisher", "perturb", "total"}
-      and result.strength == STRENGTH
-    )
+    assert isinstance(result.code_retain_accuracy, float)
+    assert isinstance(result.info["sign"], int)
+    assert set(result.seconds) == {"compile", "method", "total"}
+    assert result.method == STRENGTH
 
 
 def test_more_codes_a_class_are_averaged():
   params, codes = make_params("mlp"), make_codes(per_class=3)
-  result = mj.forget(mlp, params, codes, [1, 2], strength=STRENGTH)
+  result = mj.forget(mlp, params, codes, [1, 2], method=STRENGTH)
   wanted, sign, _ = twin("mlp", params, codes, [1, 2])
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-4, atol=1e-5)
   # Copies of the codes are the same codes.
-  copies = mj.forget(mlp, params, jnp.repeat(codes[:, :1], 3, axis=1), [1], strength=STRENGTH)
+  copies = mj.forget(mlp, params, jnp.repeat(codes[:, :1], 3, axis=1), [1], method=STRENGTH)
   assert_trees_close(
     copies.params,
-    host(mj.forget(mlp, params, codes[:, :1], [1], strength=STRENGTH).params),
+    host(mj.forget(mlp, params, codes[:, :1], [1], method=STRENGTH).params),
     rtol=1e-4,
   )
 
 
 def test_forgotten_classes_belong_to_neither_side():
   params, codes = make_params("mlp"), make_codes()
-  result = mj.forget(mlp, params, codes, [2], strength=STRENGTH, forgotten=[0])
+  result = mj.forget(mlp, params, codes, [2], method=STRENGTH, forgotten=[0])
   wanted, sign, _ = twin("mlp", params, codes, [2], forgotten=[0])
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-4, atol=1e-5)
   # Their codes may be anything, even what breaks the gradient.
-  changed = mj.forget(mlp, params, codes.at[0].set(7.0), [2], strength=STRENGTH, forgotten=[0])
+  changed = mj.forget(mlp, params, codes.at[0].set(7.0), [2], method=STRENGTH, forgotten=[0])
   assert_trees_close(changed.params, host(result.params), rtol=1e-6)
 
 
@@ -145,10 +150,10 @@ def test_a_microbatch_of_forgotten_classes_alone_has_no_say(microbatch):
     "bias": jnp.zeros(4),
   }
   codes = jnp.asarray(codes, jnp.float32)[:, None]
-  options = {"strength": mj.Strength(1.0, 1.0), "execution": mj.Execution(microbatch)}
+  options = {"method": mj.Perturbation(1.0, 1.0), "execution": mj.Execution(microbatch)}
   result = mj.forget(regression, params, codes, [1], forgotten=[0], **options)
-  wanted, sign, _ = twin("regression", params, codes, [1], mj.Strength(1.0, 1.0), forgotten=[0])
-  assert result.sign == sign
+  wanted, sign, _ = twin("regression", params, codes, [1], mj.Perturbation(1.0, 1.0), forgotten=[0])
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-3, atol=1e-3)
   assert np.abs(result.params["kernel"] - params["kernel"]).max() > 0.5
 
@@ -156,16 +161,16 @@ def test_a_microbatch_of_forgotten_classes_alone_has_no_say(microbatch):
 def test_a_callers_loss_is_used():
   params, codes = make_params("mlp"), make_codes()
   doubled = lambda logits, labels: 2 * mj.softmax_cross_entropy(logits, labels)
-  plain = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
+  plain = mj.forget(mlp, params, codes, [0], method=STRENGTH)
   # eta does not see a factor, so neither does the result ...
   assert_trees_close(
-    mj.forget(mlp, params, codes, [0], strength=STRENGTH, loss=doubled).params,
+    mj.forget(mlp, params, codes, [0], method=STRENGTH, loss=doubled).params,
     host(plain.params),
     rtol=1e-5,
   )
   # ... but it sees another loss.
   squares = lambda logits, labels: jnp.sum((logits - jax.nn.one_hot(labels, 4)) ** 2, axis=-1)
-  other = mj.forget(mlp, params, codes, [0], strength=STRENGTH, loss=squares)
+  other = mj.forget(mlp, params, codes, [0], method=STRENGTH, loss=squares)
   assert not np.allclose(other.params["kernel1"], plain.params["kernel1"], rtol=1e-2)
 
 
@@ -185,9 +190,9 @@ def test_confident_codes_underflow_of_squares(margin):
   codes = jnp.eye(classes)[:, None] + jnp.asarray(
     rng.normal(size=(classes, 1, classes)) / 50, jnp.float32
   )
-  result = mj.forget(regression, params, codes, [1], strength=mj.Strength(0.1, 2.0))
-  wanted, sign, eta = twin("regression", params, codes, [1], mj.Strength(0.1, 2.0))
-  assert result.sign == sign and max(np.max(e) for e in eta.values()) > 0.1
+  result = mj.forget(regression, params, codes, [1], method=mj.Perturbation(0.1, 2.0))
+  wanted, sign, eta = twin("regression", params, codes, [1], mj.Perturbation(0.1, 2.0))
+  assert result.info["sign"] == sign and max(np.max(e) for e in eta.values()) > 0.1
   assert_trees_close(result.params, wanted, rtol=1e-3)
   moved = jax.tree.map(
     lambda a, b: np.abs(np.asarray(a) - np.asarray(b)).max(), result.params, params
@@ -201,10 +206,10 @@ def test_gradients_of_any_size_give_the_same_step(size):
   codes = jnp.asarray(np.random.default_rng(0).uniform(0.5, 2, size=(3, 1, 4)), jnp.float32)
   logits = lambda w, x: jnp.stack([x @ w, -(x @ w), 0 * (x @ w)], axis=-1)
   loss = lambda logits, labels: size * logits[:, 0]
-  result = mj.forget(logits, jnp.ones(4), codes, [0], strength=mj.Strength(0.01, 10.0), loss=loss)
+  result = mj.forget(logits, jnp.ones(4), codes, [0], method=mj.Perturbation(0.01, 10.0), loss=loss)
   squares = np.asarray(codes[:, 0], np.float64) ** 2
   change = 0.01 * squares[0] / squares[1:].mean(0)
-  np.testing.assert_allclose(result.params, 1 + result.sign * change, rtol=1e-5)
+  np.testing.assert_allclose(result.params, 1 + result.info["sign"] * change, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -212,11 +217,11 @@ def test_half_precision_params_are_accumulated_in_float32(dtype):
   params, codes = make_params("mlp"), make_codes()
   low = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
   upcast = lambda p, x: mlp(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), p), x)
-  result = mj.forget(upcast, low, codes, [0], strength=STRENGTH)
+  result = mj.forget(upcast, low, codes, [0], method=STRENGTH)
   assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(result.params))
   full = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), low)
   wanted, sign, _ = twin("mlp", full, codes, [0])
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   # Gradients have the dtype of the leaf: two bits are lost in the squares' ratio, none in the sums.
   assert_trees_close(
     result.params,
@@ -231,9 +236,9 @@ def test_float64_params_match_to_float64():
     params, codes = jax.tree.map(
       lambda x: x.astype(jnp.float64), (make_params("mlp"), make_codes(classes=4))
     )
-    result = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
+    result = mj.forget(mlp, params, codes, [0], method=STRENGTH)
     wanted, sign, _ = twin("mlp", params, codes, [0])
-    assert result.sign == sign and result.params["bias1"].dtype == jnp.float64
+    assert result.info["sign"] == sign and result.params["bias1"].dtype == jnp.float64
     assert_trees_close(result.params, wanted, rtol=1e-10)
 
 
@@ -244,22 +249,22 @@ def dead_unit_model(params, x):
 
 def test_f_forget_and_f_remain_zero_leaves_the_weight_alone():
   params, codes = make_params("regression", features=6), make_codes()
-  result = mj.forget(dead_unit_model, params, codes, [0], strength=STRENGTH)
+  result = mj.forget(dead_unit_model, params, codes, [0], method=STRENGTH)
   np.testing.assert_array_equal(result.params["kernel"][5], params["kernel"][5])
   assert not np.any(result.params["kernel"][:5] == params["kernel"][:5])
 
 
 def test_f_forget_zero_leaves_the_weight_alone():
   params, codes = make_params("regression"), make_codes().at[0, :, 2].set(0)
-  result = mj.forget(regression, params, codes, [0], strength=STRENGTH)
+  result = mj.forget(regression, params, codes, [0], method=STRENGTH)
   np.testing.assert_array_equal(result.params["kernel"][2], params["kernel"][2])
   assert_trees_close(result.params, twin("regression", params, codes, [0])[0], rtol=1e-4, atol=1e-5)
 
 
 def test_f_remain_zero_takes_the_largest_finite_ratio():
   params, codes = make_params("regression"), make_codes().at[1:, :, 2].set(0)
-  result = mj.forget(regression, params, codes, [0], strength=mj.Strength(1e-3, 1e6))
-  wanted, _, eta = twin("regression", params, codes, [0], mj.Strength(1e-3, 1e6))
+  result = mj.forget(regression, params, codes, [0], method=mj.Perturbation(1e-3, 1e6))
+  wanted, _, eta = twin("regression", params, codes, [0], mj.Perturbation(1e-3, 1e6))
   assert np.all(eta["kernel"][2] == eta["kernel"].max())
   assert_trees_close(result.params, wanted, rtol=1e-4, atol=1e-5)
 
@@ -269,7 +274,7 @@ def test_a_layer_with_no_finite_ratio_is_left_alone():
   model = lambda p, x: regression(p["base"], x) + x[:, :1] @ p["extra"]
   params = {"base": make_params("regression"), "extra": jnp.ones((1, 4))}
   codes = make_codes().at[1:, :, 0].set(0)
-  result = mj.forget(model, params, codes, [0], strength=STRENGTH)
+  result = mj.forget(model, params, codes, [0], method=STRENGTH)
   np.testing.assert_array_equal(result.params["extra"], params["extra"])
 
 
@@ -305,12 +310,12 @@ def test_choice_of_sign_within_the_resolution_is_a_tie():
 @pytest.mark.parametrize("seed", range(4))
 def test_a_tie_on_the_codes_takes_the_larger_loss_gap_then_plus(seed):
   # A step this small changes no prediction: always a tie.
-  params, codes, strength = make_params("mlp", seed), make_codes(seed), mj.Strength(1e-3, 1e-3)
-  result = mj.forget(mlp, params, codes, [0], strength=strength)
+  params, codes, strength = make_params("mlp", seed), make_codes(seed), mj.Perturbation(1e-3, 1e-3)
+  result = mj.forget(mlp, params, codes, [0], method=strength)
   wanted, sign, _ = twin("mlp", params, codes, [0], strength)
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-5, atol=1e-6)
-  assert mj.forget(mlp, params, codes, [0], strength=mj.Strength(0.0, 1.0)).sign == 1
+  assert mj.forget(mlp, params, codes, [0], method=mj.Perturbation(0.0, 1.0)).info["sign"] == 1
 
 
 def test_a_candidate_with_non_finite_logits_or_params_loses():
@@ -322,29 +327,29 @@ def test_a_candidate_with_non_finite_logits_or_params_loses():
   below = lambda w, x: jnp.concatenate([x * w, jnp.where(w < 0.8, jnp.inf, 0.0) * x], axis=-1)
   for model, sign in ((above, -1), (below, 1)):
     result = mj.forget(
-      model, jnp.ones((1, 1)), codes, [0], strength=mj.Strength(0.5, 0.5), loss=first_logit
+      model, jnp.ones((1, 1)), codes, [0], method=mj.Perturbation(0.5, 0.5), loss=first_logit
     )
-    assert result.sign == sign
+    assert result.info["sign"] == sign
     np.testing.assert_allclose(result.params, [[1 + sign * 0.5]], rtol=1e-6)
   # Plus is inf in float16, and the logits do not show it: a tie, which would go to plus.
   hidden = lambda w, x: x * jnp.minimum(w.astype(jnp.float32), 7e4) * 1e-4 + jnp.array([[0.0, 1.0]])
   params = jnp.full((1, 1), 6.5e4, jnp.float16)
-  result = mj.forget(hidden, params, codes, [0], strength=mj.Strength(1e4, 1e4), loss=first_logit)
-  assert result.sign == -1 and np.isfinite(result.params).all()
+  result = mj.forget(hidden, params, codes, [0], method=mj.Perturbation(1e4, 1e4), loss=first_logit)
+  assert result.info["sign"] == -1 and np.isfinite(result.params).all()
 
 
 def test_both_candidates_non_finite_asks_for_a_smaller_strength():
   model = lambda w, x: jnp.concatenate(
     [x * w, jnp.where(jnp.abs(w - 1) > 0.1, jnp.nan, 0.0) * x], axis=-1
   )
-  with pytest.raises(ValueError, match=r"strength: Strength\(lambda1=0.5.*use a smaller one"):
+  with pytest.raises(ValueError, match=r"method: Perturbation\(lambda1=0.5.*use a smaller"):
     first_logit = lambda logits, labels: logits[:, 0]
     mj.forget(
       model,
       jnp.ones((1, 1)),
       jnp.ones((2, 1, 1)),
       [0],
-      strength=mj.Strength(0.5, 0.5),
+      method=mj.Perturbation(0.5, 0.5),
       loss=first_logit,
     )
 
@@ -372,13 +377,13 @@ def test_stacked_and_unrolled_models_forget_identically():
   def transposed(params, x):
     return scanned({"layers": jnp.moveaxis(params["layers"], -1, 0), "head": params["head"]}, x)
 
-  strength = mj.Strength(0.05, 0.5)
+  strength = mj.Perturbation(0.05, 0.5)
   flat = mj.forget(
     unrolled,
     {f"layer{i}": kernels[i] for i in range(3)} | {"head": head},
     codes,
     [0],
-    strength=strength,
+    method=strength,
   )
   wanted = jnp.stack([flat.params[f"layer{i}"] for i in range(3)])
   for axis, model, stacked in (
@@ -387,22 +392,22 @@ def test_stacked_and_unrolled_models_forget_identically():
   ):
     layer_axis = {"layers": axis, "head": None}
     result = mj.forget(
-      model, {"layers": stacked, "head": head}, codes, [0], strength=strength, layer_axis=layer_axis
+      model, {"layers": stacked, "head": head}, codes, [0], method=strength, layer_axis=layer_axis
     )
-    assert result.sign == flat.sign
+    assert result.info["sign"] == flat.info["sign"]
     np.testing.assert_allclose(
       jnp.moveaxis(result.params["layers"], axis, 0), wanted, rtol=1e-4, atol=1e-6
     )
-  blind = mj.forget(scanned, {"layers": kernels, "head": head}, codes, [0], strength=strength)
+  blind = mj.forget(scanned, {"layers": kernels, "head": head}, codes, [0], method=strength)
   assert not np.allclose(blind.params["layers"], wanted, rtol=1e-2)
 
 
 def test_layer_axis_matches_the_reference():
   params, codes = make_params("regression"), make_codes()
-  strength, axes = mj.Strength(1.0, 0.1), {"kernel": 1, "bias": None}
-  result = mj.forget(regression, params, codes, [2], strength=strength, layer_axis=axes)
+  strength, axes = mj.Perturbation(1.0, 0.1), {"kernel": 1, "bias": None}
+  result = mj.forget(regression, params, codes, [2], method=strength, layer_axis=axes)
   wanted, sign, _ = twin("regression", params, codes, [2], strength, layer_axis=axes)
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(result.params, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -411,7 +416,7 @@ def test_layer_axis_matches_the_reference():
 )
 def test_mask_leaves_a_leaf_as_it_is(layer_axis):
   params, codes = make_params("regression"), make_codes()
-  options = {"strength": mj.Strength(0.1, 0.2), "layer_axis": layer_axis}
+  options = {"method": mj.Perturbation(0.1, 0.2), "layer_axis": layer_axis}
   result = mj.forget(
     regression, params, codes, [0], mask={"kernel": True, "bias": False}, **options
   )
@@ -420,7 +425,7 @@ def test_mask_leaves_a_leaf_as_it_is(layer_axis):
   # The bias is closed over instead: the same kernel comes out.
   alone = mj.forget(
     lambda kernel, x: regression({"kernel": kernel, "bias": params["bias"]}, x),
-    params["kernel"], codes, [0], strength=options["strength"], layer_axis=layer_axis and layer_axis["kernel"],
+    params["kernel"], codes, [0], method=options["method"], layer_axis=layer_axis and layer_axis["kernel"],
   )  # fmt: skip
   np.testing.assert_allclose(result.params["kernel"], alone.params, rtol=1e-5)
 
@@ -429,7 +434,7 @@ def test_what_mask_leaves_out_may_be_no_array_at_all():
   params, codes = make_params("regression"), make_codes()
   mixed = {"net": params, "depth": 3, "table": jnp.arange(4), "none": None}
   result = mj.forget(
-    lambda p, x: regression(p["net"], x), mixed, codes, [0], strength=STRENGTH,
+    lambda p, x: regression(p["net"], x), mixed, codes, [0], method=STRENGTH,
     mask={"net": True, "depth": False, "table": False, "none": None},
   )  # fmt: skip
   assert (
@@ -452,13 +457,11 @@ def test_result_keeps_structure_shapes_and_dtypes_and_the_params_given_are_not_m
   )
   model = lambda p, x: p[1][0] * regression(p[0], x) + p[3]["half"].astype(jnp.float32)[None]
   before = host(params)
-  result = mj.forget(model, params, make_codes(), [0], strength=STRENGTH)
+  result = mj.forget(model, params, make_codes(), [0], method=STRENGTH)
   same = lambda a, b: a.shape == b.shape and a.dtype == b.dtype
   assert jax.tree.all(jax.tree.map(same, result.params, params))
   assert jax.tree.all(jax.tree.map(lambda a, b: bool(np.all(np.asarray(a) == b)), params, before))
-  from_numpy = mj.forget(
-    model, before, np.asarray(make_codes(), np.float64), [0], strength=STRENGTH
-  )
+  from_numpy = mj.forget(model, before, np.asarray(make_codes(), np.float64), [0], method=STRENGTH)
   assert_trees_close(from_numpy.params, host(result.params), rtol=1e-6)
 
 
@@ -468,12 +471,10 @@ def test_result_keeps_structure_shapes_and_dtypes_and_the_params_given_are_not_m
 @pytest.mark.parametrize("microbatch", [1, 3, 100])
 def test_execution_changes_rounding_only(microbatch):
   params, codes = make_params("mlp"), make_codes(per_class=2)
-  plain = mj.forget(mlp, params, codes, [1], strength=STRENGTH)
-  chunked = mj.forget(
-    mlp, params, codes, [1], strength=STRENGTH, execution=mj.Execution(microbatch)
-  )
-  assert (chunked.sign, chunked.code_retain_accuracy, chunked.code_forget_error) == (
-    plain.sign,
+  plain = mj.forget(mlp, params, codes, [1], method=STRENGTH)
+  chunked = mj.forget(mlp, params, codes, [1], method=STRENGTH, execution=mj.Execution(microbatch))
+  assert (chunked.info["sign"], chunked.code_retain_accuracy, chunked.code_forget_error) == (
+    plain.info["sign"],
     plain.code_retain_accuracy,
     plain.code_forget_error,
   )
@@ -482,29 +483,32 @@ def test_execution_changes_rounding_only(microbatch):
 
 def test_forget_step_equals_forget():
   params, codes = make_params("mlp"), make_codes()
-  result = mj.forget(mlp, params, codes, [1, 2], strength=STRENGTH, forgotten=[3])
+  result = mj.forget(mlp, params, codes, [1, 2], method=STRENGTH, forgotten=[3])
   moved, info = mj.forget_step(mlp, params, codes, *masks([1, 2], 4, [3]), STRENGTH)
   assert_trees_close(moved, host(result.params), rtol=1e-5, atol=1e-6)
-  assert info.sign == result.sign and info.code_retain_accuracy == result.code_retain_accuracy
-  assert info.code_forget_error == result.code_forget_error and info.strength == STRENGTH
+  assert (
+    info.info["sign"] == result.info["sign"]
+    and info.code_retain_accuracy == result.code_retain_accuracy
+  )
+  assert info.code_forget_error == result.code_forget_error and info.method == STRENGTH
 
 
 def test_vmap_over_classes_and_strengths_equals_one_by_one():
   params, codes = make_params("mlp"), make_codes()
   forget = jnp.eye(4, dtype=bool)
-  strengths = mj.Strength(jnp.array([0.01, 0.3, 1.0]), jnp.array([1.0, 0.5, 9.0]))
+  strengths = mj.Perturbation(jnp.array([0.01, 0.3, 1.0]), jnp.array([1.0, 0.5, 9.0]))
   step = lambda side, strength: mj.forget_step(mlp, params, codes, side, ~side, strength)
   table, info = jax.jit(jax.vmap(jax.vmap(step, in_axes=(None, 0)), in_axes=(0, None)))(
     forget, strengths
   )
-  assert info.sign.shape == (4, 3)
+  assert info.info["sign"].shape == (4, 3)
   for c in range(4):
     for s in range(3):
-      strength = mj.Strength(float(strengths.lambda1[s]), float(strengths.lambda2[s]))
-      one = mj.forget(mlp, params, codes, [c], strength=strength)
-      assert info.sign[c, s] == one.sign and info.code_retain_accuracy[c, s] == pytest.approx(
-        one.code_retain_accuracy
-      )
+      strength = mj.Perturbation(float(strengths.lambda1[s]), float(strengths.lambda2[s]))
+      one = mj.forget(mlp, params, codes, [c], method=strength)
+      assert info.info["sign"][c, s] == one.info["sign"] and info.code_retain_accuracy[
+        c, s
+      ] == pytest.approx(one.code_retain_accuracy)
       assert_trees_close(
         jax.tree.map(lambda leaf, c=c, s=s: leaf[c, s], table),
         host(one.params),
@@ -513,47 +517,119 @@ def test_vmap_over_classes_and_strengths_equals_one_by_one():
       )
 
 
-def test_another_class_or_strength_does_not_recompile():
-  params, codes, traces = make_params("mlp"), make_codes(), []
+def counting(logits_fn):
+  """The same function, and a list that grows each time Python calls it."""
+  calls = []
 
-  def logits(params, inputs):
-    traces.append(1)
-    return mlp(params, inputs)
+  def counted(params, inputs):
+    calls.append(1)
+    return logits_fn(params, inputs)
 
+  return counted, calls
+
+
+@contextlib.contextmanager
+def compiled_programs():
+  """The names of the programs that are compiled in the block."""
+  names = []
+
+  def listen(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_traced_step_serves_all_classes_and_strengths():
+  params, codes = make_params("mlp"), make_codes()
+  logits, calls = counting(mlp)
   step = jax.jit(
-    lambda params, forget, remain, strength: mj.forget_step(
-      logits, params, codes, forget, remain, strength
+    lambda params, forget, remain, method: mj.forget_step(
+      logits, params, codes, forget, remain, method
     )
   )
-  step(params, *masks([0], 4), mj.Strength(1e-3, 1.0))
-  once = len(traces)
-  step(params, *masks([1, 2], 4), mj.Strength(1e-2, 5.0))
-  step(
-    jax.tree.map(lambda leaf: leaf + 1, params),
-    *masks([3], 4, [0]),
-    mj.Strength(jnp.float32(0.1), jnp.float32(2)),
+  step(params, *masks([0], 4), mj.Perturbation(1e-3, 1.0))
+  calls.clear()
+  step(params, *masks([1, 2], 4), mj.Perturbation(1e-2, 5.0))
+  step(jax.tree.map(lambda leaf: leaf + 1, params), *masks([3], 4, [0]), mj.Perturbation(1.0, 1.0))
+  assert not calls
+
+
+def convnet(params, inputs):
+  images = inputs.reshape(-1, 4, 4, 1)
+  numbers = ("NHWC", "HWIO", "NHWC")
+  hidden = jax.lax.conv_general_dilated(
+    images, params["conv"], (1, 1), "SAME", dimension_numbers=numbers
   )
-  assert (
-    len(traces) <= once + once
-  )  # the last call has strongly typed numbers: one more compilation, not two
-  step(params, *masks([0, 3], 4), mj.Strength(1.0, 1.0))
-  assert len(traces) <= once + once
+  return jax.nn.relu(hidden).reshape(len(inputs), -1) @ params["head"]
 
 
-def test_forget_compiles_once_for_all_classes_and_strengths():
-  params, codes, traces = make_params("mlp"), make_codes(), []
+@pytest.mark.parametrize("model", ["mlp", "convnet"])
+def test_a_cold_forget_traces_the_model_four_times_and_compiles_two_programs_of_it(model):
+  if model == "mlp":
+    logits, params, codes = mlp, make_params("mlp"), make_codes()
+  else:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"conv": draw(3, 3, 1, 2), "head": draw(32, 4)}
+    logits, codes = convnet, make_codes(features=16)
+  logits, calls = counting(logits)
+  with compiled_programs() as programs:
+    mj.forget(logits, params, codes, [0], method=mj.Perturbation(1e-3, 1.0))
+  assert 1 <= len(calls) <= 4
+  assert sorted(set(programs) & {"_program", "logits_program"}) == ["_program", "logits_program"]
+  assert len([name for name in programs if name in ("_program", "logits_program")]) == 2
+  calls.clear()
+  with compiled_programs() as programs:
+    mj.forget(logits, params, codes, [1, 2], method=mj.Perturbation(1e-2, 5.0), forgotten=[0])
+  assert not calls and not programs
 
-  def logits(params, inputs):
-    traces.append(1)
-    return mlp(params, inputs)
 
-  first = mj.forget(logits, params, codes, [0], strength=mj.Strength(1e-3, 1.0))
-  cold = len(traces)
-  traces.clear()
-  warm = mj.forget(logits, params, codes, [1, 2], strength=mj.Strength(1e-2, 5.0), forgotten=[0])
-  # Left over is the check of shapes and of the loss, which is abstract.
-  assert len(traces) < cold and len(traces) <= 2
-  assert warm.seconds["compile"] < first.seconds["compile"] / 3
+def model_with_state():
+  """(params, state, apply), the state standing for running statistics."""
+  return make_params("mlp"), {"mean": jnp.full(5, 0.1)}
+
+
+def apply_with_state(params, state, inputs, train):
+  return mlp(params, inputs - state["mean"][None]), state
+
+
+def bound(state):
+  model = Model(None, apply_with_state, None, None, ("kernel2",))
+  return model.logits_fn(state)
+
+
+def test_functions_of_the_same_state_are_equal_and_another_state_compiles_nothing():
+  params, state = model_with_state()
+  codes = make_codes()
+  first = bound(state)
+  assert first == bound(state) and hash(first) == hash(bound(state))
+  other = {"mean": jnp.full(5, 0.3)}
+  assert first != bound(other)
+  result = mj.forget(first, params, codes, [0], method=STRENGTH)
+  with compiled_programs() as programs:
+    again = mj.forget(bound(state), params, codes, [1], method=STRENGTH)
+    changed = mj.forget(bound(other), params, codes, [0], method=STRENGTH)
+  assert not programs
+  plain = mj.forget(
+    lambda p, x: apply_with_state(p, other, x, False)[0], params, codes, [0], method=STRENGTH
+  )
+  assert_trees_close(changed.params, host(plain.params), rtol=1e-5)
+  assert not np.allclose(changed.params["kernel1"], result.params["kernel1"], rtol=1e-3)
+  assert not np.allclose(again.params["kernel1"], result.params["kernel1"], rtol=1e-3)
+
+
+def test_no_dropped_state_is_kept_alive():
+  params, state = model_with_state()
+  mj.forget(bound(state), params, make_codes(), [0], method=STRENGTH)
+  alive = weakref.ref(state["mean"])
+  del state
+  gc.collect()
+  assert alive() is None
 
 
 @pytest.mark.parametrize("concrete_masks", [True, False])
@@ -567,7 +643,7 @@ def test_forget_step_in_a_jit_that_closes_over_concrete_params_codes_and_masks(c
     run = jax.jit(lambda forget: mj.forget_step(mlp, params, codes, forget, ~forget, STRENGTH))
     moved, _ = run(sides[0])
   assert_trees_close(
-    moved, host(mj.forget(mlp, params, codes, [0], strength=STRENGTH).params), rtol=1e-5, atol=1e-6
+    moved, host(mj.forget(mlp, params, codes, [0], method=STRENGTH).params), rtol=1e-5, atol=1e-6
   )
 
 
@@ -606,33 +682,28 @@ def test_traced_nan_in_params_gives_nan_scores():
 )
 def test_any_device_count_gives_the_same_result_and_keeps_shardings(devices, axis_type):
   params, codes = make_params("mlp", features=8, hidden=8, classes=4), make_codes(features=8)
-  single = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
-  other = mj.forget(mlp, params, codes, [1], strength=STRENGTH)
+  single = mj.forget(mlp, params, codes, [0], method=STRENGTH)
+  other = mj.forget(mlp, params, codes, [1], method=STRENGTH)
   assert not np.allclose(single.params["kernel1"], other.params["kernel1"], rtol=1e-2)
   mesh = cpu_mesh(devices, axis_type)
   for spec in [("data",)] if devices != 2 else [(), ("data",)]:
     placed = place(params, mesh) | place(
       {"kernel1": params["kernel1"], "kernel2": params["kernel2"]}, mesh, *spec
     )
-    result = mj.forget(mlp, placed, codes, [0], strength=STRENGTH)
-    assert result.sign == single.sign
+    result = mj.forget(mlp, placed, codes, [0], method=STRENGTH)
+    assert result.info["sign"] == single.info["sign"]
     assert_trees_close(result.params, host(single.params), rtol=1e-4, atol=1e-5)
     assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, result.params, placed))
 
 
 def test_codes_split_over_an_explicit_mesh_are_judged_without_a_loop(monkeypatch):
   params, codes, sides = make_params("mlp"), make_codes(), masks([0], 4)
-  single = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
-  fishers = forgetting.code_fishers(mlp, params, codes, *sides)
+  single = mj.forget(mlp, params, codes, [0], method=STRENGTH)
   monkeypatch.setattr(passes, "_PASS_BYTES", 1)  # a loop over single codes, if there were one
   mesh = cpu_mesh(4, "Explicit")
-  step = jax.jit(
-    lambda params, codes, fishers: forgetting.update_step(
-      mlp, params, codes, *sides, fishers, STRENGTH
-    )[0]
-  )
+  step = jax.jit(lambda params, codes: mj.forget_step(mlp, params, codes, *sides, STRENGTH)[0])
   with jax.set_mesh(mesh):
-    moved = step(place(params, mesh), place(codes, mesh, "data"), place(fishers, mesh))
+    moved = step(place(params, mesh), place(codes, mesh, "data"))
   assert_trees_close(moved, host(single.params), rtol=1e-4, atol=1e-5)
 
 
@@ -643,7 +714,7 @@ def test_forget_step_inside_shard_map():
     mlp, params, codes, *masks([0], 4), STRENGTH, execution=mj.Execution(3)
   )[0]
   mapped = jax.shard_map(step, mesh=cpu_mesh(4), in_specs=(P(), P()), out_specs=P())
-  single = mj.forget(mlp, params, codes, [0], strength=STRENGTH)
+  single = mj.forget(mlp, params, codes, [0], method=STRENGTH)
   assert_trees_close(jax.jit(mapped)(params, codes), host(single.params), rtol=1e-4, atol=1e-5)
 
 
@@ -660,7 +731,7 @@ def test_classes_one_to_a_device_inside_shard_map():
   mapped = jax.shard_map(step, mesh=cpu_mesh(4), in_specs=P("data"), out_specs=P("data"))
   table = jax.jit(mapped)(jnp.eye(4, dtype=bool))
   for c in range(4):
-    single = mj.forget(mlp, params, codes, [c], strength=STRENGTH)
+    single = mj.forget(mlp, params, codes, [c], method=STRENGTH)
     assert_trees_close(
       jax.tree.map(lambda leaf, c=c: leaf[c], table), host(single.params), rtol=1e-4, atol=1e-5
     )
@@ -771,10 +842,10 @@ def haiku(params):
 def test_models_of_every_make_forget_alike(make):
   params, codes = make_params("mlp"), make_codes()
   logits_fn, tree, back = make(params)
-  result = mj.forget(logits_fn, tree, codes, [1], strength=STRENGTH)
+  result = mj.forget(logits_fn, tree, codes, [1], method=STRENGTH)
   assert jax.tree.structure(result.params) == jax.tree.structure(tree)
   wanted, sign, _ = twin("mlp", params, codes, [1])
-  assert result.sign == sign
+  assert result.info["sign"] == sign
   assert_trees_close(back(result.params), wanted, rtol=1e-4, atol=1e-5)
   labels = jnp.arange(4)
   scores = mj.evaluate(logits_fn, result.params, [(codes[:, 0], labels)], classes=[1])
@@ -784,10 +855,63 @@ def test_models_of_every_make_forget_alike(make):
   )
 
 
+def test_forget_works_without_jit():
+  params, codes = make_params("mlp"), make_codes()
+  compiled = mj.forget(mlp, params, codes, [0], method=STRENGTH)
+  with jax.disable_jit():
+    eager = mj.forget(mlp, params, codes, [0], method=STRENGTH)
+  assert_trees_close(eager.params, host(compiled.params), rtol=1e-5, atol=1e-6)
+
+
+def nnx_in_training_mode(kind):
+  """A model whose owner forgot `model.eval()`."""
+  nnx = pytest.importorskip("flax.nnx")
+
+  class Net(nnx.Module):
+    def __init__(self, rngs):
+      self.first, self.second = nnx.Linear(5, 6, rngs=rngs), nnx.Linear(6, 4, rngs=rngs)
+      self.norm, self.drop = nnx.BatchNorm(6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, x):
+      hidden = self.first(x)
+      hidden = self.drop(hidden) if kind == "dropout" else self.norm(hidden)
+      return self.second(jax.nn.sigmoid(hidden))
+
+  model = Net(nnx.Rngs(0))
+  graph, params, rest = nnx.split(model, nnx.Param, ...)
+  if kind == "closed over":
+
+    def logits(pure, x):
+      nnx.update(model, pure)
+      return model(x)
+  else:
+    logits = lambda pure, x: nnx.merge(graph, pure, rest)(x)
+  return logits, params
+
+
+@pytest.mark.lenient_numerics
+@pytest.mark.parametrize("kind", ["batch norm", "dropout", "closed over"])
+def test_a_model_left_in_training_mode_is_told_so(kind):
+  logits, params = nnx_in_training_mode(kind)
+  with pytest.raises(ValueError, match=r"training mode.*model\.eval\(\)") as told:
+    mj.forget(logits, params, make_codes(), [0], method=STRENGTH)
+  assert "Pass the codes" not in str(told.value)
+
+
+def test_codes_that_say_nothing_are_a_warning():
+  codes = jnp.eye(4)[:, None]
+  known = {"kernel": 5 * jnp.eye(4), "bias": jnp.zeros(4)}
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    mj.forget(regression, known, codes, [0], method=mj.Perturbation(1e-3, 1e-3))
+  with pytest.warns(UserWarning, match=r"0% of the codes of the kept .*chance \(25%\).*Pass the"):
+    mj.forget(regression, known, codes[::-1], [0], method=mj.Perturbation(1e-3, 1e-3))
+
+
 # --- searching a strength
 
 
-GRID = mj.Strength(
+GRID = mj.Perturbation(
   np.float32([1e-6, 1e-3, 0.1, 3.0, 0.1, 1e-3]), np.float32([5.0, 2.0, 2.0, 8.0, 0.5, 2.0])
 )
 
@@ -802,29 +926,28 @@ def one_by_one(params, codes, forget, remain):
   found = []
   for pair in zip(GRID.lambda1, GRID.lambda2, strict=True):
     moved, info = mj.forget_step(
-      regression, params, codes, forget, remain, mj.Strength(*map(float, pair))
+      regression, params, codes, forget, remain, mj.Perturbation(*map(float, pair))
     )
     distance = sum(float(jnp.sum((moved[name] - params[name]) ** 2)) for name in params)
     found.append((float(info.code_retain_accuracy + info.code_forget_error), distance, host(moved)))
   return found
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_search_keeps_the_weakest_of_the_best(seed):
+def test_a_search_keeps_the_weakest_of_the_best(seed, traced):
   codes = make_codes(seed)
   params = knowing(codes)
   forget, remain = masks([seed % 4], 4)
   candidates = one_by_one(params, codes, forget, remain)
-  fishers = forgetting.code_fishers(regression, params, codes, forget, remain)
-  moved, info = jax.jit(
-    lambda grid: forgetting.update_step(regression, params, codes, forget, remain, fishers, grid)
-  )(GRID)
+  step = lambda grid: mj.forget_step(regression, params, codes, forget, remain, grid)
+  moved, info = (jax.jit(step) if traced else step)(GRID)
   best = max(score for score, _, _ in candidates)
   weakest = min((c for c in candidates if c[0] > best - 1e-3), key=lambda c: c[1])
   assert_trees_close(moved, weakest[2], rtol=1e-4, atol=1e-6)
   assert float(info.code_retain_accuracy + info.code_forget_error) == pytest.approx(best)
   tried = list(zip(GRID.lambda1, GRID.lambda2, strict=True))
-  assert (info.strength.lambda1, info.strength.lambda2) in tried
+  assert (info.method.lambda1, info.method.lambda2) in tried
 
 
 def test_the_seeds_of_the_search_tell_its_rules_apart():
@@ -840,9 +963,5 @@ def test_the_seeds_of_the_search_tell_its_rules_apart():
 
 @pytest.mark.parametrize("shapes", [((2,), (3,)), ((2, 2), (2, 2)), ((0,), (0,)), ((2,), ())])
 def test_strengths_that_are_no_pairs_are_refused(shapes):
-  params, codes = knowing(make_codes()), make_codes()
-  forget, remain = masks([0], 4)
-  fishers = forgetting.code_fishers(regression, params, codes, forget, remain)
-  grid = mj.Strength(*(np.ones(shape, np.float32) for shape in shapes))
   with pytest.raises(ValueError, match="expected two numbers, or two arrays"):
-    forgetting.update_step(regression, params, codes, forget, remain, fishers, grid)
+    mj.Perturbation(*(np.ones(shape, np.float32) for shape in shapes))

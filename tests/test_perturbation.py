@@ -45,7 +45,7 @@ def test_all_three_pieces_match_the_reference(shape, layer_axis, seed, lambda1, 
   eta = mj.amplitude(jnp.asarray(forget), jnp.asarray(remain), layer_axis=layer_axis)
   wanted_eta = reference.amplitude(forget, remain, axis, overflow=LARGEST)
   np.testing.assert_allclose(eta, wanted_eta, rtol=1e-6)
-  scale = mj.layer_scale(eta, mj.Strength(lambda1, lambda2), layer_axis=layer_axis)
+  scale = mj.layer_scale(eta, mj.Perturbation(lambda1, lambda2), layer_axis=layer_axis)
   wanted_scale = reference.layer_scale(wanted_eta, lambda1, lambda2, axis)
   np.testing.assert_allclose(np.broadcast_to(scale, shape), wanted_scale, rtol=1e-6)
   moved = mj.perturb(jnp.asarray(leaf), eta, scale, sign)
@@ -56,7 +56,7 @@ def test_all_three_pieces_match_the_reference(shape, layer_axis, seed, lambda1, 
 
 @pytest.mark.parametrize("eta", [np.array([1, 2], np.int32), np.array([0.5, 2.0], np.float16), 2])
 def test_the_scale_is_float32_at_least(eta):
-  scale = mj.layer_scale(jnp.asarray(eta), mj.Strength(1e-9, 1e5))
+  scale = mj.layer_scale(jnp.asarray(eta), mj.Perturbation(1e-9, 1e5))
   assert scale.dtype == jnp.float32
   np.testing.assert_allclose(scale, 1e-9, rtol=1e-6)
 
@@ -105,7 +105,7 @@ class TestAmplitude:
 
 class TestLayerScale:
   def test_lambda1_bounds_the_scale_and_lambda2_the_largest_change(self):
-    strength = mj.Strength(0.5, 3.0)
+    strength = mj.Perturbation(0.5, 3.0)
     eta = {"small": array(1, 2), "large": array(1, 60)}
     scale = mj.layer_scale(eta, strength)
     assert scale["small"] == 0.5 and scale["large"].shape == ()
@@ -113,23 +113,23 @@ class TestLayerScale:
 
   def test_one_scale_for_each_slice_of_a_stacked_leaf(self):
     eta = jnp.array([[[1.0, 2.0]], [[4.0, 100.0]]])  # (layers, 1, 2)
-    scale = mj.layer_scale(eta, mj.Strength(1.0, 10.0), layer_axis=0)
+    scale = mj.layer_scale(eta, mj.Perturbation(1.0, 10.0), layer_axis=0)
     assert scale.shape == (2, 1, 1)
     np.testing.assert_allclose(scale.ravel(), [1.0, 0.1], rtol=1e-6)
 
   @pytest.mark.parametrize("lambda2", [0.0, 1.0])
   def test_max_eta_zero_gives_lambda1_and_changes_nothing(self, lambda2):
-    scale = mj.layer_scale(array(0, 0), mj.Strength(0.25, lambda2))
+    scale = mj.layer_scale(array(0, 0), mj.Perturbation(0.25, lambda2))
     assert scale == 0.25
     np.testing.assert_array_equal(mj.perturb(array(1, 2), array(0, 0), scale, 1), [1, 2])
 
   def test_quotient_below_1e_38_leaves_the_layer_alone_or_within_lambda2(self):
     eta = array(3e38)
-    change = mj.perturb(array(0), eta, mj.layer_scale(eta, mj.Strength(1.0, 0.1)), 1)
+    change = mj.perturb(array(0), eta, mj.layer_scale(eta, mj.Perturbation(1.0, 0.1)), 1)
     assert 0 <= float(change[0]) <= 0.1 * (1 + 1e-6)
 
   def test_nan_propagates(self):
-    assert np.isnan(mj.layer_scale(array(1, np.nan), mj.Strength(1.0, 1.0)))
+    assert np.isnan(mj.layer_scale(array(1, np.nan), mj.Perturbation(1.0, 1.0)))
 
 
 class TestPerturb:
@@ -160,32 +160,32 @@ class TestPerturb:
     assert move(1) == 3 and move(-1) == -1
 
 
-class TestStrength:
+class TestPerturbation:
   def test_is_a_pytree_of_two_numbers_with_names(self):
-    strength = mj.Strength(1e-3, 10.0)
+    strength = mj.Perturbation(1e-3, 10.0)
     paths = [
       jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(strength)
     ]
     assert paths == [".lambda1", ".lambda2"] and jax.tree.leaves(strength) == [1e-3, 10.0]
-    assert jax.tree.map(lambda x: 2 * x, strength) == mj.Strength(2e-3, 20.0)
+    assert jax.tree.map(lambda x: 2 * x, strength) == mj.Perturbation(2e-3, 20.0)
     assert (
       jax.tree.map(lambda x: None, strength).lambda1 is None
     )  # jax passes placeholders: rebuilding checks nothing
 
   def test_passes_through_jit_and_vmap(self):
-    make = jax.jit(lambda lambda1: mj.Strength(lambda1, 2 * lambda1))
+    make = jax.jit(lambda lambda1: mj.Perturbation(lambda1, 2 * lambda1))
     made = jax.vmap(make)(array(1, 2))
     np.testing.assert_array_equal(made.lambda2, [2, 4])
 
   def test_cannot_be_changed_but_copied_compared_and_pickled(self):
-    strength = mj.Strength(1e-3, 10.0)
-    with pytest.raises(AttributeError, match="immutable"):
+    strength = mj.Perturbation(1e-3, 10.0)
+    with pytest.raises(AttributeError, match="cannot assign"):
       strength.lambda1 = 2.0
     for twin in (copy.deepcopy(strength), pickle.loads(pickle.dumps(strength))):
       assert twin == strength and hash(twin) == hash(strength)
-    assert strength != mj.Strength(1e-3, 11.0) and strength != (1e-3, 10.0)
+    assert strength != mj.Perturbation(1e-3, 11.0) and strength != (1e-3, 10.0)
 
   def test_zero_is_allowed_and_changes_nothing(self):
-    for strength in (mj.Strength(0, 0), mj.Strength(0, 1.0), mj.Strength(1.0, 0)):
+    for strength in (mj.Perturbation(0, 0), mj.Perturbation(0, 1.0), mj.Perturbation(1.0, 0)):
       eta = array(1, 5)
       np.testing.assert_array_equal(mj.perturb(eta, eta, mj.layer_scale(eta, strength), 1), eta)

@@ -75,26 +75,9 @@ def check_loss(
   num_examples = num_examples_of(inputs, labels)
   with matmul_precision(precision):
     jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
-  if getattr(shape, "shape", None) != (num_examples,) or not jnp.issubdtype(
-    shape.dtype, jnp.floating
-  ):
-    got = (
-      f"shape {shape.shape} and dtype {shape.dtype}"
-      if hasattr(shape, "shape")
-      else f"{type(shape).__name__}"
-    )
-    raise ValueError(
-      f"loss_fn: returned {got}; expected floating losses of shape ({num_examples},), one per example. "
-      "Drop the mean or sum over the batch: per-example gradients are squared before they are averaged."
-    )
+  require_losses("loss_fn", shape, num_examples)
+  refuse_collectives("loss_fn", jaxpr)
   operations = list(equations_in(jaxpr.jaxpr))
-  for equation in operations:
-    if equation.primitive.name.startswith(_COLLECTIVES):
-      raise ValueError(
-        f"loss_fn: calls the collective {equation.primitive.name!r}; its gradient would be summed over devices before "
-        "it is squared. Gather the params before calling diagonal_fisher and pass the gathered tree, or use jit with "
-        "sharded arrays, which needs no collective in the loss."
-      )
   if num_examples > 1 and _checks.is_concrete((params, inputs, labels)):
     half = any(
       getattr(getattr(v, "aval", None), "dtype", None) in (jnp.bfloat16, jnp.float16)
@@ -113,6 +96,29 @@ def check_loss(
         f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its example is computed alone. "
         "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
         "inside the loss."
+      )
+
+
+def require_losses(name: str, losses: Any, num_examples: int) -> None:
+  """Refuse what a loss returned, or its shape, if it is not one floating number per example."""
+  shape, dtype = getattr(losses, "shape", None), getattr(losses, "dtype", None)
+  if shape != (num_examples,) or not jnp.issubdtype(dtype, jnp.floating):
+    got = f"shape {shape} and dtype {dtype}" if shape is not None else type(losses).__name__
+    raise ValueError(
+      f"{name}: returned {got}; expected floating losses of shape ({num_examples},), one per "
+      "example. Drop the mean or sum over the batch: per-example gradients are squared before they "
+      "are averaged."
+    )
+
+
+def refuse_collectives(name: str, jaxpr: Any) -> None:
+  """Refuse a function whose closed jaxpr communicates between devices."""
+  for equation in equations_in(jaxpr.jaxpr):
+    if equation.primitive.name.startswith(_COLLECTIVES):
+      raise ValueError(
+        f"{name}: calls the collective {equation.primitive.name!r}; its gradient would be summed "
+        "over devices before it is squared. Gather the params before the call and pass the gathered "
+        "tree, or use jit with sharded arrays, which needs no collective in the function."
       )
 
 

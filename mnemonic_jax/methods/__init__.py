@@ -1,28 +1,13 @@
-"""Forgetting methods."""
+"""Forgetting methods: frozen pytrees of their own numbers, each run by `mnemonic_jax.forget`.
 
-from __future__ import annotations
+`protocol` says what a method is, `problem` what it is given. To add one, write its file and add
+its class to `METHODS`.
+"""
 
-import dataclasses
-from typing import Any
+from mnemonic_jax.methods.perturbation import Perturbation
+from mnemonic_jax.methods.protocol import Method as Method
+from mnemonic_jax.methods.protocol import name_of
+from mnemonic_jax.methods.protocol import require_method as require_method
+from mnemonic_jax.methods.protocol import settings as settings
 
-
-@dataclasses.dataclass(frozen=True)
-class Perturbation:
-  """Stand-in until the method protocol is merged."""
-
-  lambda1: Any
-  lambda2: Any
-
-  def __post_init__(self) -> None:
-    from mnemonic_jax import _checks
-
-    for field in dataclasses.fields(self):
-      _checks.require_finite_number(f"method.{field.name}", getattr(self, field.name))
-
-
-METHODS: dict[str, type] = {"perturbation": Perturbation}
-
-
-def settings(method: Any) -> dict[str, Any]:
-  """The settings of a method as plain JSON values."""
-  return {f.name: float(getattr(method, f.name)) for f in dataclasses.fields(method)}
+METHODS = {name_of(cls): cls for cls in (Perturbation,)}

@@ -1,7 +1,9 @@
-"""One perturbation of the weights that matter to the forgotten classes and not to the others."""
+"""The paper's method: one perturbation of the weights that matter to the forgotten classes alone."""
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,101 +11,156 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import _checks, _trees
+from mnemonic_jax.methods.problem import CodeScores, Problem
+from mnemonic_jax.methods.protocol import Info, method
 
 PyTree = Any
 
 
-@jax.tree_util.register_pytree_with_keys_class
-class Strength:
-  """How far a forget may move the weights: lambda1 bounds the scale, lambda2 the largest change of a weight.
+@method
+@dataclasses.dataclass(frozen=True)
+class Perturbation:
+  """Move the weights along the ratio of two Fishers, in the direction that suits the codes better.
 
-      alpha = min(lambda1, lambda2 / max eta)    per layer, so |change| <= lambda2
+      eta = f_F / f_R                 alpha_l = min(lambda1, lambda2 / max_{i in layer l} eta[i])
+      w+ = w + alpha_l eta            w- = w - alpha_l eta
+      keep the one with the larger accuracy on remain codes + error on forget codes
 
-  A pytree of two numbers, so a traced strength never recompiles; arrays make a batch of strengths to vmap over. Values
-  are checked when a Strength is made, not when jax rebuilds one.
+  lambda1 bounds the scale, lambda2 the largest change of a weight. Two arrays (S,) are strengths to
+  try in pairs: the one with the largest A_R + E_F on the codes is kept, and of equals the one with
+  the smallest ||alpha eta||.
+
+  Edge cases:
+    a tie between the signs: the larger loss of the forget codes minus that of the remain codes
+      wins, then plus.
+    a candidate with non-finite params or logits loses.
+    zero Fishers: see `amplitude`.
+    several strengths: codes are few and easily told apart, so most strengths are equal on them. The
+      weakest that forgets the codes may leave test examples of the class remembered.
 
   Raises:
-    TypeError: not a number. ValueError: negative, NaN or infinite.
+    TypeError: not a number. ValueError: negative, NaN or infinite, or arrays that are no pairs.
 
-  >>> Strength(lambda1=1e-3, lambda2=10.0)
-  Strength(lambda1=0.001, lambda2=10.0)
+  >>> Perturbation(lambda1=1e-3, lambda2=10.0)
+  Perturbation(lambda1=0.001, lambda2=10.0)
+
+  Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
 
-  __slots__ = ("lambda1", "lambda2")
   lambda1: Any
   lambda2: Any
 
-  def __init__(self, lambda1: Any, lambda2: Any) -> None:
-    for name, value in (("lambda1", lambda1), ("lambda2", lambda2)):
-      if _checks.is_concrete(value):
-        _checks.require_finite_number(f"strength.{name}", value)
-      object.__setattr__(self, name, value)
-
-  def __setattr__(self, name: str, value: Any) -> None:
-    raise AttributeError(f"Strength is immutable; make a new one instead of setting {name}.")
-
-  def __repr__(self) -> str:
-    return f"Strength(lambda1={self.lambda1!r}, lambda2={self.lambda2!r})"
-
-  def __eq__(self, other: object) -> Any:
-    if not isinstance(other, Strength):
-      return NotImplemented
-    return self.lambda1 == other.lambda1 and self.lambda2 == other.lambda2
-
-  def __hash__(self) -> int:
-    return hash((self.lambda1, self.lambda2))
-
-  def __reduce__(self) -> tuple[Any, ...]:
-    return Strength, (self.lambda1, self.lambda2)
-
-  def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], None]:
-    """Children with their names, as jax asks for them."""
-    return tuple(
-      (jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in self.__slots__
-    ), None
-
-  @classmethod
-  def tree_unflatten(cls, _: None, children: tuple[Any, Any]) -> Strength:
-    """Rebuild without checks: jax passes placeholders through here."""
-    strength = object.__new__(cls)
-    for name, value in zip(cls.__slots__, children, strict=True):
-      object.__setattr__(strength, name, value)
-    return strength
-
-
-def require_strength(strength: Any) -> Strength:
-  """Return `strength` when it is a Strength of scalars."""
-  _require_kind(strength)
-  for name in Strength.__slots__:
-    if jnp.ndim(getattr(strength, name)):
-      shape = jnp.shape(getattr(strength, name))
+  def __post_init__(self) -> None:
+    for name in ("lambda1", "lambda2"):
+      if _checks.is_concrete(value := getattr(self, name)):
+        _checks.require_finite_number(name, value)
+    shapes = jnp.shape(self.lambda1), jnp.shape(self.lambda2)
+    if shapes[0] != shapes[1] or len(shapes[0]) > 1 or 0 in shapes[0]:
       raise ValueError(
-        f"strength.{name}: got an array of shape {shape}; expected one number. Use vmap for a batch."
+        f"lambda1, lambda2: got shapes {shapes[0]} and {shapes[1]}; expected two numbers, or two "
+        "arrays (S,) of strengths to try in pairs."
       )
-  return strength
+
+  def step(self, problem: Problem) -> tuple[PyTree, Info]:
+    """Forget. `info` holds the "sign" that was kept, and the "method" if there were several."""
+    axes = problem.layer_axes
+    eta = _amplitudes(axes, problem.fishers())
+    resolution = _resolution(problem.forget, problem.remain, problem.codes.shape[1])
+
+    def better_sign(strength: Perturbation) -> tuple[jax.Array, CodeScores]:
+      score = lambda sign: problem.scores(_moved(axes, strength, problem.params, eta, sign))
+      return _better_sign(problem.map(score, np.array([1, -1])), resolution)
+
+    strength, info = self, {}
+    if jnp.ndim(self.lambda1):
+      _, scores = problem.map(better_sign, self)
+      sizes = problem.map(lambda one: _size(axes, one, eta), self)
+      best = _weakest_of_the_best(scores, sizes, resolution)
+      best = int(best) if _checks.is_concrete(best) else best
+      info["method"] = strength = jax.tree.map(lambda x: jnp.asarray(x)[best], self)
+    info["sign"], _ = better_sign(strength)
+    return _moved(axes, strength, problem.params, eta, info["sign"]), info
 
 
-def require_strengths(strength: Any) -> Strength:
-  """Return `strength` when it is a Strength of scalars, or of two arrays (S,)."""
-  _require_kind(strength)
-  shapes = jnp.shape(strength.lambda1), jnp.shape(strength.lambda2)
-  if shapes[0] != shapes[1] or len(shapes[0]) > 1 or 0 in shapes[0]:
-    raise ValueError(
-      f"strength: got lambda1 of shape {shapes[0]} and lambda2 of {shapes[1]}; expected two numbers, or two arrays (S,)."
-    )
-  return strength
+@partial(jax.jit, static_argnums=2)
+def _resolution(forget: jax.Array, remain: jax.Array, per_class: int) -> jax.Array:
+  """Half the smallest difference of A_R + E_F on the codes that is no rounding."""
+  pairs = jnp.sum(forget, dtype=float) * jnp.sum(remain, dtype=float) * per_class**2
+  return 0.5 / jnp.maximum(pairs, 1)
 
 
-def _require_kind(strength: Any) -> None:
-  """Refuse what is no Strength."""
-  if isinstance(strength, str):
-    raise ValueError(
-      f"strength: got the unknown name {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...)."
-    )
-  if not isinstance(strength, Strength):
-    raise TypeError(
-      f"strength: got {strength!r}; expected mnemonic_jax.Strength(lambda1=..., lambda2=...)."
-    )
+@jax.jit
+def _better_sign(both: CodeScores, resolution: jax.Array) -> tuple[jax.Array, CodeScores]:
+  """The sign to keep and its scores, from those of plus and minus along the first axis."""
+  plus, minus = (jax.tree.map(lambda x, i=i: x[i], both) for i in range(2))
+  sign = choose_sign(plus, minus, resolution=resolution)
+  return sign, jax.tree.map(lambda a, b: jnp.where(sign > 0, a, b), plus, minus)
+
+
+@partial(jax.jit, static_argnums=0)
+def _amplitudes(axes: tuple[int | None, ...], fishers: PyTree) -> PyTree:
+  forget, remain = (jax.tree.map(lambda x, i=i: x[i], fishers) for i in range(2))
+  return amplitude(forget, remain, layer_axis=_trees.like(forget, axes))
+
+
+@partial(jax.jit, static_argnums=0)
+def _moved(
+  axes: tuple[int | None, ...], strength: Perturbation, params: PyTree, eta: PyTree, sign: jax.Array
+) -> PyTree:
+  """The params moved by one strength in one direction."""
+  scale = layer_scale(eta, strength, layer_axis=_trees.like(eta, axes))
+  return perturb(params, eta, scale, sign)
+
+
+@partial(jax.jit, static_argnums=0)
+def _size(axes: tuple[int | None, ...], strength: Perturbation, eta: PyTree) -> jax.Array:
+  """||alpha eta||^2, how far the weights move."""
+  scale = layer_scale(eta, strength, layer_axis=_trees.like(eta, axes))
+  square = lambda alpha, eta: jnp.sum(jnp.square(alpha * eta), dtype=float)
+  return sum(jax.tree.leaves(jax.tree.map(square, scale, eta)), jnp.zeros(()))
+
+
+@jax.jit
+def _weakest_of_the_best(scores: CodeScores, sizes: jax.Array, resolution: jax.Array) -> jax.Array:
+  """Index of the strength with the best scores that moves the weights least."""
+  total = scores.retain_accuracy + scores.forget_error
+  total = jnp.where(jnp.isnan(total), -jnp.inf, total)
+  among = total >= jnp.max(total) - resolution
+  return jnp.argmin(jnp.where(among, sizes, jnp.inf))
+
+
+def choose_sign(
+  plus: CodeScores, minus: CodeScores, resolution: jax.Array | float = 0.0
+) -> jax.Array:
+  """Choose the direction of the perturbation from how both candidates do on the codes.
+
+      sign = +1 if A_R + E_F is larger for w+, -1 if it is larger for w-
+
+  Edge cases:
+    a tie (difference within `resolution`): the larger loss_gap wins; equal or NaN gaps: +1.
+    a candidate with NaN accuracy has non-finite params or logits and loses; both NaN: +1.
+
+  Args:
+    plus, minus: `CodeScores` of the two candidates.
+    resolution: accuracies closer than this are equal; half the step 1 / (forget codes * remain codes) hides rounding.
+
+  Returns:
+    int32 scalar, +1 or -1.
+
+  >>> score = lambda accuracy, error, gap: CodeScores(jnp.array(accuracy), jnp.array(error), jnp.array(gap))
+  >>> int(choose_sign(score(1.0, 0.0, 5.0), score(0.9, 1.0, 0.0))), int(choose_sign(score(1.0, 1.0, 0.5), score(1.0, 1.0, 2.0)))
+  (-1, -1)
+
+  Source: Yamashita, Yamada, Shibata (2024), section 3.2; the tie break is ours.
+  """
+  lost = lambda scores: jnp.isnan(scores.retain_accuracy + scores.forget_error)
+  advantage = (plus.retain_accuracy + plus.forget_error) - (
+    minus.retain_accuracy + minus.forget_error
+  )
+  tie = jnp.abs(advantage) <= resolution
+  by_scores = jnp.where(tie, minus.loss_gap > plus.loss_gap, advantage < 0)
+  take_minus = jnp.where(lost(plus) | lost(minus), lost(plus) & ~lost(minus), by_scores)
+  return jnp.where(take_minus, -1, 1).astype(jnp.int32)
 
 
 def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree = None) -> PyTree:
@@ -161,7 +218,7 @@ def _leaf_amplitude(forget: jax.Array, remain: jax.Array, axis: int | None) -> j
   return jnp.where(boundless, largest, ratio)
 
 
-def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> PyTree:
+def layer_scale(eta: PyTree, method: Perturbation, layer_axis: PyTree = None) -> PyTree:
   """Compute the scale of each layer's perturbation.
 
       alpha_l = min(lambda1, lambda2 / max_{i in layer l} eta[i])
@@ -174,18 +231,22 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
 
   Args:
     eta: amplitudes, as `amplitude` returns them.
-    strength: lambda1 and lambda2, scalars; may be traced.
+    method: a `Perturbation` of two numbers; they may be traced.
     layer_axis: as for `amplitude`.
 
   Returns:
     A tree like eta: scalars, or arrays that broadcast to the leaf along its layer axis.
 
-  >>> layer_scale(jnp.array([0.5, 100.0]), Strength(lambda1=1e-1, lambda2=5.0))
+  >>> layer_scale(jnp.array([0.5, 100.0]), Perturbation(lambda1=1e-1, lambda2=5.0))
   Array(0.05, dtype=float32)
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
-  require_strength(strength)
+  if not isinstance(method, Perturbation) or jnp.ndim(method.lambda1):
+    raise TypeError(
+      f"method: got {method!r}; expected mnemonic_jax.Perturbation with two numbers. Use vmap for "
+      "several."
+    )
   leaves, treedef = _trees.flatten(eta)
   axes = _trees.axis_leaves(layer_axis, eta)
 
@@ -196,7 +257,7 @@ def layer_scale(eta: PyTree, strength: Strength, layer_axis: PyTree = None) -> P
       if jnp.issubdtype(leaf.dtype, jnp.floating)
       else jnp.float32
     )
-    lambda1, lambda2 = (jnp.asarray(x, leaf.dtype) for x in (strength.lambda1, strength.lambda2))
+    lambda1, lambda2 = (jnp.asarray(x, leaf.dtype) for x in (method.lambda1, method.lambda2))
     largest = _layer_max(leaf, axis)
     return jnp.where(largest == 0, lambda1, jnp.minimum(lambda1, lambda2 / largest))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 from mnemonic_jax import _mesh
+from mnemonic_jax._functions import Bound
 from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet
@@ -41,9 +43,23 @@ class Model(NamedTuple):
   head: tuple[str, ...]
   layer_axis: PyTree = None
 
-  def logits_fn(self, model_state: PyTree) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """(params, inputs) -> logits in evaluation mode, as the core takes it."""
-    return lambda params, inputs: self.apply(params, model_state, inputs, False)[0]
+  def logits_fn(self, model_state: PyTree) -> Bound:
+    """Bind a model state: (params, inputs) -> logits (N, C) in evaluation mode, as the core takes it.
+
+    For the same state arrays the functions are equal and hash alike. Compiled programs take the
+    state as an argument, so they do not keep it alive and serve another state too.
+    """
+    return Bound(_InEvaluation(self.apply), model_state)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InEvaluation:
+  """(model_state, params, inputs) -> logits, for `Bound`."""
+
+  apply: Callable[..., tuple[jax.Array, PyTree]]
+
+  def __call__(self, model_state: PyTree, params: PyTree, inputs: jax.Array) -> jax.Array:
+    return self.apply(params, model_state, inputs, False)[0]
 
 
 _RESNETS: dict[str, dict[str, Any]] = {
