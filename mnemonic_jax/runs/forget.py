@@ -197,7 +197,7 @@ def _outcome(
 ) -> dict[str, Any]:
   """Say what a copy of the params was before the forget and is after it; see `schema.COPY`."""
   outcome: dict[str, Any] = {
-    "method": {"name": _name(result.method), **methods.settings(result.method)},
+    "method": {"name": methods.name_of(result.method), **methods.settings(result.method)},
     "info": dict(result.info),
     "code_retain_accuracy": result.code_retain_accuracy,
     "code_forget_error": result.code_forget_error,
@@ -213,7 +213,3 @@ def _outcome(
     "params_sha256_before": params_sha256(before),
     "params_sha256_after": params_sha256(result.params),
   }
-
-
-def _name(method: Any) -> str:
-  return next(name for name, kind in methods.METHODS.items() if type(method) is kind)
