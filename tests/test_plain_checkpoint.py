@@ -1,4 +1,4 @@
-"""Forgetting in a checkpoint of a training loop of the user's own: the result of a run, or one clear refusal."""
+"""Forgetting in a checkpoint of a user's own training loop: a run's result, or one clear refusal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def forget(checkpoint: pathlib.Path, out: pathlib.Path, *more: object) -> tuple[
 
 @pytest.fixture(scope="module")
 def tree(trained_once: pathlib.Path) -> dict:
-  """Params and codes of the tiny training, as a loop of one's own has them, with things that nobody asks for."""
+  """Params and codes of the tiny training, as a user's own loop has them, with more that is unused."""
   checkpoint = newest(trained_once / "checkpoints")
   stored = stored_shapes(checkpoint)
   parts = restore_parts(checkpoint, {name: stored[name] for name in ("params", "codes")})
@@ -181,7 +181,7 @@ RESNET = ("--config", "digits", "--model.name", "resnet10_small", "--model.width
 
 @pytest.mark.long
 def test_the_model_state_counts(tmp_path, monkeypatch):
-  """Running statistics of a model that has them are restored; without them, or with others, it is not the same model."""
+  """Running statistics are restored; without them, or with others, it is not the same model."""
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
   digits = data.load("digits")
   model = models.make("resnet10_small", shape=digits.shape, num_classes=10, width=4)
@@ -200,8 +200,8 @@ def test_the_model_state_counts(tmp_path, monkeypatch):
   save(checkpoint, {"params": params, "codes": codes})
   message = call(*arguments, tmp_path / "no").refusal()
   assert (
-    "has no model_state.stage1_block1.norm1.mean; resnet10_small of config 'digits' for digits expects"
-    in message
+    "has no model_state.stage1_block1.norm1.mean; "
+    "resnet10_small of config 'digits' for digits expects" in message
   )
 
 
@@ -234,11 +234,13 @@ BAD = {
   ),
   "another width": (
     lambda t: with_kernel(t, np.zeros((64, 16), np.float32)),
-    "params.hidden.kernel is float32 (64, 16) there; mlp of config 'digits' for digits expects float32 (64, 32)",
+    "params.hidden.kernel is float32 (64, 16) there; "
+    "mlp of config 'digits' for digits expects float32 (64, 32)",
   ),
   "another dtype": (
     lambda t: with_kernel(t, jnp.zeros((64, 32), jnp.bfloat16)),
-    "params.hidden.kernel is bfloat16 (64, 32) there; mlp of config 'digits' for digits expects float32 (64, 32)",
+    "params.hidden.kernel is bfloat16 (64, 32) there; "
+    "mlp of config 'digits' for digits expects float32 (64, 32)",
   ),
   "not a number": (
     lambda t: with_kernel(t, np.full((64, 32), np.nan, np.float32)),
@@ -255,7 +257,8 @@ BAD = {
   "codes without K": (lambda t: {**t, "codes": t["codes"][:, 0]}, "(10, 8, 8, 1) there"),
   "a copy of the params by another name": (
     lambda t: {**t, "ema": jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), t["params"])},
-    "holds ema, of the shapes of params. If it may be served, it must forget too: save it as ema_params, in the dtype",
+    "holds ema, of the shapes of params. If it may be served, it must forget too: "
+    "save it as ema_params, in the dtype",
   ),
   "two averages": (
     lambda t: {**t, "ema_params": t["params"], "optimizer_state": {"average": t["params"]}},

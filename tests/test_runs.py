@@ -528,7 +528,7 @@ def test_a_run_that_became_another_while_it_waited_is_not_trained(tmp_path):
 
 
 def test_a_model_that_answers_nan_names_no_class(trained_once):
-  """What overflows on real pictures alone is wrong on all of them, and no picture counts as class 0."""
+  """A model that overflows on real pictures is wrong on all of them; none counts as class 0."""
   run = RunFolder.open(trained_once)
   dataset = data.load("digits")
   model = trained_run.restore(run, dataset)
@@ -566,7 +566,7 @@ def test_a_signal_waits_for_the_checkpoint_and_a_late_one_is_not_lost():
 def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same(
   tmp_path, monkeypatch
 ):
-  """It comes when epoch 1 is over and was not one to write: the epoch that the message names must be on disk."""
+  """It comes when epoch 1 is over, which writes none: the epoch in the message must be on disk."""
   real, calls = Progress.update, []
 
   def update(self, *args, **values):
