@@ -21,8 +21,9 @@ from mnemonic_jax import data, forgetting, models
 from mnemonic_jax import report as reports
 from mnemonic_jax.errors import Interrupted, MnemonicError
 from mnemonic_jax.progress import Progress
+from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evidence, inference, records, signals
+from mnemonic_jax.runs import evidence, files, inference, records, signals
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
@@ -284,6 +285,26 @@ def test_a_report_of_format_1_with_an_average(forgotten):
   file.write_text(json.dumps({key: old[key] for key in old if key != "lambda2"}))
   with pytest.raises(MnemonicError, match=r"report\.json: was edited, or half-written"):
     records.read(file.parent)
+
+
+def test_a_copy_that_still_knows_a_class_makes_the_verdict(trained_once):
+  """With a method that edits the head of the params, and forgets nothing in their average."""
+  run, dataset = RunFolder.open(trained_once), data.load("digits")
+  trained = trained_run.restore(run, dataset)
+  trained = trained._replace(ema_params=jax.tree.map(jnp.copy, trained.params))
+
+  def one_shot(params: dict) -> forgetting.ForgetResult:
+    after = head_edit(params, trained.model.head, [3]) if params is trained.params else params
+    method = configs.make_method(run.config.forget)
+    seconds = {"compile": 0.0, "total": 0.0}
+    return forgetting.ForgetResult(after, method, 1.0, 1.0, {"cuts": np.arange(2)}, seconds)
+
+  asked = forget_run.check_request(run.config, ["3"], dataset.class_names)
+  report, _ = forget_run.described(trained, run.config, dataset, asked, one_shot)
+  average = report["copies"]["ema"]
+  assert report["verdicts"]["3"] == {"verdict": "forgotten", "evidence": "test", "error": 1.0}
+  assert average["verdicts"]["3"]["verdict"] == report["verdict"] == "not forgotten"
+  assert files.plain(report)["info"] == files.plain(average)["info"] == {"cuts": [0, 1]}
 
 
 def test_the_newest_checkpoints_stay(tmp_path):
