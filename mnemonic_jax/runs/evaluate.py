@@ -17,9 +17,7 @@ from mnemonic_jax.runs.records import require_forgotten_from, require_reported
 from mnemonic_jax.runs.trained import restore
 
 
-def evaluate(
-  run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
-) -> dict[str, Any]:
+def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()) -> dict[str, Any]:
   """Score the trained params, and those of the latest forget if there is one; "..._ema" are their moving averages.
 
   `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
