@@ -35,21 +35,11 @@ COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main;
 FORGET_KEYS = {
   *(
     f"{key}_{when}"
-    for key in ("retain_accuracy", "forget_error", "per_class_accuracy")
+    for key in ("retain_accuracy", "forget_error", "per_class_accuracy", "params_sha256")
     for when in ("before", "after")
   ),
-  *(
-    "requested",
-    "classes",
-    "lambda1",
-    "lambda2",
-    "sign",
-    "seconds",
-    "checkpoint",
-    "codes_sha256",
-    "versions",
-  ),
-  *("params_sha256_before", "params_sha256_after"),
+  *("requested", "classes", "class_names", "time", "read", "method", "info"),
+  *("verdict", "verdicts", "seconds", "checkpoint", "codes_sha256", "versions"),
 }
 
 
@@ -104,7 +94,7 @@ def call(*arguments: object) -> Outcome:
 
 @contextlib.contextmanager
 def _compiling_once() -> Iterator[None]:
-  """Keep what XLA compiles, for the next command of this session: most of a command's time on tiny models."""
+  """Keep what XLA compiles for the next command: most of a command's time on tiny models."""
   settings = {
     "jax_compilation_cache_dir": _compiled(),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -130,7 +120,7 @@ def _compiled() -> str:
 
 
 def environment() -> dict[str, str]:
-  """Ours, without what would change results, and with a cache of compiled programs for this session's commands."""
+  """Ours, without what would change results, with a cache of compiled programs for all commands."""
   kept = {
     key: value
     for key, value in os.environ.items()
