@@ -219,7 +219,7 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   )
   trained = call("train", "digits", "--out", run, *settings, "--train.epochs", 30, "--json").json
   assert trained["test_accuracy"] > 0.9
-  strength = ("--forget.lambda1", 0.01, "--forget.lambda2", 1)
+  strength = ("--set", "lambda1=0.01", "--set", "lambda2=1")
   forgotten = call("forget", run, "--classes", 3, *strength, "--json").json
   assert forgotten.keys() >= FORGET_KEYS
   assert forgotten["forget_error_after"] > 0.7 > 0.2 > forgotten["forget_error_before"]
