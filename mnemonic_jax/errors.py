@@ -1,4 +1,4 @@
-"""What goes wrong for a user of the command line, as one message each, never a traceback."""
+"""Errors of the command line: one message each, never a traceback."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _FEW = 20  # names that a message lists
 
 
 class MnemonicError(Exception):
-  """Something failed in a way that the user can act on; exit code 1."""
+  """Report a failure that the user can act on; exit code 1."""
 
   exit_code = 1
 
 
 class UsageError(MnemonicError):
-  """The command or the config asks for something that does not exist; exit code 2."""
+  """Report that the command or the config asks for something that does not exist; exit code 2."""
 
   exit_code = 2
 
 
 class Interrupted(MnemonicError):
-  """A signal ended the command in good order; exit code 128 + signal."""
+  """Report that a signal ended the command in good order; exit code 128 + signal."""
 
   def __init__(self, message: str, signum: int) -> None:
     super().__init__(message)
@@ -29,7 +29,7 @@ class Interrupted(MnemonicError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """End a message about an unknown name: the nearest known one, and all of them if they are few.
+  """Name the nearest known name, and all of them if they are few, for a message's end.
 
   >>> nearest("epoch", ["epochs", "seed"])
   'Did you mean epochs? Known: epochs, seed.'
