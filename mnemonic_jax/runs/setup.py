@@ -15,8 +15,11 @@ import optax
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax import data, models, training
 from mnemonic_jax.data import Dataset, mixup
-from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model, pretrained
+from mnemonic_jax.multihost import processes, sharding
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs.config import Config, TrainConfig
 from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
@@ -33,6 +36,23 @@ def load_data(config: Config, data_dir: str = "", *, training: bool = True) -> D
     normalization=settings.normalization,
     training=training,
   )
+
+
+def make_layout(config: Config, dataset: Dataset) -> Layout:
+  """Choose the devices of a training.
+
+  All of them for a streamed set, for several processes, and where a config says how large an axis
+  of the mesh is; else the first one. Sizes of 1 and 1 mean the first one too.
+  """
+  data, fsdp = config.execution.data, config.execution.fsdp
+  asked = data or fsdp or isinstance(dataset.train, Stream)
+  if not processes.several() and (not asked or data == fsdp == 1):
+    return Layout()
+  try:
+    mesh = sharding.make_mesh(data or None, fsdp or None)
+  except ValueError as error:
+    raise UsageError(f"execution.data, execution.fsdp: {error}") from None
+  return Layout(mesh if mesh.size > 1 else None)
 
 
 def plan(config: Config, dataset: Dataset) -> tuple[Model, optax.GradientTransformation, int, int]:
