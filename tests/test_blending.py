@@ -215,9 +215,7 @@ def test_a_sharded_step_blends_and_mixes_the_same(blend):
   optimizer, codes = optax.sgd(0.3), mj.make_codes(jax.random.key(1), 10, (8, 8, 1))
   images, labels = digits(16)[0], jnp.arange(16, dtype=jnp.int32) % 10
   state = mj.init_train_state(jnp.zeros((64, 10)), {}, optimizer, jax.random.key(0))
-  step = jax.jit(
-    mj.make_train_step(apply, optimizer, rate=0.5, blend=partial(blend, alpha=1.0))
-  )
+  step = jax.jit(mj.make_train_step(apply, optimizer, rate=0.5, blend=partial(blend, alpha=1.0)))
   single, _ = step(state, images, labels, codes)
   for axis_type in ("Auto", "Explicit"):
     mesh = cpu_mesh(4, axis_type)
