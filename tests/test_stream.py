@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -120,12 +119,8 @@ if __name__ == "__main__":
   workers = [int(pid) for pid in process.stdout.readline().split()]
   assert workers and all(alive(pid) for pid in workers)
   process.kill()
-  process.wait()
-  for _ in range(100):
-    if not any(map(alive, workers)):
-      return
-    time.sleep(0.1)
-  pytest.fail(f"still alive: {workers}")
+  process.communicate(timeout=300)  # until all of them have closed the pipe
+  assert not any(map(alive, workers))
 
 
 def alive(pid: int) -> bool:

@@ -50,16 +50,12 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
   }
   every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
   for name, seen in zip(models, every, strict=True):
-    right = seen.labels[seen.predictions == seen.labels]
-    right_counts, counts = (
-      np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels)
-    )
-    scores = evaluation.scores_from_counts(right_counts, counts, chosen)
+    scores = evaluation.scores(seen, num_classes, chosen)
     result[name] = {
       "retain_accuracy": scores.retain_accuracy,
       "forget_error": scores.forget_error,
       "per_class_accuracy": scores.per_class.tolist(),
-      "accuracy": len(right) / len(seen.labels),
+      "accuracy": float(np.mean(seen.predictions == seen.labels)),
       "params": str(places[name]),
     }
   return result
