@@ -288,7 +288,7 @@ def test_an_export_with_it_is_a_start_for_training(tmp_path):
   )
   again = start("again", *text, *still, "--json").json
   assert again["params_sha256"] == forgotten["params_sha256_after"]
-  assert "scores against text embeddings; pass model.text_embeddings" in start("linear").refusal()
+  assert "scores against text embeddings; pass them as model.text_embeddings" in start("linear").refusal()
   np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
   assert (
     "output.text differs from the vectors of model.text_embeddings"
