@@ -19,7 +19,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mnemonic_jax import data
-from mnemonic_jax.data import decoded, pictures
+from mnemonic_jax.data import decoded, decoding
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 
@@ -147,11 +147,11 @@ def test_a_damaged_prepared_set_says_what_to_do(tfds_folder, tmp_path):
 def test_a_picture_of_another_shape_is_named(shape, tfds_folder, monkeypatch):
   odd = io.BytesIO()
   Image.fromarray(np.zeros(shape, np.uint8)).save(odd, "PNG")
-  real = pictures.decode
-  monkeypatch.setattr(pictures, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
+  real = decoding.decode
+  monkeypatch.setattr(decoding, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
   with pytest.raises(
     MnemonicError,
-    match=r"split 'train' .* a picture is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)",
+    match=r"split 'train' .* an image is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)",
   ):
     data.load("mnist", str(tfds_folder))
 
