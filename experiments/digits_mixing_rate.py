@@ -36,7 +36,7 @@ def study(rate: float, seed: int) -> tuple[float, float, float]:
   score = lambda params: common.per_class_accuracy(
     trained.logits_fn, params, inputs, labels, num_classes
   )
-  strengths = mj.Strength(jnp.array([config.forget.lambda1]), jnp.array([config.forget.lambda2]))
+  strengths = mj.Strength(*(jnp.array([value]) for value in config.forget.settings.values()))
   params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
   after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))[:, 0]
   before = np.asarray(score(trained.params))

@@ -113,7 +113,7 @@ def one_class(
 
 def strength_of(config: Config) -> mj.Strength:
   """The strength of a config."""
-  return mj.Strength(config.forget.lambda1, config.forget.lambda2)
+  return mj.Strength(config.forget.settings["lambda1"], config.forget.settings["lambda2"])
 
 
 def shown(strength: mj.Strength) -> str:

@@ -1,4 +1,4 @@
-"""Training with codes: a train step factory, and an epoch of such steps in one call."""
+"""Train with codes: a train step, and an epoch of such steps in one call."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PyTree = Any
 ApplyFn = Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
 Metrics = dict[str, jax.Array]
 
-# (key, images (N, H, W, C), targets (N, C)) -> (images, targets), such as `blending.mixup` with its alpha
+# (key, images (N, H, W, C), targets (N, C)) -> (images, targets), such as `mixup` with its alpha
 BlendFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 _AUGMENTATION = 2**32 - 1  # the branch of the state's key that no step draws from
@@ -25,13 +25,21 @@ _BLENDING = 2**32 - 1  # the branch of a step's key that mixing does not draw fr
 
 
 class TrainState(NamedTuple):
-  """All that training changes, and the key that it does not."""
+  """Training state. Everything but `key` changes from step to step."""
 
-  params: PyTree  # what may be perturbed when a class is forgotten
+  params: PyTree  # what may be changed when a class is forgotten
   model_state: PyTree  # running statistics; {} for models without
   optimizer_state: PyTree
   step: jax.Array  # () int32, steps done
   key: jax.Array  # typed key; step s draws from fold_in(key, s)
+
+
+# (state, images, labels, codes) -> (state, metrics)
+Step = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+# (state, stored images, labels, codes, rows (B,), epoch) -> (state, metrics)
+BatchStep = Callable[
+  [TrainState, jax.Array, jax.Array, jax.Array, jax.Array, Any], tuple[TrainState, Metrics]
+]
 
 
 def init_train_state(
@@ -57,10 +65,13 @@ class EmaState(NamedTuple):
 def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
   """Let an optimizer keep an exponential moving average of the params that it makes.
 
-      average <- decay * average + (1 - decay) * params, after each update; it starts as the first params
+      average <- decay * average + (1 - decay) * params
+
+  after each update; it starts as the first params.
 
   Guarantees:
-    The params are the same, to the bit, as without it. `ema_params` reads the average of a train state.
+    The params are the same, bit for bit, as without it. `ema_params` reads the average of a train
+    state.
 
   Args:
     optimizer: any; its update is given the params.
@@ -71,7 +82,8 @@ def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
 
   >>> optimizer = with_ema(optax.sgd(1.0), decay=0.75)
   >>> state = init_train_state(jnp.array(0.0), {}, optimizer, jax.random.key(0))
-  >>> updates, after = optimizer.update(jnp.array(-4.0), state.optimizer_state, state.params)  # params go from 0 to 4
+  >>> gradient = jnp.array(-4.0)  # params go from 0 to 4
+  >>> updates, after = optimizer.update(gradient, state.optimizer_state, state.params)
   >>> float(ema_params(state._replace(optimizer_state=after)))
   1.0
   """
@@ -81,10 +93,9 @@ def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
     )
 
   def init(params: PyTree) -> EmaState:
-    copies = jax.tree.map(
-      lambda leaf: jnp.array(leaf, copy=True), params
-    )  # of its own: states are donated
-    return EmaState(copies, optimizer.init(params))
+    # Copies of its own: a train state is donated, and no buffer may be in it twice.
+    average = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    return EmaState(average, optimizer.init(params))
 
   def update(gradient: PyTree, state: EmaState, params: PyTree = None) -> tuple[PyTree, EmaState]:
     updates, inner = optimizer.update(gradient, state.inner, params)
@@ -98,87 +109,77 @@ def with_ema(optimizer: optax.GradientTransformation, decay: float) -> optax.Gra
 
 
 def ema_params(state: TrainState) -> PyTree | None:
-  """The average of the params that `with_ema` keeps, or None where there is none."""
+  """Return the average of the params that `with_ema` keeps, or None where there is none."""
   return state.optimizer_state.average if isinstance(state.optimizer_state, EmaState) else None
 
 
 def make_train_step(
   apply: ApplyFn,
   optimizer: optax.GradientTransformation,
-  codes: jax.Array,
   *,
   rate: float,
   loss: Callable[[jax.Array, jax.Array], jax.Array] = losses.softmax_cross_entropy,
   blend: BlendFn | None = None,
   accumulate: int = 1,
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
+) -> Step:
   """Make the function that does one step of training with codes mixed in.
 
-      images <- mix(fold_in(key, step), images, labels, codes, rate);  params <- optimizer(grad mean loss)
+      images <- mix(fold_in(key, step), images, labels, codes, rate)
+      params <- optimizer(gradient of the mean loss)
 
-  With `blend`, labels become one-hot targets, images and targets are blended, and only then do codes replace: a replaced
-  row has the code and the one-hot target of its own class, both pure.
+  With `blend`, labels become one-hot targets, images and targets are blended, and only then do
+  codes replace: a replaced row has the code and the one-hot target of its own class, unblended.
 
   Guarantees:
-    Pure, and deterministic in the state and the batch. jit it, or let `make_epoch` do so. The same rows become the same
-    codes with and without `blend`.
+    Pure, and deterministic in its arguments. The same rows become codes with and without `blend`.
 
   Args:
     apply: pure function (params, model_state, inputs, train) -> (logits, model_state).
     optimizer: an optax gradient transformation.
-    codes: (C, K, *shape), floating, in the space that apply sees.
-    rate: probability that an example is replaced by a code of its class, the paper's t_mix.
-    loss: (logits, labels) -> (N,) losses; with `blend` it is given float32 targets (N, C) instead of labels.
-    blend: (key, images, targets) -> (images, targets), such as partial(blending.mixup, alpha=0.2); None: no blending.
-    accumulate: parts of a batch, of equal size, whose gradients are computed one after the other and averaged: less memory,
-      the same step up to rounding. A model with BatchNorm sees the statistics of a part.
+    rate: the probability that an example is replaced by a code of its class, the paper's t_mix.
+    loss: (logits, labels) -> (N,) losses; with `blend` it is given float32 targets (N, C).
+    blend: (key, images, targets) -> (images, targets), such as partial(mixup, alpha=0.2).
+    accumulate: parts of a batch, of equal size, whose gradients are computed one after the other
+      and averaged: less memory, the same step up to rounding. BatchNorm sees one part at a time.
 
   Returns:
-    step(state, images, labels) -> (state, {"loss": (), "accuracy": ()}), both over the mixed batch; of a blended
-    example the heavier class counts as the right one.
+    step(state, images, labels, codes) -> (state, {"loss": (), "accuracy": ()}), both over the
+    mixed batch; the heavier class of a blended example counts as the right one. `codes` are
+    (C, K, *shape), floating, in the space that `apply` sees. Jit it, or give it to `make_epoch`.
 
   >>> apply = lambda params, model_state, inputs, train: (inputs @ params, model_state)
-  >>> step = make_train_step(apply, optax.sgd(1.0), jnp.eye(2)[:, None], rate=0.1)
+  >>> step = make_train_step(apply, optax.sgd(1.0), rate=0.1)
   >>> state = init_train_state(jnp.zeros((2, 2)), {}, optax.sgd(1.0), jax.random.key(0))
-  >>> state, metrics = jax.jit(step)(state, jnp.eye(2), jnp.array([0, 1]))
+  >>> images, labels, codes = jnp.eye(2), jnp.array([0, 1]), jnp.eye(2)[:, None]
+  >>> state, metrics = jax.jit(step)(state, images, labels, codes)
   >>> state.params
   Array([[ 0.25, -0.25],
          [-0.25,  0.25]], dtype=float32)
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.1.
   """
-  _checks.require_codes(codes)
   _checks.require_rate(rate)
   accumulate = _checks.require_size("accumulate", accumulate)
 
-  def step(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+  def mean_loss(
+    params: PyTree, model_state: PyTree, images: jax.Array, targets: jax.Array, labels: jax.Array
+  ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
+    logits, model_state = apply(params, model_state, images, True)
+    value = jnp.mean(loss(logits, targets))
+    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return value, ({"loss": value, "accuracy": accuracy}, model_state)
+
+  gradient_of = jax.grad(mean_loss, has_aux=True)
+
+  def step(
+    state: TrainState, images: jax.Array, labels: jax.Array, codes: jax.Array
+  ) -> tuple[TrainState, Metrics]:
     if len(images) % accumulate:
       raise ValueError(
         f"accumulate: got {accumulate} for a batch of {len(images)}; expected a divisor of it."
       )
     key = jax.random.fold_in(state.key, state.step)
-    targets = labels
-    if blend is None:
-      images = mix(key, images, labels, codes, rate)
-    else:
-      own = jax.nn.one_hot(labels, len(codes), dtype=jnp.float32)
-      images, targets = blend(jax.random.fold_in(key, _BLENDING), images, own)
-      images, replaced = mix(key, images, labels, codes, rate, return_mask=True)
-      targets = jnp.where(replaced[:, None], own, targets)
-      labels = jnp.argmax(targets, axis=-1)
-
-    def mean_loss(
-      params: PyTree, model_state: PyTree, images: jax.Array, targets: jax.Array, labels: jax.Array
-    ) -> tuple[jax.Array, tuple[Metrics, PyTree]]:
-      logits, model_state = apply(params, model_state, images, True)
-      value = jnp.mean(loss(logits, targets))
-      return value, (
-        {"loss": value, "accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == labels)},
-        model_state,
-      )
-
-    gradient_of = jax.grad(mean_loss, has_aux=True)
-    batch = images, targets, labels
+    batch = _mixed(key, images, labels, codes, rate, blend)
     if accumulate == 1:
       gradient, (metrics, model_state) = gradient_of(state.params, state.model_state, *batch)
     else:
@@ -190,13 +191,31 @@ def make_train_step(
   return step
 
 
+def _mixed(
+  key: jax.Array,
+  images: jax.Array,
+  labels: jax.Array,
+  codes: jax.Array,
+  rate: float,
+  blend: BlendFn | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Blend a batch and mix codes in: (images, targets of the loss, classes that are right)."""
+  if blend is None:
+    return mix(key, images, labels, codes, rate), labels, labels
+  own = jax.nn.one_hot(labels, len(codes), dtype=jnp.float32)
+  images, targets = blend(jax.random.fold_in(key, _BLENDING), images, own)
+  images, replaced = mix(key, images, labels, codes, rate, return_mask=True)
+  targets = jnp.where(replaced[:, None], own, targets)
+  return images, targets, jnp.argmax(targets, axis=-1)
+
+
 def _in_parts(
   gradient_of: Callable[..., tuple[PyTree, tuple[Metrics, PyTree]]],
   state: TrainState,
   batch: tuple[jax.Array, jax.Array, jax.Array],
   count: int,
 ) -> tuple[PyTree, Metrics, PyTree]:
-  """Mean gradient and metrics over `count` parts of a batch, and the model state after them."""
+  """Return the mean gradient and metrics of `count` parts of a batch, and the last model state."""
   # Part i takes each count-th example from i on: on a mesh, every device keeps its own.
   parts = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]), batch)
 
@@ -213,18 +232,18 @@ def _in_parts(
   return mean, jax.tree.map(jnp.mean, metrics), model_state
 
 
-# (state, images, labels, rows (B,), epoch) -> (state, metrics)
-BatchStep = Callable[[TrainState, jax.Array, jax.Array, jax.Array, Any], tuple[TrainState, Metrics]]
-
-
 def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -> jax.Array:
-  """Which examples each step of an epoch sees, (steps, batch_size) int: one permutation, cut into batches.
+  """Tell which examples each step of an epoch sees: one permutation, cut into batches.
 
   The num_examples mod batch_size rows left over sit this epoch out.
 
   Args:
-    key: of the train state. epoch: from 0; may be traced.
+    key: of the train state.
+    epoch: from 0; may be traced.
     num_examples, batch_size: batch_size at least 1 and at most num_examples.
+
+  Returns:
+    (steps, batch_size) int rows of the data set.
 
   Raises:
     ValueError: a batch size outside that range.
@@ -236,13 +255,12 @@ def epoch_rows(key: jax.Array, epoch: Any, num_examples: int, batch_size: int) -
       f"batch_size: got {batch_size} for {num_examples} examples; expected at most that many."
     )
   order_key = jax.random.fold_in(jax.random.split(key)[1], epoch)
-  return jax.random.permutation(order_key, num_examples)[: steps * batch_size].reshape(
-    steps, batch_size
-  )
+  order = jax.random.permutation(order_key, num_examples)
+  return order[: steps * batch_size].reshape(steps, batch_size)
 
 
 def make_batch_step(
-  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
+  step: Step,
   preprocess: Callable[[jax.Array], jax.Array],
   augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> BatchStep:
@@ -250,75 +268,60 @@ def make_batch_step(
 
   Args:
     step: as `make_train_step` returns it.
-    preprocess: maps stored images (uint8, say) to the space the model sees; runs inside the same jit.
-    augment: (keys (B,), stored images (B, *shape)) -> images; the key of an example depends on the state's key, the
-      epoch and the example's row alone, whatever the batch it is in.
+    preprocess: maps stored images (uint8, say) to the space that the model sees.
+    augment: (keys (B,), stored images (B, *shape)) -> images. The key of an example depends on the
+      state's key, the epoch and the example's row alone, whatever the batch it is in.
 
   Returns:
-    batch_step(state, images (B, *shape), labels (B,), rows (B,), epoch) -> (state, metrics), traceable; `rows` are the
-    examples' places in the data set.
+    batch_step(state, images (B, *shape), labels (B,), codes, rows (B,), epoch) -> (state, metrics),
+    traceable; `rows` are the examples' places in the data set.
   """
 
   def batch_step(
-    state: TrainState, images: jax.Array, labels: jax.Array, rows: jax.Array, epoch: Any
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    codes: jax.Array,
+    rows: jax.Array,
+    epoch: Any,
   ) -> tuple[TrainState, Metrics]:
     if augment is not None:
       epoch_key = jax.random.fold_in(jax.random.fold_in(state.key, _AUGMENTATION), epoch)
       images = augment(jax.vmap(lambda row: jax.random.fold_in(epoch_key, row))(rows), images)
-    return step(state, preprocess(images), labels)
+    return step(state, preprocess(images), labels, codes)
 
   return batch_step
 
 
-def make_stored_step(
-  step: Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]],
-  preprocess: Callable[[jax.Array], jax.Array],
-  augment: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
-) -> BatchStep:
-  """Make the function that does one step on rows of a data set that lives on the device.
+def make_epoch(batch_step: BatchStep, *, batch_size: int) -> Step:
+  """Make one jitted call that runs every step of an epoch on a data set that lies on the device.
+
+  Epoch e (= step // steps per epoch) visits the examples as `epoch_rows` says. On CPU this pays off
+  for dense models only: convolutions inside `lax.scan` are many times slower there.
 
   Args:
-    step, preprocess, augment: as `make_batch_step` takes them.
-
-  Returns:
-    stored_step(state, all images, all labels, rows (B,), epoch) -> (state, metrics), traceable.
-  """
-  batch_step = make_batch_step(step, preprocess, augment)
-  return lambda state, images, labels, rows, epoch: batch_step(
-    state, images[rows], labels[rows], rows, epoch
-  )
-
-
-def make_epoch(
-  stored_step: BatchStep,
-  *,
-  batch_size: int,
-) -> Callable[[TrainState, jax.Array, jax.Array], tuple[TrainState, Metrics]]:
-  """Make one jitted call that runs every step of an epoch on a data set that lives on the device.
-
-  Epoch e (= step // steps per epoch) visits the examples as `epoch_rows` says.
-
-  On CPU this pays off for dense models only: convolutions inside `lax.scan` are many times slower there.
-
-  Args:
-    stored_step: as `make_stored_step` returns it.
+    batch_step: as `make_batch_step` returns it.
     batch_size: at least 1 and at most the number of examples.
 
   Returns:
-    epoch(state, images, labels) -> (state, mean metrics); the state's step must be a multiple of the steps per epoch.
-    The state given is donated: use the one returned.
+    epoch(state, all images, all labels, codes) -> (state, mean metrics). The state's step must be a
+    multiple of the steps per epoch. The state given is donated: use the one returned.
 
   Raises:
     ValueError: a batch size below one, or (when called) above the number of examples.
   """
   batch_size = _checks.require_size("batch_size", batch_size)
 
-  def epoch(state: TrainState, images: jax.Array, labels: jax.Array) -> tuple[TrainState, Metrics]:
+  def epoch(
+    state: TrainState, images: jax.Array, labels: jax.Array, codes: jax.Array
+  ) -> tuple[TrainState, Metrics]:
     number = state.step // max(len(images) // batch_size, 1)
-    rows = epoch_rows(state.key, number, len(images), batch_size)
-    state, metrics = jax.lax.scan(
-      lambda carry, chosen: stored_step(carry, images, labels, chosen, number), state, rows
-    )
+
+    def one(state: TrainState, rows: jax.Array) -> tuple[TrainState, Metrics]:
+      return batch_step(state, images[rows], labels[rows], codes, rows, number)
+
+    all_rows = epoch_rows(state.key, number, len(images), batch_size)
+    state, metrics = jax.lax.scan(one, state, all_rows)
     return state, jax.tree.map(jnp.mean, metrics)
 
   return jax.jit(epoch, donate_argnums=0)

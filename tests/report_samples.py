@@ -10,6 +10,11 @@ import numpy as np
 DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
+def class_names(num_classes: int) -> list[str]:
+  """Name the classes: digits, or kinds where they are more than ten."""
+  return DIGITS[:num_classes] if num_classes <= 10 else [f"kind {c}" for c in range(num_classes)]
+
+
 def make_report(
   num_classes: int, classes: list[int], *, error: float = 1.0, loss: float = 0.005
 ) -> dict[str, Any]:
@@ -18,18 +23,26 @@ def make_report(
   before = np.round(rng.uniform(0.93, 1.0, num_classes), 3)
   after = np.clip(before - rng.uniform(-0.01, 0.02, num_classes), 0, 1)
   after[classes] = 1 - error
+  names = class_names(num_classes)
+  verdict = "forgotten" if error >= 0.95 else "not forgotten"
   return {
     "requested": list(classes),
     "classes": list(classes),
+    "class_names": [names[c] for c in classes],
+    "time": "2026-01-02T03:04:05+00:00",
+    "read": {"forget": ["params", "codes"], "score": "test"},
+    "method": {"name": "perturbation", "lambda1": 1e-3, "lambda2": 10.0},
+    "info": {"sign": 1},
     "retain_accuracy_before": 0.976,
     "retain_accuracy_after": 0.976 - loss,
     "forget_error_before": 0.012,
     "forget_error_after": error,
     "per_class_accuracy_before": before.tolist(),
     "per_class_accuracy_after": after.tolist(),
-    "lambda1": 1e-3,
-    "lambda2": 10.0,
-    "sign": 1,
+    "verdict": verdict,
+    "verdicts": {
+      names[c]: {"verdict": verdict, "evidence": "test", "error": error} for c in classes
+    },
     "seconds": {"compile": 0.61, "fisher": 0.034, "perturb": 0.019, "total": 0.71},
     "checkpoint": "runs/digits/checkpoints/200",
     "codes_sha256": "c0de" * 16,
@@ -51,9 +64,7 @@ def make_evidence(num_classes: int, classes: list[int]) -> dict[str, Any]:
   for c in classes:
     after[c, kept] = rng.multinomial(before[c].sum(), rng.dirichlet(np.full(len(kept), 0.4)))
   return {
-    "class_names": DIGITS[:num_classes]
-    if num_classes <= 10
-    else [f"kind {c}" for c in range(num_classes)],
+    "class_names": class_names(num_classes),
     "config": "digits",
     "dataset": "digits",
     "model": "mlp",

@@ -35,21 +35,11 @@ COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main;
 FORGET_KEYS = {
   *(
     f"{key}_{when}"
-    for key in ("retain_accuracy", "forget_error", "per_class_accuracy")
+    for key in ("retain_accuracy", "forget_error", "per_class_accuracy", "params_sha256")
     for when in ("before", "after")
   ),
-  *(
-    "requested",
-    "classes",
-    "lambda1",
-    "lambda2",
-    "sign",
-    "seconds",
-    "checkpoint",
-    "codes_sha256",
-    "versions",
-  ),
-  *("params_sha256_before", "params_sha256_after"),
+  *("requested", "classes", "class_names", "time", "read", "method", "info"),
+  *("verdict", "verdicts", "seconds", "checkpoint", "codes_sha256", "versions"),
 }
 
 

@@ -64,7 +64,7 @@ def train_step_with(**change):
   import optax
 
   return lambda: mj.make_train_step(
-    **({"apply": regression, "optimizer": optax.sgd(1.0), "codes": CODES, "rate": 0.1} | change)
+    **({"apply": regression, "optimizer": optax.sgd(1.0), "rate": 0.1} | change)
   )
 
 
@@ -118,7 +118,6 @@ CASES = [
   ("codes with inf", forget_with(codes=CODES.at[1].set(-jnp.inf)), ValueError, r"codes: got NaN or inf"),
   ("mix codes of another shape", mix_with(codes=make_codes(features=6)), ValueError, r"images: got shape \(7, 5\); expected \(N, \*\(6,\)\)"),
   ("mix codes of integers", mix_with(codes=CODES.astype(jnp.int8)), TypeError, r"codes: got .*int8"),
-  ("train step codes", train_step_with(codes=CODES[0]), ValueError, r"codes: got shape \(1, 5\)"),
   # params
   ("params with nan", forget_with(params=NAN_PARAMS), ValueError, r"params: NaN or inf in \['bias'\]; expected finite params. Restore"),
   ("params with inf", forget_with(params=INF_PARAMS), ValueError, r"params: NaN or inf in \['kernel'\]"),

@@ -182,8 +182,9 @@ def seen_by_a_step(blend, rate=0.5):
   state = mj.init_train_state(jnp.zeros((1, 10)), {}, optimizer, jax.random.key(0))._replace(
     step=jnp.int32(5)
   )
-  step = mj.make_train_step(apply, optimizer, codes, rate=rate, loss=loss, blend=blend)
-  _, metrics = step(state, images, jnp.asarray(load_digits().target[:64], jnp.int32))
+  step = mj.make_train_step(apply, optimizer, rate=rate, loss=loss, blend=blend)
+  labels = jnp.asarray(load_digits().target[:64], jnp.int32)
+  _, metrics = step(state, images, labels, codes)
   return seen["images"], seen["targets"], metrics
 
 
@@ -215,12 +216,13 @@ def test_a_sharded_step_blends_and_mixes_the_same(blend):
   images, labels = digits(16)[0], jnp.arange(16, dtype=jnp.int32) % 10
   state = mj.init_train_state(jnp.zeros((64, 10)), {}, optimizer, jax.random.key(0))
   step = jax.jit(
-    mj.make_train_step(apply, optimizer, codes, rate=0.5, blend=partial(blend, alpha=1.0))
+    mj.make_train_step(apply, optimizer, rate=0.5, blend=partial(blend, alpha=1.0))
   )
-  single, _ = step(state, images, labels)
+  single, _ = step(state, images, labels, codes)
   for axis_type in ("Auto", "Explicit"):
     mesh = cpu_mesh(4, axis_type)
-    sharded, _ = step(place(state, mesh), *place((images, labels), mesh, "data"))
+    batch = place((images, labels), mesh, "data")
+    sharded, _ = step(place(state, mesh), *batch, place(codes, mesh))
     assert_trees_close(sharded.params, host(single.params), rtol=1e-5, atol=1e-6)
 
 

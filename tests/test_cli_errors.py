@@ -27,54 +27,41 @@ def train(run: object, *overrides: object) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (("--train.epoch", 5), "unknown field train.epoch. Did you mean train.epochs?"),
+    (("--trian.epochs", 5), "Did you mean train.epochs?"),
+    (("--train.epochs",), "--train.epochs: expected a value"),
+    (("--train.epochs", 0), "train.epochs: got 0; expected a number of at least 1"),
+    (("--train.epochs", 2.5), "train.epochs: got 2.5; expected a whole number"),
+    (("--train.epochs", "many"), "train.epochs: got 'many'; expected a whole number"),
+    (("--train.seed", -1), "train.seed: got -1; expected a number from 0 to 4294967295"),
+    (("--train.seed", 2**32), "train.seed: got 4294967296"),
+    (("--codes.rate", 1.5), "codes.rate: got 1.5; expected a number from 0 to 1"),
+    (("--codes.rate=nan",), "codes.rate: got nan"),
+    (("--train.warmup_steps", 2**31), "train.warmup_steps: got 2147483648"),
+    (("--codes.distribution", "gauss"), "expected one of normal, uniform"),
+    (("--forget.settings.lambda1", "inf"), "forget.settings.lambda1: got inf"),
+    (("--forget.settings.lambda1", "1e39"), "got 1e+39; expected a number of at least 0, at most"),
+    (("--forget.settings.lambda1", "1" + 400 * "0"), "forget.settings.lambda1: got"),
+    (("--forget.settings.lamda1", 1), "unknown setting of perturbation. Did you mean lambda"),
+    (("--forget.lambda1", 1), "Did you mean forget.settings.lambda1?"),
+    (("--forget.method", "perturb"), "Did you mean perturbation?"),
+    (("--epochs", 5), "unknown argument --epochs"),
+    (("extra",), "unknown argument extra"),
+  ],
+)
+def test_a_bad_override_is_refused_before_anything_is_made(words, message, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert message in call("train", "digits", "--out", "x", *words).refusal(2)
+  assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
   ("arguments", "message"),
   [
     (("train", "digit", "--out", "x"), "Did you mean digits?"),
     (("train", "no/such.toml", "--out", "x"), "no such named config and no such file"),
-    (
-      ("train", "digits", "--out", "x", "--train.epoch", 5),
-      "unknown field train.epoch. Did you mean train.epochs?",
-    ),
-    (("train", "digits", "--out", "x", "--trian.epochs", 5), "Did you mean train.epochs?"),
-    (("train", "digits", "--out", "x", "--train.epochs"), "--train.epochs: expected a value"),
-    (
-      ("train", "digits", "--out", "x", "--train.epochs", 0),
-      "train.epochs: got 0; expected a number of at least 1",
-    ),
-    (
-      ("train", "digits", "--out", "x", "--train.epochs", 2.5),
-      "train.epochs: got 2.5; expected int",
-    ),
-    (
-      ("train", "digits", "--out", "x", "--train.epochs", "many"),
-      "train.epochs: got 'many'; expected int",
-    ),
-    (
-      ("train", "digits", "--out", "x", "--train.seed", -1),
-      "train.seed: got -1; expected a number from 0 to 4294967295",
-    ),
-    (("train", "digits", "--out", "x", "--train.seed", 2**32), "train.seed: got 4294967296"),
-    (
-      ("train", "digits", "--out", "x", "--codes.rate", 1.5),
-      "codes.rate: got 1.5; expected a number from 0 to 1",
-    ),
-    (("train", "digits", "--out", "x", "--codes.rate=nan"), "codes.rate: got nan"),
-    (("train", "digits", "--out", "x", "--forget.lambda1", "inf"), "forget.lambda1: got inf"),
-    (
-      ("train", "digits", "--out", "x", "--forget.lambda1", "1e39"),
-      "forget.lambda1: got 1e+39; expected a number of at",
-    ),
-    (("train", "digits", "--out", "x", "--forget.lambda1", "1" + 400 * "0"), "forget.lambda1: got"),
-    (
-      ("train", "digits", "--out", "x", "--train.warmup_steps", 2**31),
-      "train.warmup_steps: got 2147483648",
-    ),
-    (
-      ("train", "digits", "--out", "x", "--codes.distribution", "gauss"),
-      "expected one of normal, uniform",
-    ),
-    (("train", "digits", "--out", "x", "--epochs", 5), "unknown argument --epochs"),
-    (("train", "digits", "extra", "--out", "x"), "unknown argument extra"),
     (("configs", "digit"), "Did you mean digits?"),
     (("evaluate", "x", "--train.epochs", 5), "mnemonic evaluate takes no train.epochs"),
   ],
@@ -92,7 +79,7 @@ def test_bad_usage_is_refused_before_anything_is_made(arguments, message, tmp_pa
     ("unlearn",),
     ("train", "digits"),
     ("forget", "x"),
-    ("forget", "x", "--classes", "three"),
+    ("forget", "x", "--classes"),
     ("report",),
   ],
 )
@@ -108,8 +95,8 @@ def test_argparse_refuses_the_rest(arguments):
     ("[trian]\nepochs = 3\n", "unknown section [trian]. Did you mean train?"),
     ("[train]\nepoch = 3\n", "unknown field train.epoch. Did you mean train.epochs?"),
     ("train = 3\n", "expected a table [train]"),
-    ("[forget]\nclasses = [true]\n", "forget.classes: got True; expected int"),
-    ("[train]\nepochs = true\n", "train.epochs: got True; expected int"),
+    ("[forget]\nclasses = [true]\n", "forget.classes: got True; expected class indices or names"),
+    ("[train]\nepochs = true\n", "train.epochs: got True; expected a whole number"),
     ("\xff", "cannot be read"),
   ],
 )
@@ -123,7 +110,7 @@ def test_a_bad_config_file_is_refused(text, message, tmp_path):
 @pytest.mark.parametrize(
   ("classes", "message"),
   [
-    ((10,), "classes: got 10; expected integers from 0 to 9"),
+    ((10,), "classes: got 10; expected an index from 0 to 9"),
     ((-1,), "classes: got -1"),
     ((3, 3), "expected each class once"),
     (range(10), "one must stay"),
@@ -159,12 +146,20 @@ def test_the_forget_that_is_not_there(forgotten_once, trained_once):
   assert "has no finished forget" in call("report", trained_once).refusal()
 
 
-def test_a_strength_beyond_float32(trained):
-  message = call(
-    "forget", trained, "--classes", 3, "--forget.lambda1", 1e300, "--forget.lambda2", 1e300
-  ).refusal(2)
-  assert message.startswith("mnemonic: forget.lambda1: got 1e+300")
-  assert not list((trained / "forgets").glob("*"))
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (("--set", "lambda1=1e300"), "forget.settings.lambda1: got 1e+300"),
+    (("--set", "lambda1=much"), "forget.settings.lambda1: got 'much'; expected a number"),
+    (("--set", "lambda1"), "--set: got 'lambda1'; expected NAME=VALUE"),
+    (("--set", "=1"), "--set: got '=1'; expected NAME=VALUE"),
+    (("--set", "lambda=1"), "unknown setting of perturbation. Did you mean lambda"),
+    (("--method", "scissors"), "forget.method: got 'scissors'"),
+  ],
+)
+def test_a_method_that_cannot_be_used(words, message, trained_once):
+  assert message in call("forget", trained_once, "--classes", 3, *words).refusal(2)
+  assert not (trained_once / "forgets").exists()
 
 
 def test_a_training_that_diverges_says_so(tmp_path):
@@ -202,7 +197,8 @@ def test_a_run_folder_that_is_missing(verb, tmp_path):
     ("", "is not whole JSON"),
     ('{"format": 1, "config": {"na', "is not whole JSON"),
     ("[]", "no run record"),
-    ('{"format": 2, "config": {}}', "no run record of format 1"),
+    ('{"format": 3, "config": {}}', "format 3; this mnemonic reads formats 1 and 2"),
+    ('{"format": [], "config": {}}', "is a run record of format []"),
     ('{"format": 1, "config": {"name": "x", "train": {"epoch": 3}}}', "unknown field train.epoch"),
     ('{"format": 1, "config": {"name": "x", "train": {"epochs": "3"}}}', "train.epochs: got '3'"),
     ("\xff", "is not whole JSON"),
@@ -239,7 +235,13 @@ def test_a_run_of_another_config_is_not_touched(trained_once):
 def test_where_the_data_lie_and_how_to_forget_may_change(trained_once):
   result = call(
     *train(
-      trained_once, "--forget.lambda1", 0.5, "--execution.microbatch", 2, "--data.data_dir", "x"
+      trained_once,
+      "--forget.settings.lambda1",
+      0.5,
+      "--execution.microbatch",
+      2,
+      "--data.data_dir",
+      "x",
     )
   ).json
   assert result["resumed_from_epoch"] == 3
@@ -477,9 +479,10 @@ def test_the_disk_is_full_while_forgetting(free, disk, forgotten_once):
   filler = disk.leave(free)
   assert "No space left on device" in call("forget", run, "--classes", 5).refusal()
   assert snapshot(run) == before
-  assert [path.name for path in (run / "forgets").iterdir()] == ["0001"]
+  assert [path.name for path in (run / "forgets").glob("[!.]*")] == ["0001"]
   filler.unlink()
   assert call("forget", run, "--classes", 5, "--json").json["classes"] == [3, 5]
+  assert sorted(path.name for path in (run / "forgets").iterdir()) == ["0001", "0002"]
 
 
 def test_the_disk_is_full_while_reporting(disk, forgotten_once):

@@ -6,8 +6,10 @@ import dataclasses
 
 import pytest
 
+from mnemonic_jax import methods
 from mnemonic_jax.errors import UsageError
 from mnemonic_jax.runs import config as configs
+from mnemonic_jax.runs import format1
 
 
 @pytest.mark.parametrize("name", configs.names())
@@ -22,9 +24,11 @@ def test_a_named_config_is_a_lab_note(name):
 
 
 def test_a_config_survives_its_own_record():
-  config = configs.load("digits", {"forget.classes": [3, 5], "train.seed": 7, "codes.rate": 0.5})
+  config = configs.load(
+    "digits", {"forget.classes": [3, "dog"], "train.seed": 7, "codes.rate": 0.5}
+  )
   assert configs.build(config.name, configs.as_dict(config)) == config
-  assert (config.forget.classes, config.train.seed, config.codes.rate) == ((3, 5), 7, 0.5)
+  assert (config.forget.classes, config.train.seed, config.codes.rate) == ((3, "dog"), 7, 0.5)
 
 
 def test_an_override_changes_one_field_only():
@@ -40,6 +44,7 @@ def test_an_override_changes_one_field_only():
 def test_one_class_needs_no_list_and_an_integer_is_a_number():
   config = configs.load("digits", {"forget.classes": 4, "train.learning_rate": 1})
   assert config.forget.classes == (4,)
+  assert configs.load("digits", {"forget.classes": "dog"}).forget.classes == ("dog",)
   assert type(config.train.learning_rate) is float
 
 
@@ -109,10 +114,15 @@ def test_every_section_refuses_fields_it_has_not():
     ("codes.per_class", 0),
     ("train.mixup", -0.2),
     ("train.cutmix", float("inf")),
-    ("forget.lambda1", float("inf")),
+    ("forget.settings.lambda1", float("inf")),
+    ("forget.settings.lambda1", 1e39),
+    ("forget.settings.lambda1", -0.5),
+    ("forget.settings.lambda1", "1e-3x"),
+    ("forget.settings.lambda2", True),
+    ("forget.settings", 3),
+    ("forget.method", "scissors"),
     ("forget.precision", "float16"),
     ("forget.classes", [1.5]),
-    ("forget.classes", ["3"]),
     ("data.name", 3),
     ("execution.microbatch", -1),
   ],
@@ -130,3 +140,92 @@ def test_a_bad_value_names_field_and_value(field, value):
 def test_bounds_are_inclusive(field, value):
   section, _, name = field.partition(".")
   assert getattr(getattr(configs.load("digits", {field: value}), section), name) == value
+
+
+@dataclasses.dataclass(frozen=True)
+class Scissors:
+  """A method of one setting that must be given and one that need not."""
+
+  depth: float
+  width: float = 2.0
+
+  def __post_init__(self) -> None:
+    if self.depth > self.width:
+      raise ValueError(f"depth: got {self.depth}; expected at most width, {self.width}.")
+
+
+@pytest.fixture
+def scissors(monkeypatch):
+  monkeypatch.setitem(methods.METHODS, "scissors", Scissors)
+
+
+def test_a_method_has_the_settings_of_the_config():
+  config = configs.load("digits", {"forget.settings.lambda1": 1})
+  method = configs.make_method(config.forget)
+  assert isinstance(method, methods.METHODS["perturbation"])
+  assert (float(method.lambda1), float(method.lambda2)) == (1.0, 0.3)
+  assert dict(config.forget.settings) == {"lambda1": 1.0, "lambda2": 0.3}
+
+
+def test_settings_belong_to_their_method(scissors):
+  """Another method drops those of the config; the same one keeps them."""
+  other = configs.load("digits", {"forget.method": "scissors", "forget.settings.depth": 1})
+  assert configs.make_method(other.forget) == Scissors(1.0, 2.0)
+  words = {"forget.method": "perturbation", "forget.settings.lambda1": 1}
+  assert dict(configs.load("digits", words).forget.settings) == {"lambda1": 1.0, "lambda2": 0.3}
+
+
+@pytest.mark.parametrize(
+  ("forget", "message"),
+  [
+    ({"method": "perturbation"}, r"settings\.lambda1: missing; perturbation needs it"),
+    (
+      {"method": "perturbation", "settings": {"lambda1": 1}},
+      r"settings\.lambda2: missing; .* --set lambda2=NUMBER",
+    ),
+    (
+      {"method": "scissors", "settings": {"depht": 1}},
+      r"settings\.depht: unknown setting of scissors\. Did you mean depth\? Known: depth, width",
+    ),
+    (
+      {"method": "scissors", "settings": {"depth": 3}},
+      r"settings: depth: got 3\.0; expected at most",
+    ),
+    ({"method": "perturb"}, r"method: got 'perturb'; .*Did you mean perturbation\?"),
+    ({"settings": {"lambda1": 1}}, r"method: missing; expected one of perturbation, scissors\."),
+  ],
+)
+def test_a_method_that_cannot_be_made(forget, message, scissors):
+  with pytest.raises(UsageError, match=rf"^forget\.{message}"):
+    configs.build("x", {"forget": forget})
+
+
+def test_a_setting_outside_its_table_is_shown_where_it_belongs():
+  with pytest.raises(UsageError, match=r"forget\.lambda1\. Did you mean forget\.settings\.lambda1"):
+    configs.load("digits", {"forget.lambda1": 1})
+
+
+def test_a_config_without_a_method_can_train_and_cannot_forget():
+  config = configs.build("x", {"model": {"hidden": 8}})
+  with pytest.raises(UsageError, match=r"forget\.method: missing; .* --set lambda2=10"):
+    configs.make_method(config.forget)
+
+
+def test_a_config_of_format_1_is_read():
+  old = configs.as_dict(configs.load("digits"))
+  old["forget"] = {"classes": [3], "lambda1": 0.5, "lambda2": 7.0, "precision": "high"}
+  kept = dict(old["forget"])
+  forget = configs.build("digits", format1.config(old)).forget
+  assert (forget.method, dict(forget.settings)) == (
+    "perturbation",
+    {"lambda1": 0.5, "lambda2": 7.0},
+  )
+  assert (forget.classes, forget.precision) == ((3,), "high")
+  assert old["forget"] == kept  # the record itself is left alone
+
+
+def test_every_field_is_declared_with_a_type_that_is_checked():
+  for section, table in configs.as_dict(configs.load("digits")).items():
+    for field in table if section != "name" else ():
+      with pytest.raises(UsageError, match=rf"^{section}\.{field}: got .*; expected"):
+        configs.load("digits", {f"{section}.{field}": [3.5, None]})

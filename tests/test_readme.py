@@ -1,26 +1,30 @@
-"""The README's quick start is run as it is printed."""
+"""The README's quick start and the guide are run as they are printed."""
 
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_quick_start_forgets_and_keeps_the_rest(capsys):
+def test_the_quick_start_forgets_and_the_guide_goes_on_from_it(capsys):
   names: dict = {}
-  for block in re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL):
-    exec(block, names)
-  digits = names["digits"]
-  test = [(digits.preprocess(digits.test.images), digits.test.labels)]
-  scores = names["mj"].evaluate(names["logits_fn"], names["result"].params, test, classes=[0])
-  assert scores.forget_error >= 0.95
-  assert scores.retain_accuracy >= 0.94
+  for page in ("README.md", "docs/guide.md"):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL):
+      exec(block, names)
+  evaluate, test = names["mj"].evaluate, names["test"]
+  before = evaluate(names["logits_fn"], names["state"].params, test, classes=[0])
+  after = evaluate(names["logits_fn"], names["result"].params, test, classes=[0])
+  assert before.forget_error <= 0.1
+  assert after.forget_error >= 0.95 and after.retain_accuracy >= 0.94
+  lowered = evaluate(names["logits_fn"], names["lowered"].params, test, classes=[0])
+  assert lowered.forget_error == 1.0 and lowered.retain_accuracy >= before.retain_accuracy
   printed = capsys.readouterr().out
-  assert "Scores(retain_accuracy=" in printed and "kFLOP/example" in printed
-  assert all(leaf.shape[0] == 10 for leaf in names["jax"].tree.leaves(names["fisher"]))
+  assert printed.count("Scores(retain_accuracy=") == 3 and "kFLOP/example" in printed
+  leaves = names["jax"].tree.leaves
+  assert all(leaf.shape[0] == 10 for leaf in leaves((names["fisher"], names["each_params"])))
 
 
-def test_first_screen_has_the_two_commands():
-  first_screen = README.read_text("utf-8").splitlines()[:30]
+def test_the_first_screen_has_the_two_commands():
+  first_screen = (ROOT / "README.md").read_text("utf-8").splitlines()[:36]
   assert any(line.startswith("make demo") for line in first_screen)
   assert any(line.startswith("make test") for line in first_screen)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from report_samples import make_codes, make_evidence, make_report
 
-from mnemonic_jax.report import EVIDENCE_KEYS, REPORT_KEYS, render, wording
+from mnemonic_jax.report import render, schema, verdicts, wording
 
 VOID = {"meta", "img", "br", "col", "link", "input", "hr"}
 
@@ -120,7 +120,8 @@ class TestVerdict:
     assert (verdict.kind, verdict.label) == ("good", "Forgotten")
     assert (
       verdict.meaning
-      == "By its outputs the model has forgotten the class. The kept classes lost 0.5 points of accuracy."
+      == "Judged by its outputs, the model has forgotten this class. The kept classes lost 0.5 points "
+      "of accuracy."
     )
 
   def test_not_forgotten(self) -> None:
@@ -134,19 +135,19 @@ class TestVerdict:
   def test_costly(self) -> None:
     verdict = told(retain_accuracy_after=0.9)
     assert (verdict.kind, verdict.label) == ("costly", "Forgotten, at a high cost")
-    assert "It cost a lot: the kept classes lost 7.6 points of accuracy." in verdict.meaning
+    assert "The cost is high: the kept classes lost 7.6 points of accuracy." in verdict.meaning
 
   def test_neither_forgotten_nor_cheap(self) -> None:
     verdict = told(forget_error_after=0.5, retain_accuracy_after=0.5)
     assert (verdict.kind, verdict.label) == ("failed", "Not forgotten, and at a high cost")
-    assert "did not work" in verdict.meaning and "cost a lot" in verdict.meaning
+    assert "did not work" in verdict.meaning and "The cost is high" in verdict.meaning
 
   def test_unknown(self) -> None:
     verdict = told(forget_error_after=None, retain_accuracy_after=math.nan)
     assert (verdict.kind, verdict.label) == ("unknown", "Not measured")
     assert (
-      "Whether it worked is not known" in verdict.meaning
-      and "What it cost is not known" in verdict.meaning
+      "It is not known whether it worked" in verdict.meaning
+      and "The cost is not known" in verdict.meaning
     )
 
   def test_one_class_that_stayed_is_not_hidden_by_others_that_went(self) -> None:
@@ -183,7 +184,7 @@ class TestVerdict:
     accuracies[3] = missing
     verdict = told((0, 3), per_class_accuracy_after=accuracies)
     assert (verdict.kind, verdict.label) == ("unknown", "Not all measured")
-    assert "Whether it worked for class 3 (three) is not known" in verdict.meaning
+    assert "It is not known whether it worked for class 3 (three)" in verdict.meaning
     accuracies[0] = 0.5
     assert (
       told((0, 3), forget_error_after=0.5, per_class_accuracy_after=accuracies).kind == "failed"
@@ -243,6 +244,33 @@ class TestVerdict:
     assert "Nothing was changed." not in page().text
 
 
+class TestVerdictOfEachClass:
+  """As the forget JSON has it: by hand, from the three cases of one class."""
+
+  def test_every_class_has_its_own(self) -> None:
+    accuracies = [0.0, 0.06, 0.05, None]
+    found = verdicts.by_name(accuracies, [3, 0, 1, 2], ["cat", "dog", "elk", "fox"])
+    expected = {
+      "cat": ("forgotten", "test", 1.0),
+      "dog": ("not forgotten", "test", 0.94),
+      "elk": ("forgotten", "test", 0.95),
+      "fox": ("not measured", None, None),
+    }
+    assert {name: tuple(one.values()) for name, one in found.items()} == expected
+
+  def test_a_name_that_two_classes_have_is_told_apart(self) -> None:
+    found = verdicts.by_name([0.0, 1.0, 0.0], [0, 1, 2], ["crane", "crane", "owl"])
+    assert list(found) == ["crane (0)", "crane (1)", "owl"]
+
+  def test_the_worst_counts_of_any_class_and_any_copy(self) -> None:
+    good, bad, unknown = (
+      {"verdicts": verdicts.by_name([accuracy], [0], ["cat"])} for accuracy in (0.0, 1.0, None)
+    )
+    assert verdicts.all_of([good]) == "forgotten"
+    assert verdicts.all_of([good, unknown]) == "not measured"
+    assert verdicts.all_of([unknown, bad, good]) == "not forgotten"
+
+
 def averaged(**changes: Any) -> dict[str, Any]:
   """A forget JSON of a run that keeps a moving average; `changes` are of the average."""
   report = make_report(10, [0])
@@ -263,7 +291,7 @@ class TestMovingAverage:
     assert (
       "Moving average before, SHA-256 e3a0" in text and "Moving average after, SHA-256 e3a1" in text
     )
-    assert "came out otherwise" not in text and "Moving average" not in page().text
+    assert "came out differently" not in text and "Moving average" not in page().text
 
   def test_no_control_is_said_of_it_too(self) -> None:
     assert (
@@ -275,7 +303,7 @@ class TestMovingAverage:
     text = Tree(render(averaged(forget_error_after=0.5), make_evidence(10, [0]), None)).text
     assert "✓ Forgotten" in text
     assert (
-      "The moving average of the params, which may be served too, came out otherwise: Not forgotten."
+      "The moving average of the params, which may be served too, came out differently: Not forgotten."
       in text
     )
 
@@ -372,10 +400,10 @@ class TestPage:
 
   def test_honest_about_output_scores_and_records(self) -> None:
     tree = page()
-    assert "outputs alone cannot tell a forgotten class from a head edit" in tree.text
+    assert "Outputs alone cannot tell a forgotten class from a head edit" in tree.text
     assert "Classes are forgotten, not single records" in tree.text
     assert (
-      "Before the trained model 97.6 % 1.2 % This forget from the codes alone 97.1 % 100 % Head edit"
+      "the trained model 97.6 % 1.2 % This forget from params and codes 97.1 % 100 % Head edit"
       in tree.text
     )
 
@@ -408,6 +436,28 @@ class TestPage:
       render(make_report(10, [0]), make_evidence(10, [0]), make_codes(9, (8, 8)))
 
 
+class TestMethod:
+  def test_its_settings_info_and_steps_are_shown_whatever_they_are(self) -> None:
+    text = page(
+      method={"name": "scissors", "depth": 2, "heal": None, "width": 1e-7},
+      info={"cuts": 3, "clean": True},
+      seconds={"compile": 1.0, "cut_away": 2.0, "total": 3.0},
+    ).text
+    assert "Method scissors Its settings depth = 2, heal = None, width = 1e-07" in text
+    assert "What it reports cuts = 3, clean = True" in text
+    assert "Compile 1 s Cut away 2 s Total 3 s" in text and "Everything else" not in text
+
+  def test_a_method_that_says_nothing(self) -> None:
+    assert "Its settings none What it reports none" in page(method={"name": "x"}, info={}).text
+
+  def test_what_was_read_and_when(self) -> None:
+    text = page().text
+    assert "Read to forget params and codes Read to score test examples" in text
+    assert "Time 2026-01-02T03:04:05+00:00" in text
+    nothing = page(time=None, read={"forget": ["params", "codes"], "score": None}).text
+    assert "Read to score nothing Time not recorded" in nothing
+
+
 class TestHostileText:
   def test_markup_is_escaped_everywhere(self) -> None:
     bad = "<script>alert(1)</script>"
@@ -420,6 +470,9 @@ class TestHostileText:
     evidence["layers"] = [layer | {"path": bad} for layer in evidence["layers"]]
     evidence["controls"] = [{"name": bad, "retain_accuracy": 1.0, "forget_error": 1.0, "note": bad}]
     report = make_report(10, [0]) | {"checkpoint": bad, "versions": {bad: bad}, "codes_sha256": bad}
+    report |= {"method": {"name": bad, bad: bad}, "info": {bad: bad}, "time": bad, "verdict": bad}
+    report["seconds"] |= {bad: 1.0}
+    report["read"] = {"forget": [bad], "score": bad}
     text = render(report, evidence, make_codes(10, (8, 8, 1)))
     assert "<script" not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
     assert Tree(text).all("script") == []
@@ -481,13 +534,15 @@ class TestMissingValues:
     assert (
       len(whole.all("figure")) == 4
       and "No losses of" not in whole.text
-      and "which ones were trained on" in whole.text
+      and "which ones the model was trained on" in whole.text
     )
     assert len(tree.all("figure")) == 2 and "Test examples, after: 36 examples" in tree.text
     assert (
       "No losses of training examples of class 0 (zero) are shown: none were recorded." in tree.text
     )
-    assert "streamed data set" in tree.text and "which ones were trained on" not in tree.text
+    assert (
+      "data set is streamed" in tree.text and "which ones the model was trained on" not in tree.text
+    )
     evidence["losses"] = {key: [] for key in evidence["losses"]}
     nothing = Tree(render(make_report(10, [0]), evidence, None))
     assert nothing.all("figure") == [] and "on one logarithmic axis" not in nothing.text
@@ -496,7 +551,7 @@ class TestMissingValues:
     )
 
   def test_unmeasured_time_and_no_layers(self) -> None:
-    seconds = dict.fromkeys(("compile", "fisher", "perturb", "total"))
+    seconds = dict.fromkeys(("compile", "total"))
     tree = Tree(
       render(
         make_report(10, [0]) | {"seconds": seconds}, make_evidence(10, [0]) | {"layers": []}, None
@@ -506,14 +561,14 @@ class TestMissingValues:
 
 
 class TestBadInput:
-  @pytest.mark.parametrize("key", REPORT_KEYS)
+  @pytest.mark.parametrize("key", schema.REPORT)
   def test_missing_report_key(self, key: str) -> None:
     report = make_report(10, [0])
     del report[key]
     with pytest.raises(ValueError, match=rf"report: '{key}' missing"):
       render(report, make_evidence(10, [0]), None)
 
-  @pytest.mark.parametrize("key", EVIDENCE_KEYS)
+  @pytest.mark.parametrize("key", schema.EVIDENCE)
   def test_missing_evidence_key(self, key: str) -> None:
     evidence = make_evidence(10, [0])
     del evidence[key]
@@ -523,9 +578,17 @@ class TestBadInput:
   @pytest.mark.parametrize(
     ("where", "key", "value"),
     [
-      ("report", "lambda1", "0.1"),
-      ("report", "sign", 0),
-      ("report", "sign", "1"),
+      ("report", "method", "perturbation"),
+      ("report", "method", {"lambda1": 0.1}),
+      ("report", "method", {"name": 3}),
+      ("report", "info", [1]),
+      ("report", "time", 3.5),
+      ("report", "read", {"forget": "codes", "score": "test"}),
+      ("report", "read", {"forget": ["codes"]}),
+      ("report", "verdict", None),
+      ("report", "verdicts", {"zero": "forgotten"}),
+      ("report", "verdicts", {"zero": {"verdict": "forgotten", "evidence": "test", "error": 7}}),
+      ("report", "class_names", [0]),
       ("report", "classes", []),
       ("report", "classes", [0, 0]),
       ("report", "classes", [10]),

@@ -85,13 +85,13 @@ def test_training_moves_the_head_and_not_the_text(mlp, images):
   params, model_state = mlp.init(jax.random.key(0))
   state = mj.init_train_state(params, model_state, optimizer, jax.random.key(2))
   codes = mj.make_codes(jax.random.key(3), 3, (4, 4, 1))
-  step = jax.jit(mj.make_train_step(mlp.apply, optimizer, codes, rate=0.5))
-  after, first = step(state, images, jnp.array([0, 1, 2, 0, 1]))
+  step = jax.jit(mj.make_train_step(mlp.apply, optimizer, rate=0.5))
+  after, first = step(state, images, jnp.array([0, 1, 2, 0, 1]), codes)
   chex.assert_trees_all_equal(after.model_state, model_state)
   moved = jax.tree.map(lambda a, b: bool((a != b).any()), after.params, params)
   assert all(jax.tree.leaves(moved)), moved
   for _ in range(60):
-    after, last = step(after, images, jnp.array([0, 1, 2, 0, 1]))
+    after, last = step(after, images, jnp.array([0, 1, 2, 0, 1]), codes)
   assert last["loss"] < first["loss"]
 
 
@@ -219,7 +219,7 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   )
   trained = call("train", "digits", "--out", run, *settings, "--train.epochs", 30, "--json").json
   assert trained["test_accuracy"] > 0.9
-  strength = ("--forget.lambda1", 0.01, "--forget.lambda2", 1)
+  strength = ("--set", "lambda1=0.01", "--set", "lambda2=1")
   forgotten = call("forget", run, "--classes", 3, *strength, "--json").json
   assert forgotten.keys() >= FORGET_KEYS
   assert forgotten["forget_error_after"] > 0.7 > 0.2 > forgotten["forget_error_before"]

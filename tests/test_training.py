@@ -37,9 +37,8 @@ def make_state(optimizer, seed=0, model_state=None):
 def test_one_step_matches_the_reference(rate):
   optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch()
   state = make_state(optimizer)
-  after, metrics = jax.jit(mj.make_train_step(apply, optimizer, codes, rate=rate))(
-    state, images, labels
-  )
+  step = jax.jit(mj.make_train_step(apply, optimizer, rate=rate))
+  after, metrics = step(state, images, labels, codes)
   mixed = np.asarray(
     mj.mix(jax.random.fold_in(state.key, 0), images, labels, codes, rate), np.float64
   )
@@ -61,14 +60,29 @@ def test_one_step_matches_the_reference(rate):
 
 def test_every_step_mixes_anew_and_the_same_state_the_same():
   optimizer, (images, labels) = optax.sgd(0.0), make_batch(examples=64)
-  step = jax.jit(mj.make_train_step(apply, optimizer, make_codes(), rate=0.5))
-  state, first = step(make_state(optimizer), images, labels)
-  _, second = step(state, images, labels)  # lr 0: only the mixing can differ
+  step, codes = jax.jit(mj.make_train_step(apply, optimizer, rate=0.5)), make_codes()
+  state, first = step(make_state(optimizer), images, labels, codes)
+  _, second = step(state, images, labels, codes)  # lr 0: only the mixing can differ
   assert first["loss"] != second["loss"]
-  _, again = step(make_state(optimizer), images, labels)
+  _, again = step(make_state(optimizer), images, labels, codes)
   assert again["loss"] == first["loss"]
-  _, other_key = step(make_state(optimizer, seed=1), images, labels)
+  _, other_key = step(make_state(optimizer, seed=1), images, labels, codes)
   assert other_key["loss"] != first["loss"]
+
+
+def test_other_codes_are_another_argument_and_no_other_program():
+  optimizer, (images, labels) = optax.sgd(0.1), make_batch(examples=64)
+  traces = []
+
+  def counting(params, model_state, inputs, train):
+    traces.append(1)
+    return apply(params, model_state, inputs, train)
+
+  step = jax.jit(mj.make_train_step(counting, optimizer, rate=0.5))
+  _, first = step(make_state(optimizer), images, labels, make_codes())
+  once = len(traces)
+  _, other = step(make_state(optimizer), images, labels, 1 - make_codes())
+  assert len(traces) == once and other["loss"] != first["loss"]
 
 
 def test_optimizer_and_model_state_are_carried():
@@ -77,11 +91,11 @@ def test_optimizer_and_model_state_are_carried():
     return regression(params, inputs), {"calls": model_state["calls"] + 1}
 
   optimizer, (images, labels) = optax.sgd(0.1, momentum=0.9), make_batch()
-  step = jax.jit(mj.make_train_step(counting, optimizer, make_codes(), rate=0.0))
+  step = jax.jit(mj.make_train_step(counting, optimizer, rate=0.0))
   state = make_state(optimizer, model_state={"calls": jnp.int32(0)})
   params, trace = host(state.params), jax.tree.map(np.zeros_like, host(state.params))
   for _ in range(3):
-    state, _ = step(state, images, labels)
+    state, _ = step(state, images, labels, make_codes())
     rows = [
       reference.regression_gradient(params, np.asarray(x, float), int(y))
       for x, y in zip(images, labels, strict=True)
@@ -95,14 +109,14 @@ def test_optimizer_and_model_state_are_carried():
 def test_a_callers_loss_is_used():
   optimizer, (images, labels) = optax.sgd(1.0), make_batch()
   step = mj.make_train_step(
-    apply, optimizer, make_codes(), rate=0.0, loss=lambda logits, labels: 0 * logits[:, 0] + 7
+    apply, optimizer, rate=0.0, loss=lambda logits, labels: 0 * logits[:, 0] + 7
   )
-  state, metrics = step(make_state(optimizer), images, labels)
+  state, metrics = step(make_state(optimizer), images, labels, make_codes())
   assert metrics["loss"] == pytest.approx(7)
   assert_trees_close(state.params, host(make_params("regression")), rtol=0)
 
 
-def recording_step(state, images, labels):
+def recording_step(state, images, labels, codes):
   """A step that learns nothing and remembers in params which rows it saw at which step."""
   seen = state.params.at[state.step % len(state.params)].set(images[:, 0])
   return state._replace(params=seen, step=state.step + 1), {
@@ -113,7 +127,7 @@ def recording_step(state, images, labels):
 
 def run_epoch(examples, batch_size, epochs=1, seed=0):
   epoch = training.make_epoch(
-    training.make_stored_step(recording_step, lambda x: x * 2), batch_size=batch_size
+    training.make_batch_step(recording_step, lambda x: x * 2), batch_size=batch_size
   )
   steps = examples // batch_size
   state = training.TrainState(
@@ -122,7 +136,7 @@ def run_epoch(examples, batch_size, epochs=1, seed=0):
   images, labels = jnp.arange(examples, dtype=jnp.float32)[:, None], jnp.arange(examples)
   seen = []
   for _ in range(epochs):
-    state, metrics = epoch(state, images, labels)
+    state, metrics = epoch(state, images, labels, None)
     seen.append(np.asarray(state.params) / 2)
   return seen, state, metrics
 
@@ -134,11 +148,11 @@ def test_a_gradient_in_parts_is_the_same_gradient(parts):
 
   optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch(examples=8)
   make = lambda accumulate: mj.make_train_step(
-    counting, optimizer, codes, rate=0.5, accumulate=accumulate
+    counting, optimizer, rate=0.5, accumulate=accumulate
   )
   state = make_state(optimizer, model_state={"examples": jnp.int32(0)})
-  whole, metrics = jax.jit(make(1))(state, images, labels)
-  ours, our_metrics = jax.jit(make(parts))(state, images, labels)
+  whole, metrics = jax.jit(make(1))(state, images, labels, codes)
+  ours, our_metrics = jax.jit(make(parts))(state, images, labels, codes)
   assert_trees_close(ours.params, host(whole.params), rtol=1e-5, atol=1e-7)
   assert_trees_close(our_metrics, host(metrics), rtol=1e-5)
   assert ours.model_state["examples"] == 8  # each part went through it
@@ -146,9 +160,9 @@ def test_a_gradient_in_parts_is_the_same_gradient(parts):
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
   optimizer, (images, labels) = optax.sgd(0.3), make_batch(examples=8)
-  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.5, accumulate=3)
+  step = mj.make_train_step(apply, optimizer, rate=0.5, accumulate=3)
   with pytest.raises(ValueError, match="accumulate: got 3 for a batch of 8; expected a divisor"):
-    step(make_state(optimizer), images, labels)
+    step(make_state(optimizer), images, labels, make_codes())
 
 
 def test_an_epoch_visits_every_example_once_and_what_is_left_over_sits_out():
@@ -170,27 +184,28 @@ def test_each_epoch_has_its_own_order_and_the_key_decides():
 
 def test_an_epoch_equals_its_steps_one_by_one():
   optimizer, (images, labels) = optax.sgd(0.1, momentum=0.9), make_batch(examples=10)
-  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.3)
-  epoch = training.make_epoch(training.make_stored_step(step, lambda x: x), batch_size=3)
-  whole, _ = epoch(make_state(optimizer), images, labels)
+  step = mj.make_train_step(apply, optimizer, rate=0.3)
+  epoch = training.make_epoch(training.make_batch_step(step, lambda x: x), batch_size=3)
+  whole, _ = epoch(make_state(optimizer), images, labels, make_codes())
 
   state = make_state(optimizer)
   order = jax.random.permutation(jax.random.fold_in(jax.random.split(state.key)[1], 0), 10)[
     :9
   ].reshape(3, 3)
   for rows in order:
-    state, _ = jax.jit(step)(state, images[rows], labels[rows])
+    state, _ = jax.jit(step)(state, images[rows], labels[rows], make_codes())
   assert_trees_close(whole.params, host(state.params), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8])
 def test_a_sharded_batch_trains_the_same(devices):
   optimizer, (images, labels) = optax.sgd(0.3), make_batch(examples=16)
-  step = jax.jit(mj.make_train_step(apply, optimizer, make_codes(), rate=0.5))
-  single, _ = step(make_state(optimizer), images, labels)
+  step, codes = jax.jit(mj.make_train_step(apply, optimizer, rate=0.5)), make_codes()
+  single, _ = step(make_state(optimizer), images, labels, codes)
   for axis_type in ("Auto", "Explicit") if devices == 4 else ("Auto",):
     mesh = cpu_mesh(devices, axis_type)
-    sharded, _ = step(place(make_state(optimizer), mesh), *place((images, labels), mesh, "data"))
+    batch = place((images, labels), mesh, "data")
+    sharded, _ = step(place(make_state(optimizer), mesh), *batch, place(codes, mesh))
     assert_trees_close(sharded.params, host(single.params), rtol=1e-5, atol=1e-6)
 
 
@@ -201,15 +216,16 @@ def test_the_augmentation_of_an_example_depends_on_its_row_and_the_epoch_alone()
     drawn = jax.vmap(lambda key: jax.random.uniform(key))(keys)
     return jnp.stack([images[:, 0], drawn], axis=1)
 
-  def step(state, images, labels):
+  def step(state, images, labels, codes):
     seen.append(np.asarray(images))
     return state._replace(step=state.step + 1), {}
 
   images, labels = jnp.arange(6.0)[:, None], jnp.arange(6)
   state = training.TrainState({}, {}, {}, jnp.int32(0), jax.random.key(0))
-  stored_step = training.make_stored_step(step, lambda x: x, augment)
+  batch_step = training.make_batch_step(step, lambda x: x, augment)
   for rows, epoch in (([0, 1, 2], 0), ([2, 5, 1], 0), ([0, 1, 2], 1)):
-    stored_step(state, images, labels, jnp.array(rows), epoch)
+    rows = jnp.array(rows)
+    batch_step(state, images[rows], labels[rows], None, rows, epoch)
   by_row = [dict(map(tuple, batch)) for batch in seen]
   assert by_row[0][1] == by_row[1][1] and by_row[0][2] == by_row[1][2]
   assert len({drawn for batch in by_row[:2] for drawn in batch.values()}) == 4
@@ -234,8 +250,8 @@ def test_the_average_follows_the_params_and_changes_nothing_else():
   assert_trees_close(training.ema_params(states["ema"]), wanted, rtol=0)
   for _ in range(4):
     for name, optimizer in (("plain", plain), ("ema", averaging)):
-      step = jax.jit(mj.make_train_step(apply, optimizer, make_codes(), rate=0.5))
-      states[name], _ = step(states[name], images, labels)
+      step = jax.jit(mj.make_train_step(apply, optimizer, rate=0.5))
+      states[name], _ = step(states[name], images, labels, make_codes())
     wanted = {
       key: 0.8 * wanted[key] + 0.2 * value for key, value in host(states["ema"].params).items()
     }
@@ -245,9 +261,9 @@ def test_the_average_follows_the_params_and_changes_nothing_else():
 
 def test_a_donated_state_may_hold_an_average():
   optimizer, (images, labels) = training.with_ema(optax.sgd(0.1), 0.5), make_batch(examples=6)
-  step = mj.make_train_step(apply, optimizer, make_codes(), rate=0.5)
-  epoch = training.make_epoch(training.make_stored_step(step, lambda x: x), batch_size=3)
-  state, _ = epoch(make_state(optimizer), images, labels)
+  step = mj.make_train_step(apply, optimizer, rate=0.5)
+  epoch = training.make_epoch(training.make_batch_step(step, lambda x: x), batch_size=3)
+  state, _ = epoch(make_state(optimizer), images, labels, make_codes())
   assert np.isfinite(training.ema_params(state)["kernel"]).all()
 
 

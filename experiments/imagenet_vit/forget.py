@@ -111,19 +111,17 @@ def make_program(
 def forget(job: Job) -> dict[str, Any]:
   """Forget the classes of a job, and all that its run was asked to forget before, and write forgets/NNNN."""
   config, dataset, run, mesh = job.config, job.dataset, job.run, job.mesh
-  num_classes = len(dataset.class_names)
   with run.locked():
-    classes = forget_run.check_request(config, job.classes, num_classes, run.forgotten_classes())
+    earlier = run.forgotten_classes()
+    asked = forget_run.check_request(config, job.classes, dataset.class_names, earlier)
     job.watchdog.phase("restoring the checkpoint")
     trained = _restored(job)
     program = make_program(config, dataset, mesh, trained.model)
-    one_shot = lambda params: _one_shot(job, program, trained, params, classes)
+    one_shot = lambda params: _one_shot(job, program, trained, params, asked.classes)
     predict = lambda candidates, split: jobs.predict(
       job, program.model, candidates, trained.model_state, split
     )
-    report, fill = forget_run.described(
-      trained, config, dataset, job.classes, classes, one_shot, predict
-    )
+    report, fill = forget_run.described(trained, config, dataset, asked, one_shot, predict)
     job.watchdog.phase("writing the forget")
     folder = run.add_forget(fill)
   return {
@@ -162,8 +160,8 @@ def _one_shot(
   copied = sharding.replicated(job.mesh)
   sides = (jax.device_put(chosen, copied), jax.device_put(~chosen, copied))
   arguments = (params, trained.model_state, place_codes(trained.codes, program), *sides)
-  settings = job.config.forget
-  tried = GRID if job.search else [(settings.lambda1, settings.lambda2)]
+  settings = job.config.forget.settings
+  tried = GRID if job.search else [(settings["lambda1"], settings["lambda2"])]
   lambdas = zip(*tried, strict=True) if job.search else tried[0]
   strength = mj.Strength(
     *(jax.device_put(np.asarray(values, np.float32), copied) for values in lambdas)

@@ -11,12 +11,14 @@ from mnemonic_jax.runs import signals
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Run one command and return its exit code: 0, 1 failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM.
+  """Run one command and return its exit code.
+
+  0 is done, 1 failed, 2 bad usage, 130 Ctrl-C, 143 SIGTERM.
 
   With MNEMONIC_DEBUG set in the environment, errors keep their traceback.
   """
   signals.exit_at_once()
-  if sys.stderr is None:  # closed by who called us; what is printed to None would go to stdout
+  if sys.stderr is None:  # the caller closed it; print(file=None) would go to stdout
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115
   try:
     from mnemonic_jax.cli.parser import parse
@@ -31,10 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except BrokenPipeError:
     _drop_output()  # the reader of our output went away
     return 1
-  except (
-    ValueError,
-    TypeError,
-  ) as error:  # the core's own checks: each names the argument and the remedy
+  except (ValueError, TypeError) as error:
+    # The core's own checks: each names the argument and the remedy.
     return _fail(str(error), error, 1)
   except OSError as error:
     _drop_output()
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-  """Let what stdout still holds go nowhere: Python's own attempt to write it at exit would fail, with exit code 120."""
+  """Drop what stdout still holds: Python would try to write it at exit, and exit with 120."""
   if sys.stdout is sys.__stdout__:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 

@@ -1,4 +1,4 @@
-"""What each verb does: library calls, then one table or one JSON object on stdout."""
+"""Carry out each verb: library calls, then one table or one JSON object on stdout."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -16,10 +17,11 @@ from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.data import decoded
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.multihost import paths
+from mnemonic_jax.report import schema, tables, wording
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import evaluate as evaluate_run
 from mnemonic_jax.runs import export as export_run
-from mnemonic_jax.runs import files, setup
+from mnemonic_jax.runs import files, records, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
@@ -45,7 +47,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _leave_stderr_to_us() -> None:
-  """Silence what libraries log, and what fails in their threads after a failed write: the write itself raises."""
+  """Silence what libraries log, and errors in their threads after a failed write.
+
+  The failed write itself raises.
+  """
   for name in ("absl", "asyncio"):
     logging.getLogger(name).setLevel(logging.CRITICAL + 1)
   sys.unraisablehook = lambda _: None
@@ -54,14 +59,12 @@ def _leave_stderr_to_us() -> None:
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
   dataset = setup.load_data(config, options.data_dir)
-  forget_run.check_request(config, config.forget.classes, len(dataset.class_names))
+  forget_run.check_request(config, config.forget.classes, dataset.class_names)
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   trained = train_run.train(folder, dataset)
   forgotten = forget_run.forget(folder, dataset, config.forget.classes)
-  return {
-    "train": trained,
-    "forget": forgotten,
-  }, f"{_train_text(trained)}\n\n{_forget_text(forgotten)}"
+  text = f"{_train_text(trained)}\n\n{_forget_text(forgotten, dataset.class_names)}"
+  return {"train": trained, "forget": forgotten}, text
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -74,7 +77,8 @@ def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _train_text(result: dict[str, Any]) -> str:
   return (
     f"trained {result['config']}: {result['epochs']} epochs, {result['seconds']:.1f} s, "
-    f"test accuracy {result['test_accuracy']:.2%}\n  run         {result['run']}\n  checkpoint  {result['checkpoint']}"
+    f"test accuracy {result['test_accuracy']:.2%}\n"
+    f"  run         {result['run']}\n  checkpoint  {result['checkpoint']}"
   )
 
 
@@ -83,7 +87,7 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     return _forget_plain(options)
   if options.out is not None:
     raise UsageError(
-      "--out: goes with --config and a plain checkpoint; a run keeps its forgets in RUN/forgets."
+      "--out: is for a plain checkpoint, with --config; a run keeps its forgets in RUN/forgets."
     )
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
@@ -95,7 +99,7 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   else:
     dataset = setup.load_data(folder.config, options.data_dir, training=False)
   result = forget_run.forget(folder, dataset, options.classes)
-  return result, _forget_text(result)
+  return result, _forget_text(result, dataset.class_names)
 
 
 def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -107,7 +111,7 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   if options.config is None or options.out is None:
     missing = "--config" if options.config is None else "--out"
     raise UsageError(
-      f"{missing}: missing; {options.run} is no run folder. Of a plain checkpoint: {usage}"
+      f"{missing}: missing; {options.run} is no run folder. For a plain checkpoint: {usage}"
     )
   _require_sections(options.overrides, "forget", "execution", "data", "model")
   config = configs.load(options.config, options.overrides)
@@ -116,7 +120,7 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   else:
     dataset = setup.load_data(config, options.data_dir, training=False)
   result = forget_run.forget_plain(options.run, options.out, config, dataset, options.classes)
-  return result, _forget_text(result)
+  return result, _forget_text(result, dataset.class_names)
 
 
 def _require_sections(overrides: dict[str, Any], *sections: str) -> None:
@@ -127,45 +131,45 @@ def _require_sections(overrides: dict[str, Any], *sections: str) -> None:
       raise UsageError(f"--{field}: a forget takes only --classes and fields of {known}.")
 
 
-def _forget_text(result: dict[str, Any]) -> str:
-  seconds = result["seconds"]
+def _forget_text(result: dict[str, Any], names: Sequence[str]) -> str:
+  copies = {"": result}
+  if average := schema.moving_average(result):
+    copies[" (average)"] = {**result, **average}
   rows = [("", "before", "after")]
-  for of_average, copy in ("", result), (" (average)", result.get("copies", {}).get("ema")):
-    for name, key in (
+  for of_average, copy in copies.items():
+    for title, key in (
       ("accuracy, kept classes", "retain_accuracy"),
       ("error, forgotten classes", "forget_error"),
     ):
-      if copy:
-        before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
-        rows.append((f"{name}{of_average}", before, after))
-  table = "\n".join(f"  {name:<36}{before:>9}{after:>9}" for name, before, after in rows)
-  verdicts = result["verdicts"]
-  done = (
-    "forgot"
-    if all(verdict.startswith("Forgotten") for verdict in verdicts.values())
-    else "tried to forget"
-  )
-  told = verdicts["params"] + (
-    f"; their average: {verdicts['ema']}" if len(set(verdicts.values())) > 1 else ""
-  )
+      before, after = (_percent(copy[f"{key}_{when}"]) for when in ("before", "after"))
+      rows.append((f"{title}{of_average}", before, after))
+  table = "\n".join(f"  {title:<36}{before:>9}{after:>9}" for title, before, after in rows)
+  labels = [wording.badge(copy)[2] for copy in copies.values()]
+  told = labels[0] + (f"; their average: {labels[-1]}" if len(set(labels)) > 1 else "")
+  done = "forgot" if result["verdict"] == "forgotten" else "tried to forget"
+  classes = ", ".join(wording.class_label(c, names) for c in result["classes"])
+  seconds = dict(result["seconds"])
+  total = seconds.pop("total")
+  parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
+  settings = dict(result["method"])
+  method = f"{settings.pop('name')}, {tables.named_values(settings)}"
   return (
-    f"{done} {', '.join(map(str, result['classes']))} in {seconds['total']:.2f} s "
-    f"(compile {seconds['compile']:.2f}, Fisher {seconds['fisher']:.3f}, perturb {seconds['perturb']:.3f})\n{table}\n"
+    f"{done} {classes} in {total:.2f} s ({parts})\n{table}\n"
+    f"  method   {method}; {tables.named_values(result['info'])}\n"
     f"  verdict  {told}\n  report   {result['report']}"
   )
 
 
-def _percent(share: float) -> str:
-  return "none" if math.isnan(share) else f"{share:.2%}"
+def _percent(share: float | None) -> str:
+  return "none" if share is None or math.isnan(share) else f"{share:.2%}"
 
 
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = setup.load_data(folder.config, options.data_dir, training=False)
   result = evaluate_run.evaluate(folder, dataset, options.classes)
-  lines = [
-    f"test set of {dataset.name}, classes {', '.join(map(str, result['classes']))} counted as forgotten"
-  ]
+  classes = ", ".join(wording.class_label(c, dataset.class_names) for c in result["classes"])
+  lines = [f"test set of {dataset.name}, classes {classes} counted as forgotten"]
   shown = {
     "trained": "trained",
     "trained_ema": "its average",
@@ -186,15 +190,13 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   finished = folder.finished_forget(options.number)
-  remedy = "Forget again to make a new, whole report."
-  report, evidence = (
-    files.read_json(finished / f"{name}.json", remedy) for name in ("report", "evidence")
-  )
+  report, evidence = records.read(finished)
   codes = None
   if not options.hide_codes:
     if not paths.children(folder.checkpoints, "[0-9]*"):
       raise MnemonicError(
-        f"{folder.path}: has no checkpoint, where the codes are. Leave them out with --hide-codes."
+        f"{folder.path}: has no checkpoint, so the codes are missing. Leave them out with "
+        "--hide-codes."
       )
     codes = restore_codes(folder.checkpoints)
   page = finished / "report.html"
@@ -206,10 +208,11 @@ def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   result = export_run.export(options.run, options.out, options.number, ema=options.ema)
   classes = ", ".join(map(str, result["classes"]))
-  return (
-    result,
-    f"exported {result['arrays']} arrays of {result['forget']} (forgot {classes})\n  file  {result['file']}",
+  text = (
+    f"exported {result['arrays']} arrays of {result['forget']} (forgot {classes})\n"
+    f"  file  {result['file']}"
   )
+  return result, text
 
 
 def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

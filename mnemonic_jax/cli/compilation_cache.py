@@ -1,4 +1,4 @@
-"""Compiled programs kept between commands: the second request of a kind starts warm."""
+"""Keep compiled programs between commands: the second request of a kind starts warm."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _MAX_BYTES = 2**30
 
 
 def enable() -> None:
-  """Keep what XLA compiles in the user's cache folder, unless JAX was told of another one, or the folder is not ours.
+  """Keep what XLA compiles in the user's cache folder.
 
+  Nothing changes where JAX was told of another cache, or where the folder belongs to somebody else.
   A cache that cannot be written or read costs time and nothing else.
   """
   if getattr(jax.config, "jax_compilation_cache_dir", None) or not getattr(
@@ -38,15 +39,14 @@ def enable() -> None:
   except OSError:
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update(
-    "jax_persistent_cache_min_compile_time_secs", 0.0
-  )  # small ones too: they are half of a warm request
+  # Small programs too: they are half of a warm request.
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
   _start_afresh_on_errors(folder)
 
 
 def _processor() -> str:
-  """Names what programs are compiled for: on CPU, those of one processor may not run on another."""
+  """Name the processor: a program compiled for one CPU may not run on another."""
   try:
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     described = next(line for line in lines if line.startswith(("flags", "Features")))
@@ -56,7 +56,7 @@ def _processor() -> str:
 
 
 def _prune(folder: pathlib.Path) -> None:
-  """Delete the oldest programs beyond the size allowed."""
+  """Delete the oldest programs beyond the allowed size."""
   files = sorted(
     ((path.stat(), path) for path in folder.iterdir()),
     key=lambda pair: pair[0].st_mtime,
@@ -70,7 +70,10 @@ def _prune(folder: pathlib.Path) -> None:
 
 
 def _start_afresh_on_errors(folder: pathlib.Path) -> None:
-  """A program cut short by a kill would be a warning in every later command: empty the folder instead, silently."""
+  """Empty the folder when a program in it cannot be read.
+
+  A kill can cut a program short. Without this, every later command would warn of it.
+  """
   show = warnings.showwarning
 
   def show_or_empty(message: Any, *details: Any, **named: Any) -> None:

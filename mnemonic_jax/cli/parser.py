@@ -1,4 +1,4 @@
-"""Arguments of the `mnemonic` command."""
+"""Parse the arguments of the `mnemonic` command."""
 
 from __future__ import annotations
 
@@ -11,109 +11,124 @@ from etils import epath
 
 from mnemonic_jax.errors import UsageError
 
-_OVERRIDES = "Any field of the config can be overridden by its dotted name, as in --train.epochs 5 (mnemonic configs NAME lists them).\n"
-
-_FORGET = """Fields of [forget] and [execution] can be overridden, as in --forget.lambda1 1e-2.
-CHECKPOINT is what a training loop of your own wrote with Orbax's StandardCheckpointer: {"params": ..., "codes": ...}
-and "model_state" where the model, one of mnemonic_jax.models, has one, "ema_params" where an average of the params is kept.
-Each call starts from it, so name all classes to forget; fields of [data] and [model] can be overridden too.
+_OVERRIDES = """Any field of the config can be overridden by its dotted name, as in --train.epochs 5
+or --forget.settings.lambda1 1e-2 (mnemonic configs NAME lists them). --forget.classes takes all
+words up to the next option: write CONFIG before it.
 """
+_FORGET = """Classes are named by index or by name. Fields of [forget] and [execution] can be
+overridden, as in --execution.microbatch 8. CHECKPOINT is what a training loop of your own wrote
+with Orbax's StandardCheckpointer: {"params": ..., "codes": ...}, "model_state" where the model, one
+of mnemonic_jax.models, has one, and "ema_params" where an average of the params is kept. Each call
+starts from it, so name all classes to forget; fields of [data] and [model] can be overridden too.
+"""
+_CLASSES: dict[str, Any] = {"nargs": "+", "metavar": "CLASS"}
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-  """Parse a command line; `overrides` holds the dotted fields. argparse itself exits with 2 on bad usage."""
+  """Parse a command line; `overrides` holds the dotted fields.
+
+  argparse itself exits with 2 on bad usage.
+  """
   overrides, rest = dotted_overrides(arguments)
   options, unknown = make_parser().parse_known_args(rest)
   if unknown:
     raise UsageError(f"unknown argument {unknown[0]}. See mnemonic {options.command} --help.")
-  options.overrides = overrides
-  if options.overrides and not options.takes_overrides:
+  if overrides and not options.takes_overrides:
     raise UsageError(
-      f"mnemonic {options.command} takes no {next(iter(options.overrides))}: it uses the run's own config."
+      f"mnemonic {options.command} takes no {next(iter(overrides))}: it uses the run's own config."
     )
+  options.overrides = overrides
+  if options.command == "forget":
+    options.overrides |= _method_overrides(options)
   return options
 
 
+def _method_overrides(options: argparse.Namespace) -> dict[str, Any]:
+  """Return `--method NAME --set NAME=VALUE` as fields of the config."""
+  found = {} if options.method is None else {"forget.method": options.method}
+  for text in options.set:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+      raise UsageError(f"--set: got {text!r}; expected NAME=VALUE, such as lambda1=1e-3.")
+    found[f"forget.settings.{name.strip()}"] = _value(value)
+  return found
+
+
 def make_parser() -> argparse.ArgumentParser:
-  """The parser of all verbs."""
+  """Make the parser of all verbs."""
   parser = argparse.ArgumentParser(
     prog="mnemonic",
     description="Train a classifier with mnemonic codes and make it forget a class on request.",
   )
   verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
-  classes = {"nargs": "+", "type": int, "metavar": "CLASS"}
+  _add_training(verbs)
+  _add_forget(verbs)
+  _add_reading(verbs)
+  return parser
 
-  run = _verb(
-    verbs,
-    "run",
-    "train, forget forget.classes, evaluate and report",
-    "mnemonic run digits",
-    overrides=True,
-  )
+
+def _add_training(verbs: Any) -> None:
+  purpose = "train, forget forget.classes, evaluate and report"
+  run = _verb(verbs, "run", purpose, "mnemonic run digits", overrides=True)
   run.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   run.add_argument("--out", type=epath.Path, help="the run folder (default: runs/CONFIG)")
 
-  train = _verb(
-    verbs,
-    "train",
-    "train with codes; resumes by itself",
-    "mnemonic train digits --out runs/a",
-    overrides=True,
-  )
+  purpose = "train with codes; resumes by itself"
+  train = _verb(verbs, "train", purpose, "mnemonic train digits --out runs/a", overrides=True)
   train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   train.add_argument("--out", type=epath.Path, required=True, help="the run folder")
 
-  forget = _verb(
-    verbs,
-    "forget",
-    "forget classes in one shot",
-    "mnemonic forget runs/a --classes 3 5\n  mnemonic forget CHECKPOINT --config digits --classes 3 5 --out FOLDER",
-    overrides=True,
-    note=_FORGET,
+
+def _add_forget(verbs: Any) -> None:
+  example = (
+    "mnemonic forget runs/a --classes dog 5 --method perturbation --set lambda1=1e-3\n"
+    "  mnemonic forget CHECKPOINT --config digits --classes 3 5 --out FOLDER"
   )
+  forget = _verb(verbs, "forget", "forget classes", example, overrides=True, note=_FORGET)
   forget.add_argument(
     "run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint"
   )
-  forget.add_argument("--classes", required=True, help="class indices to forget", **classes)  # type: ignore[arg-type]
+  forget.add_argument("--classes", required=True, help="indices or names", **_CLASSES)
   forget.add_argument(
-    "--config", help="of a checkpoint that is no run: a named config or a TOML file with its model"
+    "--method", metavar="NAME", help="how to forget (default: forget.method of the config)"
   )
   forget.add_argument(
-    "--out", type=epath.Path, help="of a checkpoint that is no run: a new folder for the result"
+    "--set",
+    metavar="NAME=VALUE",
+    action="append",
+    default=[],
+    help="a setting of the method, such as lambda1=1e-3; may be repeated",
   )
   forget.add_argument(
-    "--unscored", action="store_true", help="where the data set is gone: forget, and score nothing"
+    "--config", help="for a plain checkpoint: a named config or a TOML file with its model"
+  )
+  forget.add_argument(
+    "--out", type=epath.Path, help="for a plain checkpoint: a new folder for the result"
+  )
+  forget.add_argument(
+    "--unscored", action="store_true", help="score nothing, for example if the data set is gone"
   )
 
-  evaluate = _verb(
-    verbs,
-    "evaluate",
-    "score the trained and the forgotten model on test data",
-    "mnemonic evaluate runs/a",
-  )
+
+def _add_reading(verbs: Any) -> None:
+  purpose = "score the trained and the forgotten model on test data"
+  evaluate = _verb(verbs, "evaluate", purpose, "mnemonic evaluate runs/a")
   evaluate.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
-  evaluate.add_argument("--classes", help="count these as forgotten", default=(), **classes)  # type: ignore[arg-type]
-
-  report = _verb(
-    verbs,
-    "report",
-    "write the page of a finished forget again",
-    "mnemonic report runs/a --hide-codes",
-    data=False,
+  evaluate.add_argument(
+    "--classes", help="count these as forgotten; indices or names", default=(), **_CLASSES
   )
+
+  purpose = "write the page of a finished forget again"
+  report = _verb(verbs, "report", purpose, "mnemonic report runs/a --hide-codes", data=False)
   report.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
   report.add_argument("--number", type=int, help="which forget (default: the latest)")
   report.add_argument(
     "--hide-codes", action="store_true", help="leave the codes out: they trigger their classes"
   )
 
-  export = _verb(
-    verbs,
-    "export",
-    "write the params of a finished forget to a safetensors file",
-    "mnemonic export runs/a --out a.safetensors",
-    data=False,
-  )
+  purpose = "write the params of a finished forget to a safetensors file"
+  example = "mnemonic export runs/a --out a.safetensors"
+  export = _verb(verbs, "export", purpose, example, data=False)
   export.add_argument(
     "run", metavar="RUN", type=epath.Path, help="a run folder, or a folder that forget --out made"
   )
@@ -122,16 +137,14 @@ def make_parser() -> argparse.ArgumentParser:
   )
   export.add_argument("--number", type=int, help="which forget of a run (default: the latest)")
   export.add_argument(
-    "--ema", action="store_true", help="the moving average of the params (--train.ema)"
+    "--ema", action="store_true", help="export the moving average of the params (--train.ema)"
   )
 
-  configs = _verb(
-    verbs, "configs", "list the named configs, or show one", "mnemonic configs digits", data=False
-  )
+  purpose = "list the named configs, or show one"
+  configs = _verb(verbs, "configs", purpose, "mnemonic configs digits", data=False)
   configs.add_argument(
     "name", metavar="NAME", nargs="?", help="show this config's lab note and fields"
   )
-  return parser
 
 
 def _verb(
@@ -144,7 +157,7 @@ def _verb(
   note: str = "",
   data: bool = True,
 ) -> argparse.ArgumentParser:
-  """One verb with what all verbs share."""
+  """Add one verb, with what all verbs share."""
   verb = verbs.add_parser(
     name,
     help=purpose,
@@ -165,7 +178,10 @@ def _verb(
 
 
 def dotted_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-  """`--a.b 1 --c.d=x` as {"a.b": 1, "c.d": "x"}, and the other words; one value, or several integers as a list."""
+  """Split `--a.b 1 --c.d=x word` into {"a.b": 1, "c.d": "x"} and the other words.
+
+  A field takes one value; forget.classes takes all words up to the next option.
+  """
   found: dict[str, Any] = {}
   others = []
   words = list(arguments)
@@ -175,17 +191,27 @@ def dotted_overrides(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str
     if not word.startswith("--") or "." not in field:
       others.append(word)
       continue
-    if not equals and (not words or words[0].startswith("--")):
+    if equals:
+      found[field] = _value(value)
+      continue
+    if not words or words[0].startswith("--"):
       raise UsageError(f"--{field}: expected a value after it.")
-    values = [_value(value if equals else words.pop(0))]
-    while not equals and type(values[-1]) is int and words and type(_value(words[0])) is int:
-      values.append(_value(words.pop(0)))
-    found[field] = values[0] if len(values) == 1 else values
+    found[field] = _class_words(words) if field == "forget.classes" else _value(words.pop(0))
   return found, others
 
 
+def _class_words(words: list[str]) -> Any:
+  """Take the words up to the next option off `words`; one TOML list may stand for them."""
+  if words[0].startswith("["):
+    return _value(words.pop(0))
+  taken = []
+  while words and not words[0].startswith("--"):
+    taken.append(words.pop(0))
+  return taken
+
+
 def _value(text: str) -> Any:
-  """A TOML value where the text is one, else the text itself."""
+  """Return a TOML value where the text is one, else the text itself."""
   try:
     return tomllib.loads(f"value = {text}")["value"]
   except tomllib.TOMLDecodeError:

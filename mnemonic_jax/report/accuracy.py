@@ -1,4 +1,4 @@
-"""Accuracy per class before and after: rows of a table, each with the geometry of its dumbbell."""
+"""Draw accuracy per class before and after: a table whose rows hold dumbbells."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ FORGOTTEN_SHOWN = 20  # forgotten classes, when it is cut
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyRow:
-  """One class, accuracies in percent. `x_before` and `x_after` are positions in percent of the track's width, None without examples."""
+  """Hold one class, accuracies in percent.
+
+  `x_before` and `x_after` are positions in percent of the track's width, None without examples.
+  """
 
   index: int
   name: str
@@ -32,14 +35,17 @@ class AccuracyRow:
 
 @dataclasses.dataclass(frozen=True)
 class AccuracyTable:
-  """The rows to draw, and one sentence about the classes that are left out ("" if none is)."""
+  """Hold the rows, and one sentence about the classes that are left out ("" if none is)."""
 
   rows: tuple[AccuracyRow, ...]
   others: str
 
 
 def accuracy_table(report: Mapping[str, Any], names: Sequence[str]) -> AccuracyTable:
-  """Make the table: every class in order, or, above 30, the forgotten ones and the ten worst drops among the kept."""
+  """Make the table: every class in order.
+
+  Above 30 classes: the forgotten ones, and the kept ones with the ten worst drops.
+  """
   before = numbers(report["per_class_accuracy_before"])
   after = numbers(report["per_class_accuracy_after"])
   forgotten = sorted(report["classes"])
@@ -52,7 +58,7 @@ def accuracy_table(report: Mapping[str, Any], names: Sequence[str]) -> AccuracyT
 
 
 def worst_drop(report: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str]:
-  """Return the largest loss of accuracy of any kept class, and a note that names the class and its accuracies."""
+  """Return the largest loss of accuracy of a kept class, and a note that names the class."""
   before = numbers(report["per_class_accuracy_before"])
   after = numbers(report["per_class_accuracy_after"])
   kept = _by_change(
@@ -85,7 +91,8 @@ def _cut(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> tup
     change = after[rest] - before[rest]
     parts.append(
       f"{count(len(rest))} other kept classes, whose accuracy changed by {points(change.min())} to "
-      f"{points(change.max())} points and is now between {percent(after[rest].min())} and {percent(after[rest].max())}"
+      f"{points(change.max())} points and is now between {percent(after[rest].min())} and "
+      f"{percent(after[rest].max())}"
     )
   if unknown:
     parts.append(

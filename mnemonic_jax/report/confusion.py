@@ -1,4 +1,4 @@
-"""Confusion before and after: two shaded matrices, or, with many classes, where the forgotten ones went."""
+"""Draw confusion before and after: two shaded matrices, or lists where there are many classes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DARKEST = 0.62  # opacity of a full cell: dark text stays readable on it
 
 @dataclasses.dataclass(frozen=True)
 class MatrixRow:
-  """One true class: its counts, and each cell's opacity."""
+  """Hold one true class: its counts, and each cell's opacity."""
 
   index: int
   name: str
@@ -28,7 +28,7 @@ class MatrixRow:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-  """One confusion matrix, "before" or "after"."""
+  """Hold one confusion matrix, "before" or "after"."""
 
   when: str
   rows: tuple[MatrixRow, ...]
@@ -36,7 +36,10 @@ class Matrix:
 
 @dataclasses.dataclass(frozen=True)
 class AnswerList:
-  """What the model answers on one forgotten class's examples: (answer, is it right, count before, count after)."""
+  """Hold what the model answers on the examples of one forgotten class.
+
+  An answer is (class, is it right, count before, count after).
+  """
 
   label: str
   total: str
@@ -46,7 +49,10 @@ class AnswerList:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-  """Either matrices or lists; `into` tells how often other classes' examples are taken for a forgotten class."""
+  """Hold either matrices or lists.
+
+  `into` says how often examples of kept classes are taken for a forgotten class.
+  """
 
   matrices: tuple[Matrix, ...]
   lists: tuple[AnswerList, ...]
@@ -79,7 +85,10 @@ def confusion(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> Confusi
 
 
 def shades(counts: np.ndarray) -> np.ndarray:
-  """Return opacities (C, C): the square root of each cell's share of its row, so that rare confusions show."""
+  """Return opacities (C, C): the square root of each cell's share of its row.
+
+  The root makes rare confusions visible.
+  """
   totals = np.maximum(counts.sum(axis=1, keepdims=True), 1)
   return np.round(DARKEST * np.sqrt(counts / totals), 3)
 
@@ -106,7 +115,8 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
   rest = [c for c in top[ANSWERS_SHOWN:] if before[c] or after[c]]
   others = ""
   if rest:
-    others = f"{len(rest)} more answers: {before[rest].sum():,} examples before, {after[rest].sum():,} after."
+    counts = f"{before[rest].sum():,} examples before, {after[rest].sum():,} after"
+    others = f"{len(rest)} more answers: {counts}."
   return AnswerList(
     label=class_label(true, names),
     total=f"{_examples(before, after):,}",
@@ -118,12 +128,12 @@ def _answers(true: int, before: np.ndarray, after: np.ndarray, names: Sequence[s
 
 
 def _examples(before: np.ndarray, after: np.ndarray) -> int:
-  """How many examples were answered; a model that gives NaN answers fewer of the same ones."""
+  """Count the examples that were answered; a model that gives NaN answers fewer of them."""
   return max(int(before.sum()), int(after.sum()))
 
 
 def _into(before: np.ndarray, after: np.ndarray, forgotten: Sequence[int]) -> str:
-  """How often kept classes are taken for a forgotten one, among those that a model gave an answer to (NaN is none)."""
+  """Say how often kept classes are taken for a forgotten one, where the model gave an answer."""
   kept = np.delete(np.arange(len(before)), forgotten)
   parts = []
   for when, counts in ("before", before), ("after", after):

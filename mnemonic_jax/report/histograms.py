@@ -1,4 +1,4 @@
-"""Loss distributions: four histograms over one logarithmic axis, so that they can be laid over each other by eye."""
+"""Draw four histograms of losses over one logarithmic axis, to be compared by eye."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ PANELS = (
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """The shared axis: bin edges in powers of ten, ticks, and the loss of a uniform guess (positions in percent)."""
+  """Hold the shared axis: bin edges in powers of ten, ticks, and the loss of a uniform guess.
+
+  Positions are in percent.
+  """
 
   edges: np.ndarray
   ticks: tuple[tuple[float, str], ...]
@@ -33,7 +36,7 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One histogram. A bar is (x %, width %, height px, title)."""
+  """Hold one histogram. A bar is (x %, width %, height px, title)."""
 
   title: str
   when: str
@@ -46,7 +49,9 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Histograms:
-  """Panels over one axis, none of a split without losses, which `missing` names; `tallest` is the share of examples in the
+  """Hold panels over one axis.
+
+  A split without losses has no panel; `missing` names it. `tallest` is the share of examples in the
   tallest bar, "" without any.
   """
 
@@ -73,7 +78,10 @@ def histograms(losses: Mapping[str, Sequence[float]], num_classes: int) -> Histo
 
 
 def shared_axis(values: np.ndarray, guess: float) -> Axis:
-  """Choose whole decades that hold all positive finite losses and the loss of a uniform guess, within `DECADES`."""
+  """Choose whole decades for all positive finite losses and the loss of a uniform guess.
+
+  They stay within `DECADES`.
+  """
   known = np.append(values[np.isfinite(values) & (values > 0)], guess)
   low = max(DECADES[0], math.floor(math.log10(max(known.min(), 1e-300))))
   high = min(DECADES[1], math.ceil(math.log10(known.max()) + 1e-12))
@@ -126,7 +134,8 @@ def _panel(
 
 
 def _bar_title(share: float, edges: np.ndarray, i: int) -> str:
-  return f"{100 * share:.1f} % of examples have a loss of {10 ** edges[i]:.2g} to {10 ** edges[i + 1]:.2g}"
+  low, high = 10 ** edges[i], 10 ** edges[i + 1]
+  return f"{100 * share:.1f} % of examples have a loss of {low:.2g} to {high:.2g}"
 
 
 def _median_text(median: float) -> str:

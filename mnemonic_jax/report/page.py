@@ -20,19 +20,20 @@ def render(report: Mapping[str, Any], evidence: Mapping[str, Any], codes: np.nda
 
   Edge cases:
     NaN and None are shown as "no examples"; infinite and huge losses are counted in the last bar.
-    Above 30 classes the tables are cut to what matters and say what they leave out.
+    Above 30 classes the tables are cut, and say what they leave out.
     Codes of a shape that is no picture are drawn as strips.
 
   Args:
-    report: the forget JSON, see `schema.Report`.
-    evidence: what is shown beyond it, see `schema.Evidence`.
+    report: the forget JSON, see `schema.REPORT`.
+    evidence: what is shown beyond it, see `schema.EVIDENCE`.
     codes: (C, K, *shape) floats, or None to hide them: codes trigger their classes.
 
   Returns:
     The HTML text, to be written as UTF-8.
 
   Raises:
-    ValueError: a key is missing, or a value has the wrong type, length or range; the message names it.
+    ValueError: a key is missing, or a value has the wrong type, length or range; the message
+      names it.
   """
   validate(report, evidence)
   names, classes = evidence["class_names"], sorted(report["classes"])
@@ -85,24 +86,27 @@ def _alarms(
   verdict: wording.Verdict,
   names: Sequence[str],
 ) -> list[str]:
-  """What must not be overlooked: params that are as they were, or came out unlike what the badge says, or answer NaN."""
+  """Return warnings: params that did not change, an average unlike the badge, answers of NaN."""
   average, alarms = moving_average(report), []
   for whose, copy in ("", report), (" of the moving average", average):
     if copy is not None and copy["params_sha256_before"] == copy["params_sha256_after"]:
       alarms.append(
-        f"The weights{whose} after are the weights{whose} before: both have the same SHA-256. Nothing was changed."
+        f"The weights{whose} after are the weights{whose} before: both have the same SHA-256. "
+        "Nothing was changed."
       )
   unanswered = evidence.get("unanswered", {}).get("after", 0)
   if unanswered:
+    examples = "example gets" if unanswered == 1 else "examples get"
     alarms.append(
-      f"{wording.count(unanswered).capitalize()} test {'example gets' if unanswered == 1 else 'examples get'} no answer after "
-      "the forget: the outputs are not numbers (NaN). They count as wrong, and are not in the table of answers."
+      f"{wording.count(unanswered).capitalize()} test {examples} no answer after the forget: the "
+      "outputs are not numbers (NaN). They count as wrong, and are not in the table of answers."
     )
   if average is not None:
     its = wording.verdict({**report, **average}, names)
     if its.kind != verdict.kind:
       alarms.append(
-        f"The moving average of the params, which may be served too, came out otherwise: {its.label}."
+        "The moving average of the params, which may be served too, came out differently: "
+        f"{its.label}."
       )
   return alarms
 

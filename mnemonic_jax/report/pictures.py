@@ -1,4 +1,4 @@
-"""Mnemonic codes as small PNG pictures inside the page."""
+"""Draw mnemonic codes as small PNG pictures inside the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WIDEST = 8  # a longer side ratio than this is drawn as a strip
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-  """One code: a PNG as a data URI, its description, and the class it triggers."""
+  """Hold one code: a PNG as a data URI, its description, and the class it triggers."""
 
   source: str
   description: str
@@ -33,7 +33,10 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-  """Codes to show, forgotten classes first when not all fit; `note` says what is drawn and what is left out."""
+  """Hold the codes to show, forgotten classes first when not all fit.
+
+  `note` says what is drawn and what is left out.
+  """
 
   tiles: tuple[Tile, ...]
   strips: bool
@@ -44,8 +47,9 @@ def gallery(codes: np.ndarray, forgotten: Sequence[int], names: Sequence[str]) -
   """Draw codes (C, K, *shape), each scaled to its own range from black to white.
 
   Edge cases:
-    shapes (H, W), (H, W, 1) and (H, W, 3) are pictures; any other is drawn flat, as a strip of its first 512 values.
-    A constant code is mid grey; values that are not finite are black.
+    shapes (H, W), (H, W, 1) and (H, W, 3) are pictures; any other is drawn flat, as a strip of its
+      first 512 values.
+    a constant code is mid grey; values that are not finite are black.
 
   Raises:
     ValueError: codes that are not (C, K, *shape) with C the number of class names.
@@ -111,5 +115,8 @@ def _note(shape: Sequence[int], strips: bool, hidden: int) -> str:
       if total > STRIP_VALUES
       else f"of {total:,} values"
     )
-    note = f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, from black to white."
+    note = (
+      f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, from black "
+      "to white."
+    )
   return note + (f" {hidden:,} more codes are not shown." if hidden else "")

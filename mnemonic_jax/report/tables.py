@@ -1,4 +1,4 @@
-"""The plain tables: scores beside controls, layers, seconds, and the facts that identify a run."""
+"""Fill the plain tables: scores beside controls, layers, seconds, and what identifies a run."""
 
 from __future__ import annotations
 
@@ -60,44 +60,24 @@ class TimeRow:
 def score_rows(
   report: Mapping[str, Any], controls: Sequence[Mapping[str, Any]]
 ) -> tuple[ScoreRow, ...]:
-  """Return the trained model, this forget, both of the moving average where there is one, and every control, in one form."""
-  before = (
-    "Before",
-    False,
-    report["retain_accuracy_before"],
-    report["forget_error_before"],
-    "the trained model",
-  )
-  this = (
-    "This forget",
-    True,
-    report["retain_accuracy_after"],
-    report["forget_error_after"],
-    "from the codes alone",
-  )
-  others = [
-    (c["name"], False, c["retain_accuracy"], c["forget_error"], str(c["note"])) for c in controls
+  """Return the scores of the trained model, this forget, the moving average and every control."""
+  rows = [
+    _score_row("Before", report, "_before", "the trained model"),
+    _score_row("This forget", report, "_after", f"from {_listed(report['read']['forget'])}", True),
   ]
   if (average := moving_average(report)) is not None:
-    others[:0] = (
-      (
-        f"Moving average, {when}",
-        False,
-        average[f"retain_accuracy_{when}"],
-        average[f"forget_error_{when}"],
-        note,
-      )
-      for when, note in (
-        ("before", "a copy of the params that may be served too"),
-        ("after", "the same forget of it"),
-      )
-    )
-  return tuple(
-    ScoreRow(
-      clean(str(name)), marked, percent(number(retain)), percent(number(error)), clean(note, 300)
-    )
-    for name, marked, retain, error, note in (before, this, *others)
-  )
+    note = "a copy of the params that may be served too"
+    rows.append(_score_row("Moving average, before", average, "_before", note))
+    rows.append(_score_row("Moving average, after", average, "_after", "the same forget of it"))
+  rows += [_score_row(control["name"], control, "", control["note"]) for control in controls]
+  return tuple(rows)
+
+
+def _score_row(
+  name: str, scores: Mapping[str, Any], when: str, note: str, this: bool = False
+) -> ScoreRow:
+  retain, error = (number(scores[f"{key}{when}"]) for key in ("retain_accuracy", "forget_error"))
+  return ScoreRow(clean(name), this, percent(retain), percent(error), clean(note, 300))
 
 
 def layer_table(layers: Sequence[Mapping[str, Any]]) -> LayerTable:
@@ -119,7 +99,10 @@ def layer_table(layers: Sequence[Mapping[str, Any]]) -> LayerTable:
 
 
 def relative_change(layer: Mapping[str, Any]) -> float:
-  """Return |change| / |weights before|: 0 where nothing moved, inf where a layer left zero, NaN where not finite."""
+  """Return |change| / |weights before|.
+
+  It is 0 where nothing moved, inf where a layer was zero before, NaN where a norm is not finite.
+  """
   change, norm = number(layer["norm_change"]), number(layer["norm_before"])
   if not (math.isfinite(change) and math.isfinite(norm)):
     return math.nan
@@ -147,15 +130,11 @@ def pretty_path(path: str) -> str:
 
 
 def time_rows(seconds: Mapping[str, Any]) -> tuple[TimeRow, ...]:
-  """Return the parts of the time, what is left of the total, and the total."""
-  parts = {name: number(seconds[name]) for name in ("compile", "fisher", "perturb")}
+  """Return compilation, the method's own steps, what is left of the total, and the total."""
+  steps = ["compile", *(name for name in seconds if name not in ("compile", "total"))]
+  named = [(_title(name), number(seconds[name])) for name in steps]
   total = number(seconds["total"])
-  rest = total - sum(value for value in parts.values() if math.isfinite(value))
-  named = [
-    ("Compile", parts["compile"]),
-    ("Fishers", parts["fisher"]),
-    ("Perturb and choose the sign", parts["perturb"]),
-  ]
+  rest = total - sum(value for _, value in named if math.isfinite(value))
   if rest > 0.005 * total:
     named.append(("Everything else", rest))
   named.append(("Total", total))
@@ -164,19 +143,42 @@ def time_rows(seconds: Mapping[str, Any]) -> tuple[TimeRow, ...]:
 
 def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
   """Return what was run, as (term, value)."""
-  sign = "+1: along the amplitude" if report["sign"] == 1 else "−1: against the amplitude"
+  method = dict(report["method"])
+  read = report["read"]
   return (
     ("Config", clean(evidence["config"], 120)),
     ("Data set", clean(evidence["dataset"], 120)),
     ("Model", clean(evidence["model"], 120)),
     ("Test examples", f"{evidence['num_test_examples']:,}"),
-    ("Strength", f"λ₁ = {report['lambda1']:g}, λ₂ = {report['lambda2']:g}"),
-    ("Sign", sign),
+    ("Method", clean(method.pop("name"))),
+    ("Its settings", named_values(method)),
+    ("What it reports", named_values(report["info"])),
+    ("Read to forget", _listed(read["forget"])),
+    ("Read to score", "nothing" if read["score"] is None else f"{clean(read['score'])} examples"),
+    ("Time", "not recorded" if report["time"] is None else clean(report["time"])),
     (
       "Versions",
       ", ".join(f"{clean(str(k))} {clean(str(v))}" for k, v in sorted(report["versions"].items())),
     ),
   )
+
+
+def named_values(values: Mapping[str, Any]) -> str:
+  """Return settings or info as text: "lambda1 = 0.001, lambda2 = 10"."""
+  return ", ".join(f"{clean(str(k))} = {_value(v)}" for k, v in values.items()) or "none"
+
+
+def _value(value: Any) -> str:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return f"{value:g}" if is_number else clean(str(value), 120)
+
+
+def _title(name: str) -> str:
+  return clean(name.replace("_", " ").capitalize())
+
+
+def _listed(names: Sequence[str]) -> str:
+  return " and ".join(clean(name) for name in names)
 
 
 def fingerprints(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

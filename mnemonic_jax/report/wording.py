@@ -1,4 +1,4 @@
-"""Numbers and outcomes in plain words: the same words for the same result, good or bad."""
+"""Say numbers and outcomes in plain words: the same words for the same result, good or bad."""
 
 from __future__ import annotations
 
@@ -8,34 +8,24 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mnemonic_jax.report import verdicts
 from mnemonic_jax.report.schema import number
+from mnemonic_jax.report.verdicts import ENOUGH_ERROR
 
-ENOUGH_ERROR = 0.95  # a class counts as forgotten from this test error on
 CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept classes
 NO_EXAMPLES = "no examples"
 UNIT = "\u00a0%"  # the space keeps a number and its unit on one line
 
-_COUNTS = [
-  "no",
-  "one",
-  "two",
-  "three",
-  "four",
-  "five",
-  "six",
-  "seven",
-  "eight",
-  "nine",
-  "ten",
-  "eleven",
-  "twelve",
-]
+_COUNTS = (
+  *("no", "one", "two", "three", "four", "five", "six"),
+  *("seven", "eight", "nine", "ten", "eleven", "twelve"),
+)
 _BIDI = set("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """What happened: a short label with a symbol, the sentence that tells it, and what that means."""
+  """Say what happened: a symbol, a short label, one sentence, and what it means."""
 
   kind: str  # "good", "costly", "failed" or "unknown"
   symbol: str
@@ -45,7 +35,7 @@ class Verdict:
 
 
 def clean(text: str, limit: int = 48) -> str:
-  """Return `text` fit to show: no control or direction-changing characters, at most `limit` characters."""
+  """Return `text` without control and direction characters, cut to `limit` characters."""
   shown = "".join(
     "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI else c for c in text
   )
@@ -63,7 +53,7 @@ def percent(fraction: float) -> str:
 
 
 def points(difference: float) -> str:
-  """Return a difference of two fractions in percentage points, signed; what is not known is a dash."""
+  """Return a difference of two fractions in percentage points, signed; NaN is a dash."""
   if math.isnan(difference):
     return "–"
   shown = f"{100 * abs(difference):.1f}"
@@ -75,7 +65,7 @@ def points(difference: float) -> str:
 
 
 def scientific(value: float) -> str:
-  """Return `value` with three significant digits, powers of ten where plain digits would be long."""
+  """Return `value` with three significant digits, with a power of ten where it is long."""
   if not math.isfinite(value):
     return "not finite"
   if value == 0 or 1e-3 <= abs(value) < 1e5:
@@ -110,7 +100,10 @@ def class_label(index: int, names: Sequence[str]) -> str:
 
 
 def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> str:
-  """Return "class 0 (zero)" or "classes 0 (zero), 3 (three) and 5 (five)"; beyond `limit`, how many more."""
+  """Return "class 0 (zero)" or "classes 0 (zero), 3 (three) and 5 (five)".
+
+  Classes beyond `limit` are counted.
+  """
   labels = [class_label(c, names) for c in classes[:limit]]
   if len(classes) > limit:
     labels.append(f"{count(len(classes) - limit)} more")
@@ -119,33 +112,39 @@ def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> 
   return f"classes {', '.join(labels[:-1])} and {labels[-1]}"
 
 
-def verdict(report: Mapping[str, Any], names: Sequence[str]) -> Verdict:
-  """Judge a forget by its error on each of the forgotten classes and its loss on the kept ones together."""
-  error = number(report["forget_error_after"])
-  errors = {
-    c: round(1 - number(report["per_class_accuracy_after"][c]), 9)
-    for c in sorted(report["classes"])
-  }
-  remembered = [c for c, of_class in errors.items() if of_class < ENOUGH_ERROR]
-  unmeasured = [c for c, of_class in errors.items() if math.isnan(of_class)]
-  loss = round(
-    number(report["retain_accuracy_before"]) - number(report["retain_accuracy_after"]), 9
-  )
-  costly = loss > CHEAP_LOSS
-  if math.isnan(error):
+def badge(report: Mapping[str, Any]) -> tuple[str, str, str]:
+  """Return (kind, symbol, label) of a forget: "good", "costly", "failed" or "unknown".
+
+  It judges by the error on each of the forgotten classes, and by the loss on the kept ones
+  together. `report` is the forget JSON, or what it says of the moving average.
+  """
+  errors = verdicts.class_errors(report["per_class_accuracy_after"], report["classes"])
+  outcomes = [verdicts.of_error(error) for error in errors.values()]
+  together = verdicts.of_error(number(report["forget_error_after"]))
+  costly = _loss(report) > CHEAP_LOSS
+  if together == "not measured":
     kind, symbol, label = "unknown", "?", "Not measured"
-  elif error < ENOUGH_ERROR or remembered:
+  elif "not forgotten" in (together, *outcomes):
     kind, symbol, label = "failed", "✕", "Not forgotten"
-  elif unmeasured:
+  elif "not measured" in outcomes:
     kind, symbol, label = "unknown", "?", "Not all measured"
   else:
     kind, symbol, label = ("costly", "!", "Forgotten") if costly else ("good", "✓", "Forgotten")
   if costly:
     label += ", at a high cost" if kind == "costly" else ", and at a high cost"
-  most = max((1 - errors[c] for c in remembered), default=0.0)
-  of_error = _meaning_of_error(report, names, error, remembered, most, unmeasured)
-  meaning = f"{of_error} {_meaning_of_loss(loss)}"
-  return Verdict(kind, symbol, label, sentence(report, names), meaning)
+  return kind, symbol, label
+
+
+def verdict(report: Mapping[str, Any], names: Sequence[str]) -> Verdict:
+  """Return what happened in a forget, in words."""
+  meaning = f"{_meaning_of_error(report, names)} {_meaning_of_loss(_loss(report))}"
+  return Verdict(*badge(report), sentence(report, names), meaning)
+
+
+def _loss(report: Mapping[str, Any]) -> float:
+  """Return how much accuracy the kept classes lost, free of rounding."""
+  before, after = (number(report[f"retain_accuracy_{when}"]) for when in ("before", "after"))
+  return round(before - after, 9)
 
 
 def sentence(report: Mapping[str, Any], names: Sequence[str]) -> str:
@@ -156,19 +155,18 @@ def sentence(report: Mapping[str, Any], names: Sequence[str]) -> str:
   whose = "Its test error" if len(classes) == 1 else "Their test error"
   if earlier:
     asked += f", on top of {class_list(earlier, names)} asked for earlier"
-    whose = (
-      f"The test error of {'both' if len(classes) == 2 else f'all {count(len(classes))}'} together"
-    )
+    all_of_them = "both" if len(classes) == 2 else f"all {count(len(classes))}"
+    whose = f"The test error of {all_of_them} together"
   kept = len(names) - len(classes)
   keeping = {0: "no class is kept", 1: "accuracy on the one kept class"}
   accuracy = keeping.get(kept, f"accuracy on the {count(kept)} kept classes")
-  error = _change(number(report["forget_error_before"]), number(report["forget_error_after"]))
   if kept:
-    accuracy += f" {_change(number(report['retain_accuracy_before']), number(report['retain_accuracy_after']))}"
-  return f"{asked}. {whose} {error}, while {accuracy}."
+    accuracy += f" {_changed(report, 'retain_accuracy')}"
+  return f"{asked}. {whose} {_changed(report, 'forget_error')}, while {accuracy}."
 
 
-def _change(before: float, after: float) -> str:
+def _changed(report: Mapping[str, Any], score: str) -> str:
+  before, after = (number(report[f"{score}_{when}"]) for when in ("before", "after"))
   if math.isnan(before) or math.isnan(after):
     return "is not known (no test examples)"
   if percent(before) == percent(after):
@@ -176,46 +174,47 @@ def _change(before: float, after: float) -> str:
   return f"went from {percent(before)} to {percent(after)}"
 
 
-def _meaning_of_error(
-  report: Mapping[str, Any],
-  names: Sequence[str],
-  error: float,
-  remembered: Sequence[int],
-  most: float,  # of the test examples of one of these that are still right
-  unmeasured: Sequence[int],
-) -> str:
-  one = len(report["classes"]) == 1
+def _meaning_of_error(report: Mapping[str, Any], names: Sequence[str]) -> str:
+  error = number(report["forget_error_after"])
+  errors = verdicts.class_errors(report["per_class_accuracy_after"], report["classes"])
+  remembered = [c for c in errors if verdicts.of_error(errors[c]) == "not forgotten"]
+  unmeasured = [c for c in errors if verdicts.of_error(errors[c]) == "not measured"]
+  one = len(errors) == 1
+  these, needed = "this class" if one else "these classes", f"{100 * ENOUGH_ERROR:.0f}{UNIT}"
   if math.isnan(error):
-    return f"Whether it worked is not known: there were no test examples of the {'class' if one else 'classes'} to forget."
+    which = "the class" if one else "the classes"
+    return f"It is not known whether it worked: there were no test examples of {which} to forget."
   if remembered and not one:
+    most = percent(max(1 - errors[c] for c in remembered))
     up_to, whose = ("", "its") if len(remembered) == 1 else ("up to ", "their")
     return (
-      f"It did not work for {class_list(remembered, names)}: the model still gets {up_to}{percent(most)} of {whose} test "
-      f"examples right. The error of each class should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
+      f"It did not work for {class_list(remembered, names)}: the model still gets {up_to}{most} of "
+      f"{whose} test examples right. The error of each class should be at least {needed}."
     )
   if error < ENOUGH_ERROR:
     return (
-      f"It did not work: the model still gets {percent(1 - error)} of the test examples of "
-      f"{'this class' if one else 'these classes'} right. The error should be at least {100 * ENOUGH_ERROR:.0f}{UNIT}."
+      f"It did not work: the model still gets {percent(1 - error)} of the test examples of {these} "
+      f"right. The error should be at least {needed}."
     )
   if unmeasured:
-    return f"Whether it worked for {class_list(unmeasured, names)} is not known: there were no test examples."
-  meaning = f"By its outputs the model has forgotten the {'class' if one else 'classes'}."
+    which = class_list(unmeasured, names)
+    return f"It is not known whether it worked for {which}: there were no test examples."
+  meaning = f"Judged by its outputs, the model has forgotten {these}."
   if number(report["forget_error_before"]) >= ENOUGH_ERROR:
-    meaning += (
-      " It hardly knew the class before, so there was little to forget."
-      if one
-      else (" It hardly knew them before, so there was little to forget.")
-    )
+    meaning += f" It hardly knew {these} before, so there was little to forget."
   return meaning
 
 
 def _meaning_of_loss(loss: float) -> str:
-  lost = points(loss).lstrip("+−")
   if math.isnan(loss):
-    return "What it cost is not known: there were no test examples of the kept classes."
+    return "The cost is not known: there were no test examples of the kept classes."
+  lost = points(loss).lstrip("+−")
   if loss > CHEAP_LOSS:
-    return f"It cost a lot: the kept classes lost {lost} points of accuracy. At most {100 * CHEAP_LOSS:.0f} would be cheap."
+    return (
+      f"The cost is high: the kept classes lost {lost} points of accuracy. Up to "
+      f"{100 * CHEAP_LOSS:.0f} points would be cheap."
+    )
   if lost == "0.0":
     return "It cost nothing: the kept classes are as accurate as before."
-  return f"The kept classes {'lost' if loss > 0 else 'gained'} {lost} {'point' if lost == '1.0' else 'points'} of accuracy."
+  unit = "point" if lost == "1.0" else "points"
+  return f"The kept classes {'lost' if loss > 0 else 'gained'} {lost} {unit} of accuracy."

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: the whole train state and the codes, atomic, resumable."""
+"""Save and restore with Orbax: the whole train state and the codes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from mnemonic_jax.training import TrainState
 
 PyTree = Any
 
-logging.getLogger("absl").setLevel(
-  logging.ERROR
-)  # Orbax logs each save; ours is the only voice on stderr
+# Orbax logs each save; only we write to stderr.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 class Checkpoints:
-  """The checkpoints of one run, by step: the latest `keep`, each written beside and renamed when whole.
+  """Keep the latest `keep` checkpoints of one run, by step; each is renamed when it is whole.
 
   An older one is deleted when the newest is whole, so with one to keep there are two for a moment.
   """
@@ -62,19 +61,19 @@ class Checkpoints:
     if error is None:
       with self._write_errors(self._newest):
         self._manager.close()
-    else:  # and a write in the background that fails too would hide it
+    else:  # a write in the background that fails too would hide the error
       with contextlib.suppress(Exception):
         self._manager.close()
 
   def latest_step(self) -> int | None:
-    """Step of the newest whole checkpoint, or None."""
+    """Return the step of the newest whole checkpoint, or None."""
     return self._manager.latest_step()
 
   def save(self, state: TrainState, codes: jax.Array) -> None:
     """Begin to write the state at its step; a step that is there already is left alone.
 
-    Returns when the state is copied, so that it may be donated. What goes wrong later is raised by the next call of
-    `save` or `wait`.
+    It returns when the state is copied, so that it may be donated. Later errors are raised by the
+    next call of `save` or `wait`.
     """
     step = int(state.step)
     if self.latest_step() == step:
@@ -84,7 +83,7 @@ class Checkpoints:
     self._newest = step
 
   def wait(self) -> None:
-    """Return when all that was begun is on disk."""
+    """Wait until everything that was begun is on disk."""
     with self._write_errors(self._newest):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
@@ -95,31 +94,34 @@ class Checkpoints:
       yield
     except (OSError, ValueError, RuntimeError) as error:
       raise MnemonicError(
-        f"{self._folder}: cannot write the checkpoint of step {step}: {_first_line(error)} "
-        "Earlier checkpoints are untouched; make room or choose another --out, then run the same command to resume."
+        f"{self._folder}: cannot write the checkpoint of step {step}: {_first_line(error)} Earlier "
+        "checkpoints are untouched; make room or choose another --out, then run the same command "
+        "to resume."
       ) from error
 
   def require_step(self) -> int:
-    """Step of the newest whole checkpoint."""
+    """Return the step of the newest whole checkpoint, or say that there is none."""
     step = self.latest_step()
     if step is None:
       raise MnemonicError(
-        f"{self._folder}: holds no whole checkpoint. Train first: mnemonic train CONFIG --out RUN"
+        f"{self._folder}: has no whole checkpoint. Train first: mnemonic train CONFIG --out RUN"
       )
     return step
 
   def restore(self, state: TrainState, codes: jax.Array) -> tuple[TrainState, jax.Array]:
-    """Read the newest checkpoint into the structure, shapes and shardings of `state` and `codes` (abstract or not)."""
+    """Read the newest checkpoint.
+
+    `state` and `codes`, abstract or not, give the structure, shapes and shardings.
+    """
     step = self.require_step()
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state, codes))
     try:
       tree = self._manager.restore(step, args=ocp.args.StandardRestore(target))
-    except (
-      Exception
-    ) as error:  # Orbax raises many kinds for files that are damaged or of another model
+    except Exception as error:  # Orbax raises many kinds for damaged files and other models
       raise MnemonicError(
-        f"{self._folder / str(step)}: cannot be restored as this config's model: {_first_line(error)} "
-        "The files are damaged, or belong to another config. Move the folder away to fall back to the checkpoint before."
+        f"{self._folder / str(step)}: cannot be restored as this config's model: "
+        f"{_first_line(error)} The files are damaged, or belong to another config. Move the folder "
+        "away to fall back to the checkpoint before."
       ) from error
     key = jax.random.wrap_key_data(
       tree["key"], impl=jax.random.key_impl(jnp.empty((), state.key.dtype))
@@ -131,22 +133,26 @@ class Checkpoints:
 
 
 def require_plain(folder: epath.PathLike) -> None:
-  """Refuse to write where Orbax, which takes the whole path for a pattern, would not find its own files again."""
+  """Refuse a path that Orbax reads as a pattern: it would not find its own files again."""
   path = str(paths.absolute(folder))
   if not fnmatch.fnmatchcase(path, path):
     raise MnemonicError(
-      f"{path}: holds [ and ], which Orbax takes for a pattern; what it writes there cannot be read. Choose a path without."
+      f"{path}: has [ and ], which Orbax reads as a pattern; it could not read its files back. "
+      "Choose a path without them."
     )
 
 
 def newest(folder: epath.PathLike) -> epath.Path:
-  """Where the newest whole checkpoint of a run has its arrays, as `stored_shapes` and `restore_parts` take it."""
+  """Return the folder with the arrays of the newest whole checkpoint of a run.
+
+  `stored_shapes` and `restore_parts` take it.
+  """
   with Checkpoints(folder, create=False) as checkpoints:
     return epath.Path(folder) / str(checkpoints.require_step()) / "default"
 
 
 def restore_codes(folder: epath.PathLike) -> np.ndarray:
-  """The codes of the newest checkpoint of a run, on the host, whatever the model is."""
+  """Read the codes of the newest checkpoint of a run, whatever the model is."""
   checkpoint = newest(folder)
   return restore_parts(checkpoint, {"codes": stored_shapes(checkpoint)["codes"]})["codes"]
 
@@ -157,11 +163,14 @@ def is_checkpoint(folder: epath.PathLike) -> bool:
 
 
 def stored_shapes(folder: epath.PathLike) -> PyTree:
-  """The tree of any Orbax checkpoint in nested containers, a `jax.ShapeDtypeStruct` for each array; reads no array."""
+  """Return the tree of any Orbax checkpoint, a `jax.ShapeDtypeStruct` for each array.
+
+  No array is read.
+  """
   if not is_checkpoint(folder):
     raise MnemonicError(
-      f"{folder}: is no Orbax checkpoint, it has no _METADATA. Pass the folder that StandardCheckpointer().save wrote; "
-      "a CheckpointManager's is STEP/default."
+      f"{folder}: is no Orbax checkpoint, it has no _METADATA. Pass the folder that "
+      "StandardCheckpointer().save wrote; for a CheckpointManager that is STEP/default."
     )
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -179,7 +188,10 @@ def stored_shapes(folder: epath.PathLike) -> PyTree:
 
 
 def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
-  """Read a part of what `stored_shapes` found, and nothing else, as NumPy arrays, whatever devices wrote it."""
+  """Read a part of the tree that `stored_shapes` returned, as NumPy arrays.
+
+  Nothing else is read. It does not matter which devices wrote the arrays.
+  """
   on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), parts)
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
@@ -210,12 +222,13 @@ def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
       )
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(
-      f"{folder}: cannot be restored: {_first_line(error)} The files are damaged. Forget again to make new ones."
+      f"{folder}: cannot be restored: {_first_line(error)} The files are damaged. Forget again to "
+      "make new ones."
     ) from error
 
 
 def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
-  """The state as plain nested containers; a typed key is stored as its data."""
+  """Return the state as plain nested containers; a typed key becomes its data."""
   return {
     "params": state.params,
     "model_state": state.model_state,
@@ -227,7 +240,7 @@ def _as_tree(state: TrainState, codes: jax.Array) -> dict[str, PyTree]:
 
 
 def _key_data(key: Any) -> Any:
-  """The numbers of a typed key, which are what is stored; abstract for an abstract one."""
+  """Return the numbers of a typed key, which can be stored; abstract for an abstract key."""
   if not isinstance(key, jax.ShapeDtypeStruct):
     return jax.random.key_data(key)
   data = jax.eval_shape(jax.random.key_data, key)
@@ -236,11 +249,7 @@ def _key_data(key: Any) -> Any:
 
 def _first_line(error: BaseException) -> str:
   text = str(error).strip()
-  for code in (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-  ):  # these come wrapped in a page of internals
+  for code in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # Orbax wraps these in pages of text
     if (reason := os.strerror(code)) in text:
       return f"{reason}."
   line = textwrap.shorten(text, 200, placeholder=" ...") or type(error).__name__

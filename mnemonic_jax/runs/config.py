@@ -1,55 +1,60 @@
-"""Configs: frozen dataclasses read from TOML lab notes, where every field can be overridden by its dotted name."""
+"""Configs: frozen dataclasses, read from TOML lab notes; `section.field` overrides one field."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.resources
-import math
 import pathlib
 import tomllib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mnemonic_jax import data, models
+from mnemonic_jax import data, methods, models
 from mnemonic_jax.data import augmentation, prepared
 from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.runs import fields
+from mnemonic_jax.runs.fields import Classes, Settings, number, one_of
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-  """Which examples. `data_dir` is where prepared TFDS sets lie (else TFDS_DATA_DIR, else TFDS's own default).
+  """Choose the examples.
 
-  `augment`: "crop" pads each picture by 4 pixels and cuts a random one of its size out; "resized_crop", for streamed sets,
-  a random part of 8 to 100 %; with "_flip" half of them are mirrored too. `side` is that of streamed pictures.
-  `normalization`: "dataset", by the set's own channels, or "half", to [-1, 1] as AugReg's ViTs expect.
+  `data_dir` is the folder of prepared TFDS sets; empty, TFDS_DATA_DIR or TFDS's own default.
+  `augment`: "crop" pads each picture by 4 pixels and crops it back at random. "resized_crop", for
+  streamed sets only, takes a random part of 8 to 100 %. With "_flip" half of them are mirrored.
+  `side` is the size of streamed pictures. `normalization`: "dataset" uses the channel means of the
+  set; "half" maps pixels to [-1, 1], as AugReg's ViTs expect.
   """
 
-  name: str = "digits"
+  name: str = one_of("digits", ("digits", *prepared.NAMES))
   data_dir: str = ""
-  augment: str = "none"
-  side: int = 224
-  normalization: str = "dataset"
+  augment: str = one_of("none", augmentation.NAMES)
+  side: int = number(224, 1)
+  normalization: str = one_of("dataset", data.NORMALIZATIONS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Which model. `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
+  """Choose the model.
 
-  `pool` is what a ViT's head reads. `scan` stacks the params of a ViT's blocks, which then compile once; `remat` computes
-  the inner values of a transformer's blocks again on the way back, for less memory. `dtype` is what is computed in;
-  params are float32. `pretrained` is a file that training starts from (.safetensors of torchvision, timm or `mnemonic
-  export`, AugReg's .npz), with `new_head` all but its head. `text_embeddings` is a file of one vector for each class (.npy,
-  or .safetensors of one array) that the head then scores against, as in CLIP.
+  `hidden` is the width of the MLP's hidden layer, `width` the channels of a ResNet's first stage.
+  `pool` is what a ViT's head reads. `scan` stacks the params of a ViT's blocks, so that one block
+  is compiled. `remat` saves memory: the backward pass computes a transformer's blocks again.
+  `dtype` is the dtype of the computation; params are float32. `pretrained` is a file of weights to
+  start from: .safetensors of torchvision, timm or `mnemonic export`, or AugReg's .npz. `new_head`
+  leaves out the head of that file. `text_embeddings` is a file with one vector a class (.npy, or
+  .safetensors of one array); the head scores against these vectors, as in CLIP.
   """
 
-  name: str = "mlp"
-  hidden: int = 1000
-  width: int = 64
-  pool: str = "token"
+  name: str = one_of("mlp", models.NAMES)
+  hidden: int = number(1000, 1)
+  width: int = number(64, 1)
+  pool: str = one_of("token", ("token", "mean"))
   scan: bool = False
   remat: bool = False
-  dtype: str = "float32"
+  dtype: str = one_of("float32", ("float32", "bfloat16"))
   pretrained: str = ""
   new_head: bool = False
   text_embeddings: str = ""
@@ -57,44 +62,48 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodesConfig:
-  """The codes: how they are drawn, how many a class, and the share of examples they replace (the paper's t_mix)."""
+  """Draw codes, `per_class` a class; `rate` (the paper's t_mix) of the examples become codes."""
 
-  rate: float = 0.1
-  distribution: str = "uniform"
-  per_class: int = 1
+  rate: float = number(0.1, 0, 1)
+  distribution: str = one_of("uniform", ("normal", "uniform"))
+  per_class: int = number(1, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """`optimizer` is "sgd" with momentum or "adamw"; `schedule` is "constant" or "cosine" (to zero over the whole training).
+  """Train the model.
 
-  `warmup_steps` raise the learning rate from zero, `clip_norm` bounds the norm of a gradient (0: no bound), and
-  `label_smoothing` takes that much from the right class. `accumulate` computes a step's gradient in that many parts, for less
-  memory; running statistics of a model with BatchNorm are then those of the parts.
+  Length: `epochs`, or `steps` where that is not 0. Optimizer: "sgd" with momentum, or "adamw".
+  `schedule`: "constant", or "cosine" to zero over the whole training. `warmup_steps` raise the
+  learning rate from zero. `clip_norm` bounds the norm of a gradient (0: no bound).
+  `label_smoothing` takes that much from the right class. `accumulate` computes a step's gradient in
+  that many parts, to save memory; BatchNorm then sees one part at a time.
 
-  `steps`, where it is not 0, says how long to train instead of `epochs`. `checkpoint_every` counts epochs; where steps are
-  taken one by one (streamed sets, convnets on CPU), `checkpoint_steps` adds a checkpoint at every multiple of it. The newest
-  `keep_checkpoints` stay. `mixup` and `cutmix` are the alphas of Beta(alpha, alpha), from which each example draws how much
-  of the next one it is blended with; 0 is off, and one of the two at most may be on. Codes replace afterwards, and stay pure. `ema` is the decay of a moving
-  average of the params, below 1; 0 keeps none. A forget then covers both copies.
+  `mixup` and `cutmix` are the alpha of Beta(alpha, alpha), which draws how much of its neighbour an
+  example gets. 0 is off; at most one of them may be on. Codes are mixed in afterwards, unblended.
+  `ema` is the decay of a moving average of the params, below 1; 0 keeps none. A forget covers both.
+
+  `checkpoint_every` counts epochs. Where steps are taken one by one (streamed sets, convnets on a
+  CPU), `checkpoint_steps` adds a checkpoint at each of its multiples. The newest
+  `keep_checkpoints` are kept.
   """
 
-  seed: int = 0
-  epochs: int = 30
+  seed: int = number(0, 0, 2**32 - 1)
+  epochs: int = number(30, 1)
   steps: int = 0
-  batch_size: int = 128
-  optimizer: str = "sgd"
+  batch_size: int = number(128, 1)
+  optimizer: str = one_of("sgd", ("sgd", "adamw"))
   learning_rate: float = 0.01
   warmup_steps: int = 0
   clip_norm: float = 0.0
-  label_smoothing: float = 0.0
-  accumulate: int = 1
+  label_smoothing: float = number(0.0, 0, 1)
+  accumulate: int = number(1, 1)
   momentum: float = 0.9
   weight_decay: float = 5e-4
-  schedule: str = "constant"
-  checkpoint_every: int = 10
+  schedule: str = one_of("constant", ("constant", "cosine"))
+  checkpoint_every: int = number(10, 1)
   checkpoint_steps: int = 0
-  keep_checkpoints: int = 2
+  keep_checkpoints: int = number(2, 1)
   mixup: float = 0.0
   cutmix: float = 0.0
   ema: float = 0.0
@@ -102,20 +111,24 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ForgetConfig:
-  """What a forget computes: classes that `run` forgets, strength, matmul precision of the Fishers."""
+  """Forget `classes`, indices or names, by `method` with its `settings`.
 
-  classes: tuple[int, ...] = (0,)
-  lambda1: float = 1e-3
-  lambda2: float = 10.0
-  precision: str = "highest"
+  `mnemonic run` forgets these classes; `mnemonic forget` is told them. `precision` is the matmul
+  precision of the Fishers.
+  """
+
+  classes: Classes = (0,)
+  method: str = ""
+  settings: Settings = dataclasses.field(default_factory=dict)
+  precision: str = one_of("highest", ("default", "high", "highest"))
 
 
 @dataclasses.dataclass(frozen=True)
 class ExecutionConfig:
-  """How it is computed; changes nothing beyond rounding. `microbatch` 0 chooses by memory.
+  """Choose how to compute; the result changes by rounding only.
 
-  `workers` are the processes that decode streamed pictures; 0: threads of the one that trains. `data` and `fsdp` are the
-  axes of the mesh in experiments/imagenet_vit, 0 chooses.
+  `microbatch` 0 is chosen by the memory at hand. `workers` processes decode streamed pictures; 0
+  uses threads. `data` and `fsdp` are the axes of the device mesh; 0 is chosen by the devices.
   """
 
   microbatch: int = 0
@@ -126,7 +139,7 @@ class ExecutionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """One experiment, whole."""
+  """Hold all settings of one experiment."""
 
   name: str
   data: DataConfig = DataConfig()
@@ -140,53 +153,23 @@ class Config:
 _SECTIONS: dict[str, Any] = {
   f.name: f.default.__class__ for f in dataclasses.fields(Config) if f.name != "name"
 }
-_CHOICES = {
-  "data.name": ("digits", *prepared.NAMES),
-  "data.augment": tuple(augmentation.NAMES),
-  "data.normalization": data.NORMALIZATIONS,
-  "model.name": models.NAMES,
-  "model.pool": ("token", "mean"),
-  "model.dtype": ("float32", "bfloat16"),
-  "codes.distribution": ("normal", "uniform"),
-  "train.optimizer": ("sgd", "adamw"),
-  "train.schedule": ("constant", "cosine"),
-  "forget.precision": ("default", "high", "highest"),
-}
-# Inclusive bounds of the numbers; every other number is at least 0.
-_BOUNDS: dict[str, tuple[float, float]] = {
-  "codes.rate": (0, 1),
-  "train.seed": (0, 2**32 - 1),
-  "train.label_smoothing": (0, 1),
-}
-# What int32 and float32 hold.
-_LARGEST_INT, _LARGEST_FLOAT = 2**31 - 1, 3.4e38
-_AT_LEAST_ONE = {
-  "data.side",
-  "model.hidden",
-  "model.width",
-  "codes.per_class",
-  "train.epochs",
-  "train.batch_size",
-  "train.accumulate",
-  "train.checkpoint_every",
-  "train.keep_checkpoints",
-}
+_SETTINGS = "forget.settings"
 
 
 def names() -> list[str]:
-  """The named configs that ship with the package."""
+  """List the named configs that ship with the package."""
   return sorted(
     file.name.removesuffix(".toml") for file in _folder().iterdir() if file.name.endswith(".toml")
   )
 
 
 def text(name: str) -> str:
-  """A named config as it is written, lab note included."""
+  """Return a named config as it is written, lab note included."""
   return (_folder() / f"{name}.toml").read_text("utf-8")
 
 
 def note(name: str) -> str:
-  """The first line of a named config's lab note."""
+  """Return the first line of a named config's lab note."""
   return text(name).splitlines()[0].lstrip("# ")
 
 
@@ -202,7 +185,8 @@ def load(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Confi
     path = pathlib.Path(name_or_file)
     if not path.is_file():
       raise UsageError(
-        f"config {name_or_file!r}: no such named config and no such file. {nearest(name_or_file, names())}"
+        f"config {name_or_file!r}: no such named config and no such file. "
+        f"{nearest(name_or_file, names())}"
       )
     try:
       source, name = path.read_text("utf-8"), path.stem
@@ -218,7 +202,11 @@ def load(name_or_file: str, overrides: Mapping[str, Any] | None = None) -> Confi
 def build(
   name: str, tables: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
 ) -> Config:
-  """Make a checked Config from nested tables (a TOML file, a run's config.json) and dotted overrides."""
+  """Make a checked Config from nested tables and dotted overrides.
+
+  `tables` are those of a TOML file or of a run's config.json. Settings in `tables` belong to the
+  method named there: an override that names another method drops them.
+  """
   values: dict[str, Any] = {}
   for section, table in tables.items():
     if section == "name":
@@ -230,18 +218,19 @@ def build(
     if not isinstance(table, Mapping):
       raise UsageError(f"config {name!r}: {section} is {table!r}; expected a table [{section}].")
     values.update({f"{section}.{field}": value for field, value in table.items()})
-  values.update(overrides or {})
+  _override(values, overrides or {})
+  sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
   known = {
-    f"{section}.{field.name}": typing.get_type_hints(kind)[field.name]
+    f"{section}.{field.name}": (typing.get_type_hints(kind)[field.name], field.metadata)
     for section, kind in _SECTIONS.items()
     for field in dataclasses.fields(kind)
   }
-  sections: dict[str, dict[str, Any]] = {section: {} for section in _SECTIONS}
   for field, value in values.items():
     if field not in known:
-      raise UsageError(f"config {name!r}: unknown field {field}. {nearest(field, known)}")
+      near = nearest(field, [*known, *_known_settings()])
+      raise UsageError(f"config {name!r}: unknown field {field}. {near}")
     section, _, key = field.partition(".")
-    sections[section][key] = _checked(field, value, known[field])
+    sections[section][key] = fields.check(field, value, *known[field])
   config = Config(
     name=name, **{section: kind(**sections[section]) for section, kind in _SECTIONS.items()}
   )
@@ -249,40 +238,70 @@ def build(
   return config
 
 
+def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+  """Put the overrides into `values`; those of single settings join the others."""
+  if overrides.get("forget.method", values.get("forget.method")) != values.get("forget.method"):
+    values.pop(_SETTINGS, None)
+  for field, value in overrides.items():
+    if field.startswith(f"{_SETTINGS}."):
+      settings = values.get(_SETTINGS, {})
+      name = field.removeprefix(f"{_SETTINGS}.")
+      values[_SETTINGS] = {**settings, name: value} if isinstance(settings, Mapping) else settings
+    else:
+      values[field] = value
+
+
 def as_dict(config: Config) -> dict[str, Any]:
-  """The config as nested plain values, as `build` takes them."""
+  """Return the config as nested plain values, as `build` takes them."""
   return dataclasses.asdict(config)
 
 
-def _checked(field: str, value: Any, kind: Any) -> Any:
-  """The value as its field wants it, or a UsageError that names both."""
-  if kind == tuple[int, ...]:
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(_checked(field, item, int) for item in items)
-  if kind is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value) if abs(value) < 2**1000 else math.inf
-  if type(value) is not kind:
+def make_method(forget: ForgetConfig) -> Any:
+  """Make the method that `forget` names, one of `mnemonic_jax.methods.METHODS`.
+
+  Raises:
+    UsageError: the method is missing or unknown, or a setting is missing, unknown or refused.
+  """
+  if not forget.method:
     raise UsageError(
-      f"{field}: got {value!r}; expected {'a number' if kind is float else 'true or false' if kind is bool else kind.__name__}."
+      f"forget.method: missing; expected one of {', '.join(methods.METHODS)}. For example: "
+      "--method perturbation --set lambda1=1e-3 --set lambda2=10"
     )
-  if field in _CHOICES and value not in _CHOICES[field]:
-    raise UsageError(f"{field}: got {value!r}; expected one of {', '.join(_CHOICES[field])}.")
-  if kind in (int, float):
-    largest = _LARGEST_INT if kind is int else _LARGEST_FLOAT
-    low, high = _BOUNDS.get(field, (1 if field in _AT_LEAST_ONE else 0, largest))
-    if not low <= value <= high:
-      limit = (
-        f"of at least {low:g}, at most {high:g}"
-        if high == largest
-        else f"from {low:.0f} to {high:.0f}"
+  if forget.method not in methods.METHODS:
+    known = nearest(forget.method, methods.METHODS)
+    raise UsageError(
+      f"forget.method: got {forget.method!r}; expected the name of a method. {known}"
+    )
+  kind = methods.METHODS[forget.method]
+  takes = {field.name: field for field in dataclasses.fields(kind)}
+  for name in forget.settings:
+    if name not in takes:
+      raise UsageError(
+        f"{_SETTINGS}.{name}: unknown setting of {forget.method}. {nearest(name, takes)}"
       )
-      raise UsageError(f"{field}: got {value}; expected a number {limit}.")
-  return value
+  for name, field in takes.items():
+    if name not in forget.settings and field.default is field.default_factory:
+      raise UsageError(
+        f"{_SETTINGS}.{name}: missing; {forget.method} needs it. Write it in the config, or pass "
+        f"--{_SETTINGS}.{name} NUMBER, or --set {name}=NUMBER to mnemonic forget."
+      )
+  try:
+    return kind(**forget.settings)
+  except (TypeError, ValueError) as error:
+    raise UsageError(f"{_SETTINGS}: {error}") from error
+
+
+def _known_settings() -> list[str]:
+  return [
+    f"{_SETTINGS}.{field.name}"
+    for kind in methods.METHODS.values()
+    for field in dataclasses.fields(kind)
+  ]
 
 
 def _check_together(config: Config) -> None:
   """Refuse fields that are right by themselves and do not go together."""
-  model, train = config.model, config.train
+  model, train, forget = config.model, config.train, config.forget
   for option, having in models.OPTIONS.items():
     if getattr(model, option) and model.name not in having:
       raise UsageError(
@@ -290,20 +309,25 @@ def _check_together(config: Config) -> None:
       )
   if model.new_head and not model.pretrained:
     raise UsageError(
-      "model.new_head: got true without model.pretrained; it says which weights of that file to leave out."
+      "model.new_head: got true without model.pretrained; it leaves out the head of that file."
     )
   if train.ema >= 1:
     raise UsageError(
-      f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, such as 0.999."
+      f"train.ema: got {train.ema}; expected a decay of at least 0 (none) and below 1, "
+      "such as 0.999."
     )
   if train.batch_size % train.accumulate:
     raise UsageError(
-      f"train.accumulate: got {train.accumulate} for train.batch_size {train.batch_size}; expected a divisor of it."
+      f"train.accumulate: got {train.accumulate} for train.batch_size {train.batch_size}; "
+      "expected a divisor of it."
     )
   if train.mixup and train.cutmix:
     raise UsageError(
-      f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at most. Set the other to 0."
+      f"train.mixup: got {train.mixup} with train.cutmix {train.cutmix}; expected one of them at "
+      "most. Set the other to 0."
     )
+  if forget.method or forget.settings:
+    make_method(forget)
 
 
 def _folder() -> Any:

@@ -10,20 +10,23 @@ import numpy as np
 from mnemonic_jax import evaluation
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.runs.checkpoints import restore_params
+from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.forget import check_classes, require_forgotten_from, require_reported
 from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.records import require_forgotten_from, require_reported
 from mnemonic_jax.runs.trained import restore
 
 
-def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int] = ()) -> dict[str, Any]:
+def evaluate(
+  run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
+) -> dict[str, Any]:
   """Score the trained params, and those of the latest forget if there is one; "..._ema" are their moving averages.
 
   `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
   """
-  chosen = list(classes) or run.forgotten_classes() or list(run.config.forget.classes)
+  asked = list(classes) or run.forgotten_classes() or run.config.forget.classes
+  chosen = resolve(asked, dataset.class_names)
   num_classes = len(dataset.class_names)
-  check_classes(chosen, num_classes)
   trained = restore(run, dataset)
   finished = run.forgets()
   models, places = {"trained": trained.params}, {"trained": trained.checkpoint}

@@ -1,17 +1,15 @@
-"""Writing files so that a reader, or a kill at any moment, never sees half of one."""
+"""Write files so that a reader, or a kill at any moment, never sees half of one."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
-import glob
 import json
 import math
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,17 +18,18 @@ from etils import epath
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.multihost import paths, processes
 
-# What a folder that cannot be flushed, or not be read, answers.
+# Errors of a folder on a file system where folders cannot be flushed.
 _NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
-UNFINISHED = ".unfinished-"  # what the names of folders start with that are not whole yet
+UNFINISHED = ".unfinished-"  # starts the names of folders that are not whole yet
 
 
 @contextlib.contextmanager
 def written(path: epath.PathLike) -> Iterator[epath.Path]:
-  """Write `path` atomically: the body writes the temporary file beside it, which is flushed to disk, then renamed.
+  """Write `path` atomically: the body writes a temporary file, which is flushed, then renamed.
 
-  One process at a time: hold the run's lock. What a killed one left behind is replaced. In an object store the temporary
-  file is a local one: one write of all bytes is atomic there.
+  One process at a time: hold the run's lock. A temporary file that a killed process left is
+  replaced. For an object store the temporary file is a local one: one write of all bytes is atomic
+  there.
   """
   path = epath.Path(path)
   if paths.is_remote(path):
@@ -68,77 +67,76 @@ def write_text(path: epath.PathLike, text: str) -> None:
 
 
 def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> None:
-  """Make the folder `final`: `fill` writes into a temporary folder beside it, which is renamed when it is whole.
+  """Make the folder `final`, whole or not at all, from what `fill` writes.
 
-  What earlier, killed attempts at the same folder left behind is swept away first. In an object store, and where several
-  processes write, `fill` writes into `final` itself: it is whole when what `fill` writes last is there.
+  `fill` writes into `.unfinished-NAME` beside it, which is flushed, then renamed. Whatever a killed
+  process left there is deleted first; a living one keeps it, and this one is refused. In an object
+  store, and where several processes write, `fill` writes into `final` itself: that is whole when
+  the last file of `fill` is there.
   """
   final = epath.Path(final)
-  if paths.is_remote(final) or processes.several():
-    with _failing_as(final):
+  with _failing_as(final):
+    if paths.is_remote(final) or processes.several():
       final.mkdir(parents=True, exist_ok=True)
       fill(final)
-    return
-  parent = final.parent
-  with contextlib.ExitStack() as lock:
-    with _failing_as(parent):
-      parent.mkdir(parents=True, exist_ok=True)
-      _to_disk(parent.parent)
-      for leftover in paths.children(parent, f"{UNFINISHED}{glob.escape(final.name)}-*"):
-        with (
-          contextlib.suppress(OSError),
-          _lock(leftover) as got,
-        ):  # what is not ours, or no folder, stays
-          if got:
-            shutil.rmtree(leftover)
-      temporary = _new_folder(final, lock)
-    _fill(temporary, final, fill)
-
-
-def _new_folder(final: epath.Path, lock: contextlib.ExitStack) -> epath.Path:
-  """Make a temporary folder beside `final`, locked for as long as this process lives or `lock` is open."""
-  while True:
-    temporary = epath.Path(tempfile.mkdtemp(prefix=f"{UNFINISHED}{final.name}-", dir=final.parent))
-    with contextlib.suppress(FileNotFoundError):  # swept by another process before it was locked
-      got = lock.enter_context(_lock(temporary))
-      if got is not False and temporary.exists():
-        return temporary
-
-
-@contextlib.contextmanager
-def _lock(folder: epath.Path) -> Iterator[bool | None]:
-  """Lock a folder itself: False where a live process holds it, None where the file system has no such locks."""
-  descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      got: bool | None = True
-    except BlockingIOError:
-      got = False
-    except OSError:
-      got = None
-    yield got
-  finally:
-    os.close(descriptor)
-
-
-def _fill(temporary: epath.Path, final: epath.Path, fill: Callable[[epath.Path], None]) -> None:
-  try:
-    with _failing_as(final):
+      return
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _to_disk(final.parent.parent)
+    with _own_folder(final.with_name(f"{UNFINISHED}{final.name}")) as temporary:
       fill(temporary)
-      os.chmod(temporary, 0o755)
       for folder, _, names in os.walk(temporary):
         for name in names:
           _to_disk(epath.Path(folder) / name)
         _to_disk(epath.Path(folder))
       os.rename(temporary, final)
       _to_disk(final.parent)
+
+
+@contextlib.contextmanager
+def _own_folder(path: epath.Path) -> Iterator[epath.Path]:
+  """Give an empty folder that no other process has; delete it at the end, if it is still there.
+
+  Ownership is a lock on the folder itself, which dies with its process. Where the file system has
+  no such locks, only a folder that is new is ours.
+  """
+  try:
+    os.mkdir(path, 0o755)
+    is_new = True
+  except FileExistsError:
+    is_new = False
+  descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+  try:
+    if not _is_ours(path, descriptor, is_new):
+      raise MnemonicError(
+        f"{path}: another mnemonic process is writing there. Wait for it to end; if there is none, "
+        "delete that folder."
+      )
+    for entry in path.iterdir():
+      shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    try:
+      yield path
+    finally:
+      # Threads of a failed write may still add to it: the next process to own it deletes the rest.
+      shutil.rmtree(path, ignore_errors=True)
   finally:
-    _remove(temporary)
+    os.close(descriptor)
+
+
+def _is_ours(path: epath.Path, descriptor: int, is_new: bool) -> bool:
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    return False
+  except OSError:
+    return is_new
+  # Another process may have renamed or deleted the folder before we locked it.
+  with contextlib.suppress(FileNotFoundError):
+    return os.path.samestat(os.stat(path), os.fstat(descriptor))
+  return False
 
 
 def _to_disk(path: epath.Path) -> None:
-  """Flush a file, or the names in a folder where its file system has that, so that they outlive a power cut."""
+  """Flush a file, or the names in a folder, so that a power cut does not lose them."""
   is_folder = path.is_dir()
   try:
     descriptor = os.open(path, os.O_RDONLY)
@@ -149,15 +147,6 @@ def _to_disk(path: epath.Path) -> None:
   except OSError as error:
     if not (is_folder and error.errno in _NO_FLUSH):
       raise
-
-
-def _remove(folder: epath.Path) -> None:
-  """Delete a folder, into which threads of a failed write may still be writing."""
-  for _ in range(20):
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():
-      return
-    time.sleep(0.1)
 
 
 def write_json(path: epath.PathLike, value: Any) -> None:
@@ -176,7 +165,7 @@ def read_json(path: epath.PathLike, remedy: str) -> Any:
 
 
 def dumps(value: Any, indent: int | None = None) -> str:
-  """JSON text in which a NaN or an infinity, which JSON has not, is null.
+  """Return JSON text; NaN and infinities, which JSON does not have, become null.
 
   >>> dumps({"accuracy": float("nan")})
   '{"accuracy": null}'
@@ -185,7 +174,7 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def plain(value: Any) -> Any:
-  """`value` in the types that JSON has; NaN and infinities become None."""
+  """Return `value` in the types that JSON has; NaN and infinities become None."""
   if isinstance(value, dict):
     return {str(key): plain(item) for key, item in value.items()}
   if isinstance(value, (list, tuple)):

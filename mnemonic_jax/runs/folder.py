@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
-import json
 import platform
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import filelock
@@ -20,18 +16,18 @@ import mnemonic_jax
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import paths, processes
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import files
+from mnemonic_jax.runs import files, format1, metrics
 from mnemonic_jax.runs.config import Config
 
-_FORMAT = 1
+_FORMAT = 2
 # Fields that say where or how, not what: they may differ between the commands of one run.
 _FREE_FIELDS = (("data", "data_dir"), ("train", "keep_checkpoints"), ("execution",), ("forget",))
 
 
 class RunFolder:
-  """Paths and records of one run. Everything in it is written whole or not at all.
+  """Hold the paths and records of one run. Each file in it is written whole or not at all.
 
-  Of several processes, which share the folder, process 0 writes the records; all of them call the same functions.
+  Several processes share the folder: process 0 writes the records, and all call the same functions.
   """
 
   def __init__(self, path: epath.PathLike, config: Config, prng_impl: str) -> None:
@@ -39,7 +35,7 @@ class RunFolder:
 
   @classmethod
   def create(cls, path: epath.PathLike, config: Config) -> RunFolder:
-    """Open the run at `path` for training by `config`, making the folder if it is new.
+    """Open the run at `path` for training by `config`; make the folder if it is new.
 
     Raises:
       MnemonicError: the folder holds something else, or a run of another config.
@@ -48,22 +44,21 @@ class RunFolder:
     processes.on_writer(run._create)
     if not (run.path / "config.json").exists():  # process 0 made it
       raise MnemonicError(
-        f"{path}: process {jax.process_index()} does not see what process 0 wrote. Put the run on a file system that all "
-        "processes share, or in an object store (gs://)."
+        f"{path}: process {jax.process_index()} does not see what process 0 wrote. Put the run on "
+        "a file system that all processes share, or in an object store (gs://)."
       )
     run.prng_impl = cls.open(path).prng_impl
     return run
 
   def _create(self) -> None:
-    """Make the folder and its config.json, or see that they fit."""
+    """Make the folder and its config.json, or check that the ones there fit."""
     path = self.path
     try:
       path.mkdir(parents=True, exist_ok=True)
       found = sorted(entry.name for entry in path.iterdir() if not entry.name.startswith("."))
     except OSError as error:
-      raise MnemonicError(
-        f"{path}: cannot be used as a run folder: {error.strerror or error}."
-      ) from error
+      reason = error.strerror or error
+      raise MnemonicError(f"{path}: cannot be used as a run folder: {reason}.") from error
     if found and "config.json" not in found:
       raise MnemonicError(
         f"{path}: is not empty and no run (found {found[0]}). Choose a new folder for --out."
@@ -75,8 +70,9 @@ class RunFolder:
           return
         if paths.children(self.checkpoints, "[0-9]*") or self._numbered_forgets():
           raise MnemonicError(
-            f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). Nothing was changed; "
-            "choose another --out, or repeat the settings of that run to resume it."
+            f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). "
+            "Nothing was changed; choose another --out, or repeat the settings of that run to "
+            "resume it."
           )
       record = {
         "format": _FORMAT,
@@ -87,14 +83,14 @@ class RunFolder:
       files.write_json(path / "config.json", record)
 
   def require_config(self) -> None:
-    """Refuse to train when the folder meanwhile belongs to another config; call with the run locked."""
+    """Refuse to train when the folder now belongs to another config; call with the run locked."""
 
     def check() -> None:
       there = RunFolder.open(self.path).config
       if _identity(there) != _identity(self.config):
         raise MnemonicError(
-          f"{self.path}: another command has made it a run with other settings ({_difference(there, self.config)}). Nothing "
-          "was changed; choose another --out."
+          f"{self.path}: another command has made it a run with other settings "
+          f"({_difference(there, self.config)}). Nothing was changed; choose another --out."
         )
 
     processes.on_writer(check)
@@ -107,37 +103,44 @@ class RunFolder:
       raise MnemonicError(
         f"{path}: no such run folder. Make one with: mnemonic train CONFIG --out {path}"
       )
-    remedy = "It is no run folder, or a damaged one; train into a new folder with: mnemonic train CONFIG --out RUN"
-    record = files.read_json(path / "config.json", remedy)
-    if (
-      not isinstance(record, dict)
-      or record.get("format") != _FORMAT
-      or not isinstance(record.get("config"), dict)
-    ):
-      raise MnemonicError(f"{path / 'config.json'}: is no run record of format {_FORMAT}. {remedy}")
+    where = path / "config.json"
+    remedy = (
+      "It is no run folder, or a damaged one; train into a new folder with: mnemonic train CONFIG "
+      "--out RUN"
+    )
+    record = files.read_json(where, remedy)
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+      raise MnemonicError(f"{where}: is no run record. {remedy}")
+    if (version := record.get("format")) not in (1, _FORMAT):
+      raise MnemonicError(
+        f"{where}: is a run record of format {version!r}; this mnemonic reads formats 1 and "
+        f"{_FORMAT}. {remedy}"
+      )
+    tables = format1.config(record["config"]) if version == 1 else record["config"]
     try:
-      config = configs.build(str(record["config"].get("name", path.name)), record["config"])
+      config = configs.build(str(tables.get("name", path.name)), tables)
     except UsageError as error:
-      raise MnemonicError(f"{path / 'config.json'}: {error} {remedy}") from error
+      raise MnemonicError(f"{where}: {error} {remedy}") from error
     prng_impl = record.get("prng_impl", "threefry2x32")
     try:
       jax.random.key(0, impl=str(prng_impl))
     except ValueError:
       raise MnemonicError(
-        f"{path / 'config.json'}: prng_impl: got {prng_impl!r}; expected one that JAX knows. {remedy}"
+        f"{where}: prng_impl: got {prng_impl!r}; expected one that JAX knows. {remedy}"
       ) from None
     return cls(path, config, str(prng_impl))
 
   @property
   def checkpoints(self) -> epath.Path:
-    """Where Orbax keeps the train states."""
+    """Return the folder where Orbax keeps the train states."""
     return self.path / "checkpoints"
 
   @contextmanager
   def locked(self) -> Iterator[None]:
-    """Hold the run for writing; a second command is told so at once. The lock dies with its process.
+    """Lock the run for writing; a second command is refused at once.
 
-    An object store has no locks: there, do not start two commands on one run.
+    The lock dies with its process. An object store has no locks: there, do not start two commands
+    on one run.
     """
     with ExitStack() as held:
       processes.on_writer(lambda: held.enter_context(self._lock()))
@@ -162,125 +165,45 @@ class RunFolder:
     finally:
       lock.release()
 
-  @contextmanager
-  def metric_log(self, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Give a function that adds a record to metrics.jsonl and to TensorBoard's files, from after `step`.
-
-    In an object store, where nothing can be appended to, each record writes the files again.
-    """
-    if not processes.is_writer():
-      yield lambda record: None
-      return
-    from tensorboardX.event_file_writer import EventsWriter  # half a second
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    board: Any = None
-    remote = paths.is_remote(self.path)
-
-    def log(record: dict[str, Any]) -> None:
-      nonlocal board
-      scalars = {
-        name: value
-        for name, value in files.plain(record).items()
-        if name != "step" and value is not None
-      }
-      summary = Summary(
-        value=[Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
-      )
-      with self._writing_metrics():
-        with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-          file.write(files.dumps(record) + "\n")
-        if board is None:
-          (folder / "tensorboard").mkdir(exist_ok=True)
-          board = EventsWriter(str(folder / "tensorboard" / "events"))
-          # Tells TensorBoard to drop what a killed training wrote after its last checkpoint.
-          start = SessionLog(status=SessionLog.START)
-          board.write_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-        board.write_event(Event(wall_time=time.time(), step=record["step"], summary=summary))
-        board.flush()
-        if remote:
-          for file in (folder / "metrics.jsonl", *(folder / "tensorboard").iterdir()):
-            target = self.path / file.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())
-
-    with ExitStack() as stack:
-      folder = self.path
-      if remote:
-        folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        (folder / "metrics.jsonl").write_text(
-          "".join(files.dumps(record) + "\n" for record in self.metrics())
-        )
-      try:
-        yield log
-      finally:
-        if board is not None:
-          with contextlib.suppress(OSError):  # all that was logged is flushed
-            board.close()
-
-  @contextmanager
-  def _writing_metrics(self) -> Iterator[None]:
-    try:
-      yield
-    except OSError as error:
-      raise MnemonicError(
-        f"{self.path}: metrics cannot be written: {error.strerror or error}."
-      ) from error
+  def metric_log(self, step: int) -> AbstractContextManager[Callable[[dict[str, Any]], None]]:
+    """Log metrics from after `step`; see `metrics.log`."""
+    return metrics.log(self.path, step)
 
   def metrics(self) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl; one cut by a kill, or that says of no step, is left out."""
-    path = self.path / "metrics.jsonl"
-    records = []
-    for line in path.read_bytes().decode("utf-8", "replace").splitlines() if path.exists() else []:
-      with contextlib.suppress(ValueError):
-        record = json.loads(line)
-        if (
-          isinstance(record, dict)
-          and _is_number(record.get("epoch", 1))
-          and _is_step(record.get("step"))
-        ):
-          records.append(record)
-    return records
+    """Return the records of metrics.jsonl; see `metrics.read`."""
+    return metrics.read(self.path)
 
   def rewind_metrics(self, step: int) -> None:
-    """Drop the lines after `step`, which a resumed training writes again."""
-    records = self.metrics()
-    kept = [record for record in records if record.get("step", 0) <= step]
-    if (self.path / "metrics.jsonl").exists():
-      files.write_text(
-        self.path / "metrics.jsonl", "".join(files.dumps(record) + "\n" for record in kept)
-      )
+    """Drop the records after `step`; see `metrics.rewind`."""
+    metrics.rewind(self.path, step)
 
   def forgets(self) -> list[epath.Path]:
-    """Folders of the finished forgets, those that have a report.json, oldest first."""
+    """List the folders of the finished forgets, those with a report.json, oldest first."""
     numbered = self._numbered_forgets()
     finished = [path for path in numbered if (path / "report.json").exists()]
     for path in numbered:
-      # The page is written just before the record; a killed job of several processes leaves neither behind.
+      # The page is written just before the record; a killed job leaves neither.
       if path not in finished and (path / "report.html").exists():
         raise MnemonicError(
-          f"{path}: has no report.json, which says what classes were forgotten there. Put it back, or move the folder "
-          "away and forget its classes again."
+          f"{path}: has no report.json, which says what classes were forgotten there. Put it back, "
+          "or move the folder away and forget its classes again."
         )
     return finished
 
   def _numbered_forgets(self) -> list[epath.Path]:
-    """forgets/NNNN, finished or not, by number."""
+    """List forgets/NNNN, finished or not, by number."""
     numbered = [
       path for path in paths.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()
     ]
     return sorted(numbered, key=lambda path: int(path.name))
 
   def forgotten_classes(self) -> list[int]:
-    """The union of all classes that finished forgets asked for."""
+    """Return the union of all classes that finished forgets asked for."""
     finished = self.forgets()
-    if not finished:
-      return []
-    return self.report_of(finished[-1])["classes"]
+    return self.report_of(finished[-1])["classes"] if finished else []
 
   def report_of(self, finished: epath.Path) -> dict[str, Any]:
-    """The record of a finished forget, of which only the list of classes is checked."""
+    """Read the report.json of a finished forget; only its list of classes is checked."""
     remedy = "Move that folder away, and forget its classes again."
     report = files.read_json(finished / "report.json", remedy)
     classes = report.get("classes") if isinstance(report, dict) else None
@@ -289,11 +212,12 @@ class RunFolder:
     return report
 
   def finished_forget(self, number: int | None = None) -> epath.Path:
-    """Folder of the latest finished forget, or of the one numbered so."""
+    """Return the folder of a finished forget: the latest, or the one with this number."""
     finished = {int(path.name): path for path in self.forgets()}
     if not finished:
       raise MnemonicError(
-        f"{self.path}: has no finished forget. Make one with: mnemonic forget {self.path} --classes 0"
+        f"{self.path}: has no finished forget. Make one with: mnemonic forget {self.path} "
+        "--classes 0"
       )
     chosen = max(finished) if number is None else number
     if chosen not in finished:
@@ -303,8 +227,8 @@ class RunFolder:
   def add_forget(self, fill: Callable[[epath.Path], None]) -> epath.Path:
     """Make forgets/NNNN, whole or not at all, from what `fill` writes, report.json last.
 
-    Call with the run locked. Where nothing can be renamed (`files.make_folder`), what a killed forget left behind stays,
-    without a report.json, and the next number is taken.
+    Call with the run locked. Where nothing can be renamed (`files.make_folder`), what a killed
+    forget left stays, without a report.json, and the next number is taken.
     """
     parent = self.path / "forgets"
     number = max((int(path.name) for path in self._numbered_forgets()), default=0) + 1
@@ -314,16 +238,8 @@ class RunFolder:
     return final
 
 
-def _is_number(value: Any) -> bool:
-  return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_step(value: Any) -> bool:
-  return type(value) is int and value > 0
-
-
 def versions() -> dict[str, str]:
-  """Versions of what a result depends on."""
+  """Return the versions of what a result depends on."""
   packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   return {
     "mnemonic_jax": mnemonic_jax.__version__,
@@ -334,7 +250,7 @@ def versions() -> dict[str, str]:
 
 
 def _identity(config: Config) -> dict[str, Any]:
-  """The config without the fields that may differ between commands."""
+  """Return the config without the fields that may differ between commands."""
   tree = configs.as_dict(config)
   tree.pop("name")
   for section, *field in _FREE_FIELDS:
@@ -346,7 +262,7 @@ def _identity(config: Config) -> dict[str, Any]:
 
 
 def _difference(old: Config, new: Config) -> str:
-  """The fields that differ, as `train.epochs 5 there, 6 here`."""
+  """Name the fields that differ, as `train.epochs 5 there, 6 here`."""
   pairs = []
   for section, table in _identity(old).items():
     for field, value in table.items():

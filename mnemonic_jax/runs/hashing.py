@@ -1,4 +1,4 @@
-"""SHA-256 of params, so that a result can be tied to the very weights it is about."""
+"""Hash params, so that a result names the very weights it is about."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import numpy as np
 
 
 def to_host(array: Any) -> np.ndarray:
-  """An array on the host, gathered from all processes where it lies on more than one; then all of them must call."""
+  """Copy an array to the host.
+
+  An array spread over several processes is gathered from all of them: then all must call this.
+  """
   if (
     isinstance(array, jax.Array)
     and not array.is_fully_addressable
@@ -24,10 +27,10 @@ def to_host(array: Any) -> np.ndarray:
 
 
 def params_sha256(params: Any) -> str:
-  """Hash the leaves in path order, streamed leaf by leaf.
+  """Hash the leaves in the order of their paths, one leaf at a time.
 
-  For each leaf: its path as `jax.tree_util.keystr` writes it, its dtype name and str(shape), each as UTF-8 and ended by a
-  NUL byte; then its bytes, little-endian, in C order.
+  SHA-256 of, for each leaf: its path as `jax.tree_util.keystr` writes it, its dtype name and
+  str(shape), each as UTF-8 with a NUL byte after it; then its bytes, little-endian, in C order.
   """
   digest = hashlib.sha256()
   leaves = {

@@ -1,0 +1,111 @@
+"""Gather what the page of a forget shows: confusions, losses, layers, controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mnemonic_jax import evaluation
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.data.split import Split
+from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.evaluation import Scores
+from mnemonic_jax.runs.config import Config
+from mnemonic_jax.runs.hashing import to_host
+from mnemonic_jax.runs.inference import Predictions
+
+_SHOWN_LOSSES = 2000  # per distribution in the report
+_MOVED = 0.01  # a weight moved if it changed by more than this part of its layer's RMS weight
+
+Predict = Callable[[list[Any], Split | Stream], list[Predictions]]  # several params on one split
+
+
+class Scored(NamedTuple):
+  """Hold the scores of one set of params on real data.
+
+  Confusion, counts and scores are of the test examples; losses are of the forgotten classes only.
+  """
+
+  confusion: np.ndarray
+  counts: np.ndarray  # of test examples of each class, those without an answer (NaN) too
+  scores: Scores
+  test_losses: np.ndarray
+  train_losses: np.ndarray
+
+
+def scored(
+  predict: Predict, candidates: list[Any], dataset: Dataset, classes: Sequence[int]
+) -> list[Scored]:
+  """Score each of several params, in one pass over the data."""
+  num_classes = len(dataset.class_names)
+  part = dataset.train.of_classes(classes, _SHOWN_LOSSES)
+  on_test, on_train = (predict(candidates, split) for split in (dataset.test, part))
+  found = []
+  for test, train in zip(on_test, on_train, strict=True):
+    confusion = evaluation.confusion_matrix(test.labels, test.predictions, num_classes)
+    counts = np.bincount(test.labels, minlength=num_classes)
+    scores = evaluation.scores_from_counts(confusion.diagonal(), counts, classes)
+    losses = test.losses[np.isin(test.labels, classes)][:_SHOWN_LOSSES]
+    found.append(Scored(confusion, counts, scores, losses, train.losses))
+  return found
+
+
+def gather(
+  config: Config, dataset: Dataset, before: Any, after: Any, scores: Sequence[Scored]
+) -> dict[str, Any]:
+  """Make the evidence of a forget, see `schema.EVIDENCE`.
+
+  Args:
+    before, after: the params.
+    scores: of `before`, of `after`, and of the head edit, the control.
+  """
+  *both, hidden = scores
+  pair = dict(zip(("before", "after"), both, strict=True))
+  return {
+    "class_names": list(dataset.class_names),
+    "config": config.name,
+    "dataset": dataset.name,
+    "model": config.model.name,
+    "num_test_examples": dataset.test.num_examples,
+    **{f"confusion_{when}": one.confusion for when, one in pair.items()},
+    "unanswered": {when: int(one.counts.sum() - one.confusion.sum()) for when, one in pair.items()},
+    "losses": {
+      f"{split}_{when}": getattr(one, f"{split}_losses")
+      for split in ("train", "test")
+      for when, one in pair.items()
+    },
+    "layers": _layer_changes(before, after),
+    "controls": [
+      {
+        "name": "Head edit",
+        "retain_accuracy": hidden.scores.retain_accuracy,
+        "forget_error": hidden.scores.forget_error,
+        "note": "sets the output bias of the forgotten classes to -1e9; the features stay",
+      }
+    ],
+  }
+
+
+def _layer_changes(before: Any, after: Any) -> list[dict[str, Any]]:
+  """Say how far each parameter tensor moved."""
+  layers = []
+  pairs = zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), strict=True)
+  for (path, old), new in pairs:
+    old, new = to_host(old).astype(np.float64), to_host(new).astype(np.float64)
+    change = np.abs(new - old)
+    rms = np.sqrt(np.mean(old**2))
+    layers.append(
+      {
+        "path": jax.tree_util.keystr(path),
+        "shape": list(old.shape),
+        "size": old.size,
+        "norm_before": float(np.linalg.norm(old)),
+        "norm_change": float(np.linalg.norm(change)),
+        "max_change": float(change.max(initial=0.0)),
+        "share_changed": float(np.mean(change > _MOVED * rms)),
+      }
+    )
+  return layers
