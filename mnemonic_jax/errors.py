@@ -1,15 +1,15 @@
-"""What goes wrong for a user of the command line, as one message each, never a traceback."""
+"""Errors that the command line shows as one message, without a traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-_FEW = 20  # names that a message lists
+_FEW = 20  # up to so many names, a message lists them all
 
 
 class MnemonicError(Exception):
-  """Something failed in a way that the user can act on; exit code 1."""
+  """Something failed, and the message says what the user can do; exit code 1."""
 
   exit_code = 1
 
@@ -21,7 +21,7 @@ class UsageError(MnemonicError):
 
 
 class Interrupted(MnemonicError):
-  """A signal ended the command in good order; exit code 128 + signal."""
+  """A signal ended the command, which cleaned up; exit code 128 + signal."""
 
   def __init__(self, message: str, signum: int) -> None:
     super().__init__(message)
@@ -29,7 +29,7 @@ class Interrupted(MnemonicError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """End a message about an unknown name: the nearest known one, and all of them if they are few.
+  """End a message about an unknown name: suggest the nearest one, and list all if they are few.
 
   >>> nearest("epoch", ["epochs", "seed"])
   'Did you mean epochs? Known: epochs, seed.'

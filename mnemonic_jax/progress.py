@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, plain lines elsewhere; always on stderr."""
+"""Show progress on stderr: a bar with rate and ETA on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-  """A context manager that counts `total` units of work.
+  """Count `total` units of work; a context manager.
 
-  On a terminal it is a tqdm bar. Elsewhere (a log file, CI) it prints a whole line every few seconds and one at the
-  end, so that logs stay readable. A `quiet` one shows nothing.
+  On a terminal it shows a tqdm bar. Elsewhere, in a log file or in CI, it prints a line every few
+  seconds and one at the end, so that logs stay readable. `quiet` shows nothing.
   """
 
   def __init__(
@@ -63,8 +63,8 @@ class Progress:
     left = (self._total - self._done) / rate if rate else 0.0
     details = "".join(f", {name} {value}" for name, value in shown.items())
     print(
-      f"{self._description}: {self._done}/{self._total} {self._unit}{details}, {rate:.3g} {self._unit}/s, "
-      f"{left:.0f} s left",
+      f"{self._description}: {self._done}/{self._total} {self._unit}{details}, "
+      f"{rate:.3g} {self._unit}/s, {left:.0f} s left",
       file=sys.stderr,
       flush=True,
     )
