@@ -9,19 +9,19 @@ _FEW = 20  # up to so many names, a message lists them all
 
 
 class MnemonicError(Exception):
-  """Something failed, and the message says what the user can do; exit code 1."""
+  """Report a failure that the user can act on; exit code 1."""
 
   exit_code = 1
 
 
 class UsageError(MnemonicError):
-  """The command or the config asks for something that does not exist; exit code 2."""
+  """Report that the command or the config asks for something that does not exist; exit code 2."""
 
   exit_code = 2
 
 
 class Interrupted(MnemonicError):
-  """A signal ended the command, which cleaned up; exit code 128 + signal."""
+  """Report that a signal ended the command in good order; exit code 128 + signal."""
 
   def __init__(self, message: str, signum: int) -> None:
     super().__init__(message)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
 import signal
 import subprocess
+import sys
 import time
+from typing import Any
 
-from running import Outcome, finish, snapshot, start, wait_for
+from running import Outcome, environment, finish, snapshot, start, wait_for
 
 # Seconds of training on any machine, with a checkpoint every other epoch.
 SETTINGS = ("--train.epochs", 240, "--train.checkpoint_every", 2, "--model.hidden", 32)
@@ -47,10 +51,63 @@ def start_forgetting(run: pathlib.Path, *classes: int) -> subprocess.Popen[str]:
 
 def begin_forgetting(run: pathlib.Path, *classes: int) -> subprocess.Popen[str]:
   """The same; return when it has begun to write."""
-  before = set((run / "forgets").glob(".unfinished-*"))
+  seen = lambda: {(p, p.stat().st_mtime_ns) for p in (run / "forgets").glob(".unfinished-*")}
+  before = seen()
   process = start_forgetting(run, *classes)
-  wait_for(lambda: set((run / "forgets").glob(".unfinished-*")) - before, process)
+  wait_for(lambda: seen() - before, process)
   return process
+
+
+# Runs a command that waits before a call of one of its functions, until it is told to go on.
+_WAITING = """
+import functools, importlib, os, sys
+ready, go, where, calls = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+del sys.argv[1:5]
+module, _, path = where.partition(":")
+*owners, name = path.split(".")
+owner = functools.reduce(getattr, owners, importlib.import_module(module))
+real = getattr(owner, name)
+
+def waiting(*args, **named):
+  global calls
+  calls -= 1
+  if calls == 0:
+    os.write(ready, b"x")
+    os.read(go, 1)
+  return real(*args, **named)
+
+setattr(owner, name, waiting)
+from mnemonic_jax.cli import main
+sys.exit(main())
+"""
+
+
+def stopped_at(where: str, call: int, signum: signal.Signals, *arguments: object) -> Outcome:
+  """Run a command, and send it a signal just before a call of one of its functions.
+
+  Args:
+    where: "module:function" or "module:Class.method".
+    call: which of its calls, from 1.
+  """
+  ready, to_ready = os.pipe()
+  from_go, go = os.pipe()
+  words = [sys.executable, "-c", _WAITING, to_ready, from_go, where, call, *arguments]
+  pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+  process = subprocess.Popen(
+    [str(word) for word in words], env=environment(), pass_fds=(to_ready, from_go), **pipes
+  )
+  os.close(to_ready)
+  os.close(from_go)
+  try:
+    if os.read(ready, 1) != b"x":  # the end of the pipe: the process is over
+      raise AssertionError(f"it never came to call {call} of {where}: {finish(process)}")
+    process.send_signal(signum)
+    with contextlib.suppress(BrokenPipeError):  # a killed process reads no more
+      os.write(go, b"x")
+    return finish(process)
+  finally:
+    os.close(ready)
+    os.close(go)
 
 
 def stop(process: subprocess.Popen[str], signum: signal.Signals, seconds: float = 0.0) -> Outcome:

@@ -131,4 +131,6 @@ def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
 
 
 if __name__ == "__main__":
-  processes.leave(main())
+  code = main()
+  processes.leave(code)
+  sys.exit(code)

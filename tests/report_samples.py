@@ -18,7 +18,7 @@ def class_names(num_classes: int) -> list[str]:
 def make_report(
   num_classes: int, classes: list[int], *, error: float = 1.0, loss: float = 0.005
 ) -> dict[str, Any]:
-  """Make a forget JSON whose test error after is `error` and whose loss on the kept classes is `loss`."""
+  """Make a forget JSON: `error` is its test error after, `loss` what the kept classes lose."""
   rng = np.random.default_rng(num_classes)
   before = np.round(rng.uniform(0.93, 1.0, num_classes), 3)
   after = np.clip(before - rng.uniform(-0.01, 0.02, num_classes), 0, 1)

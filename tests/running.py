@@ -94,7 +94,7 @@ def call(*arguments: object) -> Outcome:
 
 @contextlib.contextmanager
 def _compiling_once() -> Iterator[None]:
-  """Keep what XLA compiles, for the next command of this session: most of a command's time on tiny models."""
+  """Keep what XLA compiles for the next command: most of a command's time on tiny models."""
   settings = {
     "jax_compilation_cache_dir": _compiled(),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -120,7 +120,7 @@ def _compiled() -> str:
 
 
 def environment() -> dict[str, str]:
-  """Ours, without what would change results, and with a cache of compiled programs for this session's commands."""
+  """Ours, without what would change results, with a cache of compiled programs for all commands."""
   kept = {
     key: value
     for key, value in os.environ.items()

@@ -1,7 +1,7 @@
 """Kill -9 training and forgetting at random moments; one line per trial, exit 1 on any loss.
 
-Run it with `make soak` or `python tests/soak_kill.py [TRAININGS [FORGETS]]`, 50 and 20 if not given; every other training
-is killed while it writes a checkpoint. Forty minutes on two busy cores.
+Run it with `make soak` or `python tests/soak_kill.py [TRAININGS [FORGETS]]`, 50 and 20 if not given.
+Every other training is killed while it writes a checkpoint. Forty minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ def main(trainings: int, forgets: int) -> int:
     started = time.monotonic()
     trained = finish(begin_training(whole)).json
     seconds = trained["seconds"]
-    print(
-      f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {time.monotonic() - started:.1f} s in all"
-    )
+    total = time.monotonic() - started
+    print(f"undisturbed: {trained['epochs']} epochs in {seconds:.1f} s, {total:.1f} s in all")
     losses = killed = 0
     for number in range(1, trainings + 1):
       moment = randomness.uniform(0, 0.9 * seconds)
@@ -67,7 +66,7 @@ def main(trainings: int, forgets: int) -> int:
 def training_trial(
   run: pathlib.Path, moment: float, writing: float, expected: dict
 ) -> tuple[list[str], str, bool]:
-  """Kill a training, `writing` seconds into a checkpoint if not 0, run the same command again, and compare."""
+  """Kill a training, `writing` seconds into a checkpoint if not 0; run it again, and compare."""
   process = begin_checkpointing(run, moment) if writing else begin_training(run)
   outcome = stop(process, SIGKILL, writing or moment)
   steps = sorted(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
@@ -115,7 +114,8 @@ def forgetting_trial(
     problems.append("a checkpoint changed")
   if not finished_forgets(run).items() >= earlier.items() or list((run / "forgets").glob(".*")):
     problems.append("the next forget left the folder in disorder")
-  line = f"killed {delay:4.2f} s after {begin.__name__.replace('_', ' ')}, left {left}, exit {outcome.code}"
+  began = begin.__name__.replace("_", " ")
+  line = f"killed {delay:4.2f} s after {began}, left {left}, exit {outcome.code}"
   shutil.rmtree(run)
   return problems, line, outcome.code == -SIGKILL
 

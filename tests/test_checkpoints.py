@@ -1,4 +1,4 @@
-"""Checkpoints on other meshes: written on eight devices, read on four, on two, on one, and the other way round."""
+"""Checkpoints on other meshes: written on eight devices, read on fewer, and the other way round."""
 
 from __future__ import annotations
 
@@ -17,20 +17,26 @@ from mnemonic_jax import training
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.runs.checkpoints import Checkpoints
 
-# A train state on a mesh of this process's devices, the kernel split over them; `action` saves or compares it.
+# A train state on a mesh of this process's devices, the kernel split over them; `action` says
+# whether to save or to compare it.
 PROGRAM = """
 import sys, pathlib, jax, jax.numpy as jnp, optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from mnemonic_jax import training
 from mnemonic_jax.runs.checkpoints import Checkpoints
-folder, action, rows, columns = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+folder, action = pathlib.Path(sys.argv[1]), sys.argv[2]
+rows, columns = map(int, sys.argv[3:])
 assert len(jax.devices()) == rows * columns
 mesh = jax.make_mesh((rows, columns), ("data", "model"))
 place = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
 optimizer = optax.sgd(0.1, momentum=0.9)
 fill = 1.0 if action == "save" else 0.0
-params = {"kernel": place(fill * jnp.arange(64.0).reshape(8, 8), P("model", "data")), "bias": place(fill * jnp.arange(8.0), P())}
-state = training.init_train_state(params, {"mean": place(fill * jnp.ones(8), P("model"))}, optimizer, jax.random.key(int(fill)))
+params = {
+  "kernel": place(fill * jnp.arange(64.0).reshape(8, 8), P("model", "data")),
+  "bias": place(fill * jnp.arange(8.0), P()),
+}
+mean = place(fill * jnp.ones(8), P("model"))
+state = training.init_train_state(params, {"mean": mean}, optimizer, jax.random.key(int(fill)))
 codes = place(fill * jnp.arange(16.0).reshape(2, 1, 8), P())
 with Checkpoints(folder, create=action == "save") as checkpoints:
   if action == "save":
@@ -38,11 +44,13 @@ with Checkpoints(folder, create=action == "save") as checkpoints:
     checkpoints.wait()
   else:
     state, codes = checkpoints.restore(state, codes)
-    kernel = state.params["kernel"]
-    assert (kernel == jnp.arange(64.0).reshape(8, 8)).all() and (state.params["bias"] == jnp.arange(8.0)).all()
-    assert kernel.sharding.is_equivalent_to(params["kernel"].sharding, 2), kernel.sharding
-    assert state.optimizer_state[0].trace["kernel"].sharding.is_equivalent_to(params["kernel"].sharding, 2)
-    assert (state.model_state["mean"] == 1).all() and int(state.step) == 7 and (codes.ravel() == jnp.arange(16.0)).all()
+    kernel, placed = state.params["kernel"], params["kernel"].sharding
+    assert (kernel == jnp.arange(64.0).reshape(8, 8)).all()
+    assert (state.params["bias"] == jnp.arange(8.0)).all()
+    assert kernel.sharding.is_equivalent_to(placed, 2), kernel.sharding
+    assert state.optimizer_state[0].trace["kernel"].sharding.is_equivalent_to(placed, 2)
+    assert (state.model_state["mean"] == 1).all() and int(state.step) == 7
+    assert (codes.ravel() == jnp.arange(16.0)).all()
     assert state.key == jax.random.key(1)
 print("well")
 """

@@ -52,6 +52,15 @@ def test_among_many_classes_the_nearest_is_named_alone():
   assert "Did you mean kind 9" in str(caught.value) and "Known" not in str(caught.value)
 
 
+def test_where_no_class_has_a_name():
+  """As the digits, and a data set that is gone."""
+  with pytest.raises(
+    UsageError, match=r"got dog; expected an index from 0 to 2: no class has a name"
+  ):
+    resolve(["dog"], ["0", "1", "2"])
+  assert resolve(["2"], ["0", "1", "2"]) == [2]
+
+
 def test_earlier_classes_join_and_one_must_stay():
   assert union([3, 1], [4, 1], NAMES) == [1, 3, 4]
   with pytest.raises(UsageError, match=r"\[0, 1, 2\] with those forgotten before are all 6"):

@@ -221,7 +221,8 @@ def test_help_has_an_example_and_does_not_wait_for_jax():
     "    try: main([verb, '--help'])\n"
     "    except SystemExit as end: assert end.code == 0\n"
     "  assert f'example:\\n  mnemonic {verb} ' in out.getvalue(), out.getvalue()\n"
-    "slow = {'jax', 'numpy', 'flax', 'orbax', 'sklearn', 'tensorflow_datasets'} & set(sys.modules)\n"
+    "slow = {'jax', 'numpy', 'flax', 'orbax', 'sklearn', 'tensorflow_datasets'}\n"
+    "slow &= set(sys.modules)\n"
     "assert not slow, slow\n"
   )
   subprocess.run([sys.executable, "-c", program], check=True, env=environment())

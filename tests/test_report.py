@@ -1,4 +1,7 @@
-"""The report page: words for good and bad outcomes, escaping, edges, determinism. All numbers here are synthetic."""
+"""The report page: words for good and bad outcomes, escaping, edges, determinism.
+
+All numbers here are synthetic.
+"""
 
 from __future__ import annotations
 
@@ -119,9 +122,8 @@ class TestVerdict:
     verdict = told()
     assert (verdict.kind, verdict.label) == ("good", "Forgotten")
     assert (
-      verdict.meaning
-      == "Judged by its outputs, the model has forgotten this class. The kept classes lost 0.5 points "
-      "of accuracy."
+      verdict.meaning == "Judged by its outputs, the model has forgotten this class. "
+      "The kept classes lost 0.5 points of accuracy."
     )
 
   def test_not_forgotten(self) -> None:
@@ -161,15 +163,18 @@ class TestVerdict:
     )
     assert (verdict.kind, verdict.label) == ("failed", "Not forgotten")
     assert (
-      "It did not work for class 7 (kind 7): the model still gets 98.0 % of its test examples right."
-      in verdict.meaning
+      "It did not work for class 7 (kind 7): "
+      "the model still gets 98.0 % of its test examples right." in verdict.meaning
     )
 
   def test_several_that_stayed_are_named(self) -> None:
     accuracies = make_report(10, [0, 3, 5])["per_class_accuracy_after"]
     accuracies[3], accuracies[5] = 0.3, 0.0501
     verdict = told((0, 3, 5), forget_error_after=0.88, per_class_accuracy_after=accuracies)
-    expected = "for classes 3 (three) and 5 (five): the model still gets up to 30.0 % of their test examples right."
+    expected = (
+      "for classes 3 (three) and 5 (five): "
+      "the model still gets up to 30.0 % of their test examples right."
+    )
     assert verdict.kind == "failed" and expected in verdict.meaning
     accuracies[3], accuracies[5] = 0.05, 0.05
     assert (
@@ -303,8 +308,8 @@ class TestMovingAverage:
     text = Tree(render(averaged(forget_error_after=0.5), make_evidence(10, [0]), None)).text
     assert "✓ Forgotten" in text
     assert (
-      "The moving average of the params, which may be served too, came out differently: Not forgotten."
-      in text
+      "The moving average of the params, which may be served too, came out differently: "
+      "Not forgotten." in text
     )
 
   def test_equal_hashes_of_it_are_called_out(self) -> None:
@@ -631,7 +636,8 @@ class TestBadInput:
 
 
 def test_needs_no_jax() -> None:
-  code = "import sys, mnemonic_jax.report; print([m for m in ('jax', 'flax', 'orbax', 'optax') if m in sys.modules])"
+  heavy = ("jax", "flax", "orbax", "optax")
+  code = f"import sys, mnemonic_jax.report; print([m for m in {heavy} if m in sys.modules])"
   assert (
     subprocess.run(
       [sys.executable, "-c", code], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""The parts of the report: numbers in words, histograms, pictures of codes, tables. All numbers here are synthetic."""
+"""The parts of the report: numbers in words, histograms, pictures of codes, tables.
+
+All numbers here are synthetic.
+"""
 
 from __future__ import annotations
 

@@ -57,4 +57,8 @@ def _fail(message: str, error: BaseException, code: int) -> int:
   if os.environ.get("MNEMONIC_DEBUG"):
     raise error
   print(f"mnemonic: {message}", file=sys.stderr, flush=True)
+  if "jax" in sys.modules:
+    from mnemonic_jax.multihost import processes  # imports jax: not for --help
+
+    processes.leave(code)
   return code

@@ -13,10 +13,10 @@ from typing import Any
 from etils import epath
 
 from mnemonic_jax import report as reports
-from mnemonic_jax.cli import compilation_cache
+from mnemonic_jax.cli import compilation_cache, jobs
 from mnemonic_jax.data import decoded
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
-from mnemonic_jax.multihost import paths
+from mnemonic_jax.multihost import paths, processes
 from mnemonic_jax.report import schema, tables, wording
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import evaluate as evaluate_run
@@ -36,6 +36,8 @@ def run(options: argparse.Namespace) -> None:
   compilation_cache.enable()
   decoded.drop_orphans()
   result, text = _VERBS[options.command](options)
+  if not processes.is_writer():
+    return
   try:
     print(files.dumps(result) if options.json else text, flush=True)
   except BrokenPipeError:
@@ -61,16 +63,23 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   dataset = setup.load_data(config, options.data_dir)
   forget_run.check_request(config, config.forget.classes, dataset.class_names)
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
-  trained = train_run.train(folder, dataset)
+  layout = setup.make_layout(config, dataset)
+  trained = train_run.train(folder, dataset, train_run.Options(layout))
   forgotten = forget_run.forget(folder, dataset, config.forget.classes)
   text = f"{_train_text(trained)}\n\n{_forget_text(forgotten, dataset.class_names)}"
   return {"train": trained, "forget": forgotten}, text
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  config = configs.load(options.config, options.overrides)
-  folder = RunFolder.create(options.out, config)
-  result = train_run.train(folder, setup.load_data(config, options.data_dir))
+  with jobs.joined(options) as watchdog:
+    config = configs.load(options.config, options.overrides)
+    watchdog.phase(f"opening the data set {config.data.name}")
+    dataset = setup.load_data(config, options.data_dir)
+    watchdog.phase("opening the run folder and planning the work")
+    layout = setup.make_layout(config, dataset)
+    folder = RunFolder.create(options.out, config)
+    more = train_run.Options(layout, watchdog, options.log_every, options.profile)
+    result = train_run.train(folder, dataset, more)
   return result, _train_text(result)
 
 

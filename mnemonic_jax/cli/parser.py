@@ -77,6 +77,46 @@ def _add_training(verbs: Any) -> None:
   train = _verb(verbs, "train", purpose, "mnemonic train digits --out runs/a", overrides=True)
   train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   train.add_argument("--out", type=epath.Path, required=True, help="the run folder")
+  train.add_argument(
+    "--log-every",
+    type=_count,
+    default=0,
+    metavar="STEPS",
+    help="a line in metrics.jsonl after so many steps, beside one an epoch",
+  )
+  train.add_argument(
+    "--profile", action="store_true", help="write a trace of five steps to RUN/profile"
+  )
+  add_job_flags(train)
+
+
+def add_job_flags(parser: argparse.ArgumentParser) -> None:
+  """Add the flags that say who the processes of a job are, and how long they wait."""
+  group = parser.add_argument_group("several processes")
+  group.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="of process 0; not needed where SLURM, a TPU pod, ... tells it",
+  )
+  group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+  group.add_argument("--num-processes", type=int, metavar="N")
+  group.add_argument(
+    "--startup-timeout",
+    type=float,
+    default=300.0,
+    metavar="S",
+    help="until all processes are there, and of all but steps: compilation, a checkpoint...",
+  )
+  group.add_argument(
+    "--peer-timeout", type=float, default=60.0, metavar="S", help="of a step, after the first one"
+  )
+
+
+def _count(text: str) -> int:
+  """Read a number of at least 0."""
+  if not text.isdecimal():
+    raise argparse.ArgumentTypeError(f"got {text!r}; expected an integer of at least 0")
+  return int(text)
 
 
 def _add_forget(verbs: Any) -> None:

@@ -41,10 +41,12 @@ class Split(NamedTuple):
 
   def of_classes(self, classes: Sequence[int], at_most: int) -> Split:
     """Keep the first examples of these classes only, `at_most` so many."""
-    rows = np.flatnonzero(np.isin(self.labels, classes))[:at_most]
-    return Split(self.images[rows], self.labels[rows])
+    return self.part(np.flatnonzero(np.isin(self.labels, classes))[:at_most])
 
   def without(self, classes: Sequence[int]) -> Split:
     """Leave out the examples of these classes."""
-    kept = ~np.isin(self.labels, classes)
-    return Split(self.images[kept], self.labels[kept])
+    return self.part(np.flatnonzero(~np.isin(self.labels, classes)))
+
+  def part(self, rows: np.ndarray) -> Split:
+    """Keep these rows only."""
+    return Split(self.images[rows], self.labels[rows])

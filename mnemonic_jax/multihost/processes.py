@@ -143,10 +143,12 @@ def together(work: Callable[[], Result]) -> Result:
 
 
 def leave(code: int) -> None:
-  """End this process with an exit code; at once where it failed, as peers may never come to a common end."""
-  if not code or not several():
-    sys.exit(code)
-  end(code, last=is_writer())
+  """End a process that failed and has peers, which may never come to a common end.
+
+  Without peers, or without a failure, nothing happens.
+  """
+  if code and several():
+    end(code, last=is_writer())
 
 
 def end(code: int, *, last: bool, message: str = "") -> None:

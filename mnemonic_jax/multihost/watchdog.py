@@ -53,7 +53,7 @@ class Watchdog:
   ...   watchdog.beat(step)  # it is written; a step is waited for again
   """
 
-  def __init__(self, timeout: float, startup_timeout: float) -> None:
+  def __init__(self, timeout: float = 60.0, startup_timeout: float = 300.0) -> None:
     for flag, seconds in (("--peer-timeout", timeout), ("--startup-timeout", startup_timeout)):
       if not seconds > 0:
         raise UsageError(f"{flag}: got {seconds}; expected seconds above 0.")

@@ -1,4 +1,4 @@
-"""The head edit: the trivial control that hides a class and removes nothing from the features."""
+"""The head edit: a trivial control that hides a class and leaves the features as they are."""
 
 from __future__ import annotations
 

@@ -60,9 +60,11 @@ def _index(one: int | str, names: Sequence[str]) -> int:
   index = _integer(one)
   if index is not None and 0 <= index < len(names):
     return index
-  expected = f"expected an index from 0 to {len(names) - 1}, or the name of a class"
+  expected = f"expected an index from 0 to {len(names) - 1}"
+  if list(names) == [str(index) for index in range(len(names))]:
+    raise UsageError(f"classes: got {one}; {expected}: no class has a name here.")
   near = "" if index is not None else f" {nearest(str(one), names)}"
-  raise UsageError(f"classes: got {one}; {expected}.{near}")
+  raise UsageError(f"classes: got {one}; {expected}, or the name of a class.{near}")
 
 
 def _integer(one: int | str) -> int | None:

@@ -17,9 +17,7 @@ from mnemonic_jax.runs.records import require_forgotten_from, require_reported
 from mnemonic_jax.runs.trained import restore
 
 
-def evaluate(
-  run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
-) -> dict[str, Any]:
+def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()) -> dict[str, Any]:
   """Score the trained params, and those of the latest forget if there is one; "..._ema" are their moving averages.
 
   `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
@@ -52,16 +50,12 @@ def evaluate(
   }
   every = predict_each(trained.logits_fn, list(models.values()), dataset.test, dataset.preprocess)
   for name, seen in zip(models, every, strict=True):
-    right = seen.labels[seen.predictions == seen.labels]
-    right_counts, counts = (
-      np.bincount(labels, minlength=num_classes) for labels in (right, seen.labels)
-    )
-    scores = evaluation.scores_from_counts(right_counts, counts, chosen)
+    scores = evaluation.scores(seen, num_classes, chosen)
     result[name] = {
       "retain_accuracy": scores.retain_accuracy,
       "forget_error": scores.forget_error,
       "per_class_accuracy": scores.per_class.tolist(),
-      "accuracy": len(right) / len(seen.labels),
+      "accuracy": float(np.mean(seen.predictions == seen.labels)),
       "params": str(places[name]),
     }
   return result

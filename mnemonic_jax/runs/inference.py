@@ -1,74 +1,61 @@
-"""Predictions and losses of a model on a whole split."""
+"""Run a model over a whole split, on one device or on a mesh."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import jax
 import numpy as np
 
-from mnemonic_jax import evaluation, losses
+from mnemonic_jax import evaluation
+from mnemonic_jax._types import LogitsFn
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.evaluation import Predictions, Preprocess
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.sharding import Layout
+from mnemonic_jax.multihost.watchdog import Watchdog
 from mnemonic_jax.progress import Progress
 
-_ROWS = 1000  # at once, of small pictures
-_VALUES = 1000 * 32 * 32 * 3  # at once, of large ones
-_LEAST_ROWS = 32
-
-
-class Predictions(NamedTuple):
-  """Per example: the predicted class, the loss on the true one, and the true one."""
-
-  predictions: np.ndarray  # (N,) int; -1 where a logit is NaN
-  losses: np.ndarray  # (N,) float32, nats
-  labels: np.ndarray  # (N,) int32
-
-
-def predict(
-  logits_fn: Callable[[Any, jax.Array], jax.Array],
-  params: Any,
-  split: Split | Stream,
-  preprocess: Callable[[jax.Array], jax.Array],
-) -> Predictions:
-  """Run the model over a split, batch by batch; the last rows are padded, so one shape compiles."""
-  return predict_each(logits_fn, [params], split, preprocess)[0]
+# At once on a device, of small pictures and of large ones.
+_ROWS, _LEAST_ROWS, _VALUES = 1000, 32, 1000 * 32 * 32 * 3
 
 
 def predict_each(
-  logits_fn: Callable[[Any, jax.Array], jax.Array],
+  logits_fn: LogitsFn,
   candidates: Sequence[Any],
   split: Split | Stream,
-  preprocess: Callable[[jax.Array], jax.Array],
+  preprocess: Preprocess,
+  layout: Layout | None = None,
+  watchdog: Watchdog | None = None,
 ) -> list[Predictions]:
-  """The same for several params, in one pass over the split: a streamed one is decoded once."""
+  """Run the model with each of several params over a split, in one pass: pictures are decoded once.
+
+  On a mesh each process decodes its part, and all processes get all results.
+  """
+  layout, watchdog = layout or Layout(), watchdog or Watchdog()
+  with layout.used():
+    batches = _batches(split, layout, watchdog)
+    return evaluation.predict(logits_fn, candidates, batches, preprocess=preprocess)
+
+
+def _batches(
+  split: Split | Stream, layout: Layout, watchdog: Watchdog
+) -> Iterator[tuple[Any, Any, np.ndarray]]:
+  """Give (images, labels, mask) in order, all of one size: one program is compiled."""
   if not split.num_examples:
-    return [Predictions(np.zeros(0, int), np.zeros(0, np.float32), np.zeros(0, np.int32))] * len(
-      candidates
-    )
-  size = min(split.num_examples, max(_LEAST_ROWS, min(_ROWS, _VALUES // int(np.prod(split.shape)))))
-  parts: list[list[Predictions]] = [[] for _ in candidates]
-  with Progress(
-    "evaluate", split.num_examples, "images", quiet=isinstance(split, Split)
-  ) as progress:
-    for images, labels in split.batches(size):
-      padding = size - len(labels)
-      images = np.concatenate([images, np.zeros((padding, *images.shape[1:]), images.dtype)])
-      padded_labels = np.concatenate([labels, np.zeros(padding, labels.dtype)])
-      for params, seen in zip(candidates, parts, strict=True):
-        predicted, loss = _predict(logits_fn, preprocess, params, images, padded_labels)
-        seen.append(
-          Predictions(np.asarray(predicted)[: len(labels)], np.asarray(loss)[: len(labels)], labels)
-        )
-      progress.update(len(labels))
-  return [Predictions(*map(np.concatenate, zip(*seen, strict=True))) for seen in parts]
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _predict(
-  logits_fn: Any, preprocess: Any, params: Any, images: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  logits = logits_fn(params, preprocess(images))
-  return evaluation.predicted_classes(logits), losses.softmax_cross_entropy(logits, labels)
+    return
+  (index, count), total = layout.process, split.num_examples
+  rows_at_once = max(_LEAST_ROWS, min(_ROWS, _VALUES // int(np.prod(split.shape))))
+  size = -(-min(total, rows_at_once * layout.size) // layout.size) * layout.size
+  rows = np.arange(-(-total // size) * size).reshape(-1, size)
+  mine = np.minimum(rows.reshape(len(rows), count, -1)[:, index].ravel(), total - 1)
+  watchdog.phase("the first batch of an evaluation")
+  quiet = isinstance(split, Split) or not processes.is_writer()
+  with Progress("evaluate", total, "images", quiet=quiet) as progress:
+    local = watchdog.inputs(split.part(mine).batches(size // count))
+    for number, (batch, places) in enumerate(zip(local, rows, strict=True), start=1):
+      mask = places < total
+      yield *layout.place(batch), mask
+      progress.update(int(mask.sum()))
+      watchdog.phase(f"what follows batch {number} of {len(rows)} of an evaluation")

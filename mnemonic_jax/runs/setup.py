@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,18 @@ import optax
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax import data, models, training
 from mnemonic_jax.data import Dataset, mixup
-from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model, pretrained
+from mnemonic_jax.multihost import processes, sharding
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs.config import Config, TrainConfig
 from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
 
-class Setup(NamedTuple):
-  """What training starts from; the same config always gives the same."""
-
-  model: Model
-  optimizer: optax.GradientTransformation
-  state: TrainState
-  codes: jax.Array
-  steps_per_epoch: int
-  total_steps: int
-
-
 def load_data(config: Config, data_dir: str = "", *, training: bool = True) -> Dataset:
-  """The data set of a config, from `data_dir` if given, else from the config's own; see `data.load`."""
+  """Load the data set of a config, from `data_dir` if given, else from the config's own."""
   settings = config.data
   return data.load(
     settings.name,
@@ -46,20 +38,31 @@ def load_data(config: Config, data_dir: str = "", *, training: bool = True) -> D
   )
 
 
-def make(config: Config, dataset: Dataset, prng_impl: str | None = None) -> Setup:
-  """Build the model, the optimizer, the first state and the codes of a config."""
-  model, optimizer, steps_per_epoch, total = plan(config, dataset)
-  state, codes = first_state(config, dataset, model, optimizer, prng_impl)
-  return Setup(model, optimizer, state, codes, steps_per_epoch, total)
+def make_layout(config: Config, dataset: Dataset) -> Layout:
+  """Choose the devices of a training.
+
+  All of them for a streamed set, for several processes, and where a config says how large an axis
+  of the mesh is; else the first one. Sizes of 1 and 1 mean the first one too.
+  """
+  data, fsdp = config.execution.data, config.execution.fsdp
+  asked = data or fsdp or isinstance(dataset.train, Stream)
+  if not processes.several() and (not asked or data == fsdp == 1):
+    return Layout()
+  try:
+    mesh = sharding.make_mesh(data or None, fsdp or None)
+  except ValueError as error:
+    raise UsageError(f"execution.data, execution.fsdp: {error}") from None
+  return Layout(mesh if mesh.size > 1 else None)
 
 
 def plan(config: Config, dataset: Dataset) -> tuple[Model, optax.GradientTransformation, int, int]:
-  """What needs no arrays: the model, the optimizer, steps per epoch and in all."""
+  """Make what needs no arrays: the model, the optimizer, steps per epoch and in all."""
   train = config.train
   steps_per_epoch = dataset.train.num_examples // train.batch_size
   if not steps_per_epoch:
     raise MnemonicError(
-      f"train.batch_size: got {train.batch_size} for {dataset.train.num_examples} training examples; expected at most that."
+      f"train.batch_size: got {train.batch_size} for {dataset.train.num_examples} training "
+      "examples; expected at most that."
     )
   total = train.steps or train.epochs * steps_per_epoch
   return make_model(config, dataset), make_optimizer(train, total), steps_per_epoch, total
@@ -72,7 +75,10 @@ def first_state(
   optimizer: optax.GradientTransformation,
   prng_impl: str | None = None,
 ) -> tuple[TrainState, jax.Array]:
-  """State and codes before the first step; traceable, so that each device may make its own shards alone."""
+  """Make the state and codes before the first step.
+
+  It is traceable, so that each device makes its own shards alone.
+  """
   params_key, codes_key, train_key = jax.random.split(
     jax.random.key(config.train.seed, impl=prng_impl), 3
   )
@@ -126,12 +132,12 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
 
 
 def make_step(
-  config: Config, model: Model, optimizer: optax.GradientTransformation, codes: jax.Array
-) -> Any:
-  """The train step of a config; see `training.make_train_step`."""
+  config: Config, model: Model, optimizer: optax.GradientTransformation
+) -> training.Step:
+  """Make the train step of a config; see `training.make_train_step`."""
   blend, rate, accumulate = make_blend(config.train), config.codes.rate, config.train.accumulate
   return training.make_train_step(
-    model.apply, optimizer, codes, rate=rate, blend=blend, accumulate=accumulate
+    model.apply, optimizer, rate=rate, blend=blend, accumulate=accumulate
   )
 
 
@@ -162,5 +168,5 @@ def _kernels(params: Any) -> Any:
 
 
 def array_sha256(array: Any) -> str:
-  """SHA-256 of an array's bytes in C order."""
+  """Hash an array's bytes in C order."""
   return hashlib.sha256(np.ascontiguousarray(to_host(array)).tobytes()).hexdigest()

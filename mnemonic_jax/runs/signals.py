@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: at once where nothing can be lost, after a checkpoint in training."""
+"""Handle Ctrl-C and SIGTERM: stop at once, or, while training, after a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 
 class StopFlag:
-  """Remembers the first SIGINT or SIGTERM until the work reaches a point where it can stop."""
+  """Remember the first SIGINT or SIGTERM until the work reaches a point where it can stop."""
 
   def __init__(self) -> None:
     self.signum = 0
 
   def asked(self, step: int) -> bool:
-    """Tell, to all processes at the same step, whether one of them was asked to stop. Call it after every step."""
+    """Tell whether any process was asked to stop; all of them learn it at the same step.
+
+    Call it after every step.
+    """
     from jax.experimental import multihost_utils  # imports jax: not for --help
 
     if multihost_utils.reached_preemption_sync_point(step):  # never in a single process
@@ -34,18 +37,16 @@ class StopFlag:
 
 
 def exit_at_once() -> None:
-  """From now on, Ctrl-C and SIGTERM end the process on the spot, with one line on stderr and 128 + signal.
+  """Make Ctrl-C and SIGTERM end the process at once, with one line on stderr and 128 + signal.
 
-  Nothing is unwound: an exception raised by a signal can land in an import or a garbage collection, where it shows a
-  traceback, is lost, or crashes. Nothing needs to be: whatever is written is renamed when it is whole, locks die with
-  the process, and the next command sweeps the rest.
+  No exception is raised: it could land in an import or a garbage collection, and show a traceback,
+  get lost, or crash. None is needed: files are renamed when they are whole, locks die with the
+  process, and the next command deletes the rest.
   """
 
   def handle(signum: int, frame: FrameType | None) -> None:
-    os.write(
-      2,
-      f"mnemonic: stopped by {_NAMES[signal.Signals(signum)]}; nothing that was finished is lost.\n".encode(),
-    )
+    name = _NAMES[signal.Signals(signum)]
+    os.write(2, f"mnemonic: stopped by {name}; nothing that was finished is lost.\n".encode())
     os._exit(128 + signum)
 
   for signum in _heeded():
@@ -54,11 +55,12 @@ def exit_at_once() -> None:
 
 @contextmanager
 def deferred() -> Iterator[StopFlag]:
-  """Within, the first signal sets the flag, and a second Ctrl-C does what it did before.
+  """Set a flag at the first signal, within the block; a second Ctrl-C does what it did before.
 
-  With several processes SIGTERM is left to the handler that JAX's runtime put when `processes.initialize` was called, by
-  which all of them agree on a step (`StopFlag.asked`), and Ctrl-C is handed on to it. So call `exit_at_once` before
-  `processes.initialize`; what it set is back after the block.
+  With several processes SIGTERM is left to the handler that JAX's runtime installed in
+  `processes.initialize`, with which all of them agree on a step (`StopFlag.asked`); Ctrl-C is
+  passed on to it. So call `exit_at_once` before `processes.initialize`. The earlier handlers are
+  back after the block.
   """
   from mnemonic_jax.multihost import processes  # imports jax: not for --help
 
@@ -89,5 +91,5 @@ def deferred() -> Iterator[StopFlag]:
 
 
 def _heeded() -> list[signal.Signals]:
-  """The signals that whoever started us did not ask us to ignore, as a shell does for background jobs."""
+  """Return the signals to handle; a shell asks its background jobs to ignore some."""
   return [signum for signum in _NAMES if signal.getsignal(signum) is not signal.SIG_IGN]

@@ -1,10 +1,10 @@
-"""`mnemonic train`: train with codes, checkpoint, resume."""
+"""`mnemonic train`: train with codes on one device or many, checkpoint, resume."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,217 +13,257 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import training
-from mnemonic_jax.data import Dataset, augmentation
-from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.models import pretrained
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.sharding import Layout
+from mnemonic_jax.multihost.watchdog import Watchdog
 from mnemonic_jax.progress import Progress
-from mnemonic_jax.runs import setup, signals
+from mnemonic_jax.runs import batches, program, setup, signals
 from mnemonic_jax.runs.checkpoints import Checkpoints
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.hashing import params_sha256
-from mnemonic_jax.runs.inference import predict
-from mnemonic_jax.runs.signals import StopFlag
+from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.meter import Meter, Profile
+from mnemonic_jax.runs.program import Program
 from mnemonic_jax.training import TrainState
 
-# (key of the state, epoch, steps done in it) -> (images, labels, rows) of each step that is left of the epoch
-Batches = Callable[[jax.Array, int, int], Iterator[tuple[Any, Any, Any]]]
+Values = dict[str, float]
 
 
-def train(run: RunFolder, dataset: Dataset) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """How a training runs. Nothing here changes what is trained, beyond rounding.
+
+  Attributes:
+    layout: the devices.
+    watchdog: of several processes.
+    log_every: steps between two lines of metrics.jsonl, beside one an epoch; 0: an epoch alone.
+    profile: write a trace of five steps to RUN/profile.
+  """
+
+  layout: Layout = dataclasses.field(default_factory=Layout)
+  watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
+  log_every: int = 0
+  profile: bool = False
+
+
+def train(run: RunFolder, dataset: Dataset, options: Options | None = None) -> dict[str, Any]:
   """Train the run to its last step from wherever it is, and return a summary.
 
-  A checkpoint is written every `train.checkpoint_every` epochs (and `train.checkpoint_steps` steps), at the end, and on
-  Ctrl-C or SIGTERM; training goes on while it is written. A resumed training continues bit for bit as if it had never
-  stopped, in the middle of an epoch too (whose line in metrics.jsonl then averages over the steps since).
+  A checkpoint is written every `train.checkpoint_every` epochs (and `train.checkpoint_steps`
+  steps), at the end, and on Ctrl-C or SIGTERM; training goes on while it is written. On the same
+  devices a resumed training continues bit for bit as if it had never stopped, in the middle of an
+  epoch too; on others, up to rounding. A line of metrics.jsonl averages over the steps since the
+  line before or the start.
   """
-  config, settings = run.config, run.config.train
-  start = setup.make(config, dataset, run.prng_impl)
+  options = options or Options()
+  config, layout = run.config, options.layout
   with ExitStack() as stack:
+    stack.enter_context(layout.used())
+    planned = program.make_program(config, dataset, layout, run.prng_impl)
     stack.enter_context(run.locked())
     run.require_config()
-    checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=settings.keep_checkpoints))
-    state, codes = _first_state(config, start, checkpoints)
-    first, steps, total = int(state.step), start.steps_per_epoch, start.total_steps
-    run.rewind_metrics(first)
-    log = stack.enter_context(run.metric_log(first))
-    step = setup.make_step(config, start.model, start.optimizer, codes)
-    augment, split, size = (
-      augmentation.NAMES[config.data.augment],
-      dataset.train,
-      settings.batch_size,
-    )
-    at_once = None
-    # On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
-    stepwise = isinstance(split, Stream) or (
-      jax.default_backend() == "cpu" and config.model.name != "mlp"
-    )
-    if isinstance(split, Stream):
-      batch_step = training.make_batch_step(step, dataset.preprocess, augment)
-      seed, workers = settings.seed, config.execution.workers
-      loader = split.training_batches(
-        seed, size, first_step=first, last_step=total, workers=workers
-      )
-      batches = _streamed(stack.enter_context(loader), steps)
+    keep = config.train.keep_checkpoints
+    checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=keep))
+    options.watchdog.phase("making or restoring the first state")
+    if checkpoints.latest_step() is None:
+      state, codes = program.first_state(config, planned)
     else:
-      batch_step = training.make_stored_step(step, dataset.preprocess, augment)
-      images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
-      batches = _stored(images, labels, size)
-      if not stepwise:
-        at_once = _epoch_at_once(batch_step, images, labels, size)
-    one_by_one = _steps_one_by_one(batch_step, batches, steps, size)
+      state, codes = checkpoints.restore(planned.state, planned.codes)
+    first = int(state.step)
+    run.rewind_metrics(first)
     started = time.perf_counter()
-    amount, unit, initial = (
-      (total, "steps", first) if stepwise else (-(-total // steps), "epochs", first // steps)
-    )
-    with signals.deferred() as stop, Progress("train", amount, unit, initial) as progress:
-      while (before := int(state.step)) < total:
-        stretch_started, inside = time.perf_counter(), before % steps
-        if at_once is None or inside or before + steps > total:
-          end = int(
-            min(total, before - inside + steps, _next_multiple(before, settings.checkpoint_steps))
-          )
-          state, values = one_by_one(state, end - before, stop, progress if stepwise else None)
-        else:  # not inside an epoch, where a checkpoint from another machine may stand
-          state, values = at_once(state)
-        seconds, done = time.perf_counter() - stretch_started, int(state.step)
-        rate = (done - before) * settings.batch_size / seconds
-        if not np.isfinite(values["loss"]):
-          raise MnemonicError(
-            f"training: the loss of epoch {-(-done // steps)} is {values['loss']}; expected a finite one. Use a smaller "
-            "train.learning_rate. The last checkpoint is from before that."
-          )
-        epoch, rest = divmod(done, steps)
-        due = settings.checkpoint_steps and done % settings.checkpoint_steps == 0
-        last = done == total
-        if not rest or due or last:
-          log(
-            {
-              "epoch": _plain(done / steps),
-              "step": done,
-              **values,
-              "images_per_second": rate,
-              "seconds": seconds,
-            }
-          )
-        saved = due or last or stop.signum or (not rest and epoch % settings.checkpoint_every == 0)
-        if saved:
-          checkpoints.save(state, codes)
-        if not stepwise:
-          progress.update(1, **values, images_per_second=rate)
-        if saved and stop.signum:  # one that came since a checkpoint is for the next stretch
-          checkpoints.wait()
-          stop.stop_if_asked(
-            f"stopped after epoch {done / steps:.4g} of {_plain(total / steps)}; the checkpoint is written. Resume with the "
-            "same command."
-          )
-      checkpoints.wait()
+    loop = _Loop(run, dataset, options, planned, codes, checkpoints)
+    state = loop.run_all(state, first)
     seconds = time.perf_counter() - started
-    test = predict(
-      start.model.logits_fn(state.model_state), state.params, dataset.test, dataset.preprocess
-    )
+    logits_fn = planned.model.logits_fn(state.model_state)
+    scored = (dataset.test, dataset.preprocess, layout, options.watchdog)
+    (test,) = predict_each(logits_fn, [state.params], *scored)
+    steps, per_epoch = planned.total_steps, planned.steps_per_epoch
+    lines = run.metrics()
     return {
       "run": str(run.path),
-      "config": run.config.name,
-      "epochs": _plain(total / steps),
+      "config": config.name,
+      "epochs": _plain(steps / per_epoch),
       "steps": int(state.step),
-      "resumed_from_epoch": _plain(first / steps),
-      "loss": run.metrics()[-1]["loss"] if run.metrics() else None,
+      "resumed_from_epoch": _plain(first / per_epoch),
+      "resumed_from_step": first,
+      "mesh": dict(layout.mesh.shape) if layout.mesh else None,
+      "processes": layout.process[1],
+      "loss": lines[-1]["loss"] if lines else None,
       "test_accuracy": float(np.mean(test.predictions == test.labels)),
       "seconds": seconds,
       "checkpoint": str(run.checkpoints / str(int(state.step))),
       "codes_sha256": setup.array_sha256(codes),
-      "params_sha256": params_sha256(jax.device_get(state.params)),
+      "params_sha256": params_sha256(state.params),
     }
 
 
-def _first_state(
-  config: Config, start: setup.Setup, checkpoints: Checkpoints
-) -> tuple[TrainState, jax.Array]:
-  """State and codes of the newest checkpoint, else of the pretrained file, else fresh ones."""
-  if checkpoints.latest_step() is not None:
-    return checkpoints.restore(start.state, start.codes)
-  if not config.model.pretrained:
-    return start.state, start.codes
-  params, model_state = pretrained.load(
-    config.model.pretrained,
-    config.model.name,
-    start.state.params,
-    start.state.model_state,
-    new_head=config.model.new_head,
-  )
-  return training.init_train_state(
-    params, model_state, start.optimizer, start.state.key
-  ), start.codes
+class _Loop:
+  """The steps of one training, and all that watches them."""
 
+  def __init__(
+    self,
+    run: RunFolder,
+    dataset: Dataset,
+    options: Options,
+    planned: Program,
+    codes: jax.Array,
+    checkpoints: Checkpoints,
+  ) -> None:
+    self._run, self._dataset, self._options = run, dataset, options
+    self._layout, self._watchdog = options.layout, options.watchdog
+    self._settings = run.config.train
+    self._program, self._codes, self._checkpoints = planned, codes, checkpoints
+    self._per_epoch, self._total = planned.steps_per_epoch, planned.total_steps
+    self._epoch_at_once = _epoch_at_once(run.config, dataset, options, planned, codes)
+    self._meter = Meter(run.config, dataset, self._layout.size)
 
-def _streamed(stream: Iterator[Any], steps_per_epoch: int) -> Batches:
-  """The stream goes on from epoch to epoch by itself."""
-  return lambda key, epoch, done: itertools.islice(stream, steps_per_epoch - done)
+  def run_all(self, state: TrainState, first: int) -> TrainState:
+    """Take all steps that are left."""
+    with ExitStack() as stack:
+      log = stack.enter_context(self._run.metric_log(first))
+      self._feed = batches.make_feed(
+        self._dataset.train,
+        self._run.config,
+        program.host_key(state.key),
+        (first, self._total),
+        self._layout.process,
+        stack,
+      )
+      folder = self._run.path / "profile" if self._options.profile else None
+      self._profile = Profile(folder, first, self._total)
+      stack.callback(self._profile.close)
+      self._stop = stack.enter_context(signals.deferred())
+      self._progress = stack.enter_context(self._make_progress(first))
+      self._watchdog.phase("the first step, with its compilation,")
+      done = first
+      while done < self._total:
+        state, done = self._stretch(state, done, log)
+      self._checkpoints.wait()
+    return state
 
+  def _make_progress(self, first: int) -> Progress:
+    """Count epochs where each is one call, else steps."""
+    quiet = not processes.is_writer()
+    if not self._epoch_at_once:
+      return Progress("train", self._total, "steps", first, quiet=quiet)
+    epochs = -(-self._total // self._per_epoch)
+    return Progress("train", epochs, "epochs", first // self._per_epoch, quiet=quiet)
 
-def _stored(images: jax.Array, labels: jax.Array, batch_size: int) -> Batches:
-  """All images each time, and which rows of them a step sees."""
+  def _stretch(
+    self, state: TrainState, first: int, log: Callable[[dict[str, Any]], None]
+  ) -> tuple[TrainState, int]:
+    """Train until the next line or checkpoint is due or a signal comes, and write what is due."""
+    end, whole_epoch = self._end_of_stretch(first)
+    if whole_epoch:
+      state, values = whole_epoch(state)
+      done = end
+    else:
+      state, done, values = self._steps(state, first, end)
+    self._meter.count(done - first)
+    if not np.isfinite(values["loss"]):
+      raise MnemonicError(
+        f"training: the loss of the steps {first + 1} to {done} is {values['loss']}; expected a "
+        "finite one. Use a smaller train.learning_rate. The last checkpoint is from before that."
+      )
+    rates = self._meter.read()
+    if done == end:  # no signal cut it short
+      log({"epoch": _plain(done / self._per_epoch), "step": done, **values, **rates})
+    if self._epoch_at_once:
+      self._progress.update(1, **values, images_per_second=rates["images_per_second"])
+    self._save_if_due(state, done)
+    return state, done
 
-  def batches(key: jax.Array, epoch: int, done: int) -> Iterator[tuple[Any, Any, Any]]:
-    for rows in training.epoch_rows(key, epoch, len(images), batch_size)[done:]:
-      yield images, labels, rows
+  def _end_of_stretch(self, first: int) -> tuple[int, Any]:
+    """Return the step to stop at, and what takes all steps until there in one call, if anything."""
+    inside = first % self._per_epoch
+    end_of_epoch = first - inside + self._per_epoch
+    if self._epoch_at_once and not inside and end_of_epoch <= self._total:
+      return end_of_epoch, self._epoch_at_once  # not inside an epoch: another machine stopped there
+    every = (self._settings.checkpoint_steps, self._options.log_every)
+    return min(self._total, end_of_epoch, *((first // n + 1) * n for n in every if n)), None
 
-  return batches
+  def _steps(self, state: TrainState, first: int, end: int) -> tuple[TrainState, int, Values]:
+    """Take the steps of one stretch, each a call; end early when a signal comes."""
+    seen: list[Values] = []
+    running, step, started = None, first, time.perf_counter()
+    epoch = jax.device_put(np.int32(first // self._per_epoch), self._layout.copied)
+
+    def finish(metrics: training.Metrics) -> None:
+      """Read the metrics of a step, which waits for it."""
+      seen.append({name: float(value) for name, value in jax.device_get(metrics).items()})
+      self._watchdog.beat(first + len(seen))
+      rate = len(seen) * self._settings.batch_size / (time.perf_counter() - started)
+      if not self._epoch_at_once:
+        self._progress.update(1, **seen[-1], images_per_second=rate)
+
+    local = self._watchdog.inputs(self._feed(first, end))
+    for images, labels, rows in self._meter.waiting(map(self._placed, local)):
+      self._profile.before(step)
+      with jax.transfer_guard_host_to_device("disallow"):  # all it reads was placed on purpose
+        state, metrics = self._program.step(state, images, labels, self._codes, rows, epoch)
+      self._profile.after(step, metrics)
+      step += 1
+      if running is not None:  # the step before: this one runs meanwhile
+        finish(running)
+      running = metrics
+      if self._stop.asked(step):
+        break
+    finish(metrics)
+    return state, step, {name: float(np.mean([v[name] for v in seen])) for name in seen[0]}
+
+  def _placed(self, batch: Any) -> Any:
+    images, labels, rows = batch
+    return self._layout.place((images, labels, rows.astype(np.int32)))
+
+  def _save_if_due(self, state: TrainState, done: int) -> None:
+    """Write a checkpoint where one is due, and stop where a signal asked for it."""
+    epoch, rest = divmod(done, self._per_epoch)
+    steps, last, asked = self._settings.checkpoint_steps, done == self._total, self._stop.signum
+    due = last or asked or (steps and done % steps == 0)
+    if not due and (rest or epoch % self._settings.checkpoint_every):
+      return
+    self._watchdog.phase(f"the checkpoint of step {done}")
+    with self._meter.paused("checkpoint"):
+      self._checkpoints.save(state, self._codes)
+      if asked or last:
+        self._checkpoints.wait()
+    if asked:
+      self._stop.stop_if_asked(
+        f"stopped after epoch {done / self._per_epoch:.4g} of "
+        f"{_plain(self._total / self._per_epoch)}; the checkpoint is written. Resume with the same "
+        "command."
+      )
+    if not last:
+      self._watchdog.beat(done)  # a step is waited for again
 
 
 def _epoch_at_once(
-  stored_step: training.BatchStep, images: jax.Array, labels: jax.Array, batch_size: int
-) -> Callable[[TrainState], tuple[TrainState, dict[str, float]]]:
-  """Run a whole epoch in one call."""
-  epoch = training.make_epoch(stored_step, batch_size=batch_size)
+  config: Config, dataset: Dataset, options: Options, planned: Program, codes: jax.Array
+) -> Callable[[TrainState], tuple[TrainState, Values]] | None:
+  """Make what takes a whole epoch in one call; None where steps are taken one by one.
 
-  def run_epoch(state: TrainState) -> tuple[TrainState, dict[str, float]]:
-    state, metrics = epoch(state, images, labels)
+  On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
+  """
+  split = dataset.train
+  convolves = jax.default_backend() == "cpu" and config.model.name != "mlp"
+  watched = options.log_every or options.profile
+  if not isinstance(split, Split) or options.layout.mesh or convolves or watched:
+    return None
+  epoch = training.make_epoch(planned.batch_step, batch_size=config.train.batch_size)
+  images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
+
+  def run_epoch(state: TrainState) -> tuple[TrainState, Values]:
+    state, metrics = epoch(state, images, labels, codes)
     return state, {name: float(value) for name, value in metrics.items()}
 
   return run_epoch
 
 
-def _steps_one_by_one(
-  step: training.BatchStep, batches: Batches, steps_per_epoch: int, batch_size: int
-) -> Callable[[TrainState, int, StopFlag, Progress | None], tuple[TrainState, dict[str, float]]]:
-  """Run some steps of one epoch, each a call; end early when a signal comes."""
-  one_step = jax.jit(step, donate_argnums=0)
-
-  def run_steps(
-    state: TrainState, count: int, stop: StopFlag, progress: Progress | None
-  ) -> tuple[TrainState, dict[str, float]]:
-    epoch, done = divmod(int(state.step), steps_per_epoch)
-    seen: list[dict[str, float]] = []
-    started = time.perf_counter()
-
-    def show(metrics: training.Metrics) -> None:
-      seen.append({name: float(value) for name, value in metrics.items()})
-      if progress is not None:
-        rate = len(seen) * batch_size / (time.perf_counter() - started)
-        progress.update(1, **seen[-1], images_per_second=rate)
-
-    running: training.Metrics = {}
-    for images, labels, rows in itertools.islice(batches(state.key, epoch, done), count):
-      state, metrics = one_step(state, images, labels, rows, epoch)
-      if running:  # reading waits for the step: read while the next one runs
-        show(running)
-      running = metrics
-      if stop.signum:
-        break
-    show(running)
-    return state, {name: float(np.mean([values[name] for values in seen])) for name in seen[0]}
-
-  return run_steps
-
-
-def _next_multiple(step: int, every: int) -> float:
-  """The first multiple of `every` above `step`; without end for 0."""
-  return (step // every + 1) * every if every else float("inf")
-
-
 def _plain(number: float) -> float:
-  """As an integer where it is one."""
+  """Return an integer where the number is one."""
   return int(number) if number == int(number) else number

@@ -15,11 +15,12 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
 from mnemonic_jax.multihost import paths
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.checkpoints import Checkpoints, restore_parts, stored_shapes
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.training import TrainState, ema_params
+from mnemonic_jax.training import ema_params
 
 
 class Trained(NamedTuple):
@@ -34,19 +35,16 @@ class Trained(NamedTuple):
   logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
 
-def restore(
-  run: RunFolder, dataset: Dataset, place: Callable[[TrainState, Any], Any] | None = None
-) -> Trained:
+def restore(run: RunFolder, dataset: Dataset, layout: Layout | None = None) -> Trained:
   """Restore the checkpoint of a run whose training is finished, or say how far it is.
 
-  `place` gives abstract state and codes their shardings; if not given, all goes to the first device.
+  By default all goes to the first device, whatever devices wrote it.
   """
   resume = f"Finish it first: mnemonic train {run.config.name} --out {run.path}"
   if not run.checkpoints.is_dir():
     raise MnemonicError(f"{run.path}: has no checkpoint yet. {resume}")
-  optimizer = setup.make_optimizer(
-    run.config.train, steps=1
-  )  # whatever the steps, its state has the same structure
+  # Whatever the steps, the optimizer's state has the same structure.
+  optimizer = setup.make_optimizer(run.config.train, steps=1)
   with Checkpoints(run.checkpoints, create=False) as checkpoints:
     if (newest := checkpoints.latest_step()) is None:
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
@@ -54,7 +52,7 @@ def restore(
     first = jax.eval_shape(
       lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl)
     )
-    state, codes = checkpoints.restore(*(place or _on_first_device)(*first))
+    state, codes = checkpoints.restore(*(layout or Layout()).abstract(first))
   done, asked, unit = _progress(run, dataset, int(state.step))
   if done < asked:
     raise MnemonicError(
@@ -111,13 +109,6 @@ def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
     )
   num_classes, _, *shape = codes.shape  # type: ignore[union-attr]
   return data.absent(config.data.name, shape, num_classes)
-
-
-def _on_first_device(state: TrainState, codes: Any) -> Any:
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), (state, codes)
-  )
 
 
 def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Trained:

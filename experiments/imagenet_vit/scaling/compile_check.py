@@ -1,10 +1,12 @@
-"""Compile the train step and the forget for a TPU pod, without one, and print what the compiler says of memory and network.
+"""Compile the train step and the forget for a TPU pod, without one, and print what the compiler says.
 
 Command:  make tpu-check
-          .venv-tpu/bin/python experiments/imagenet_vit/compile_check.py --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
+          .venv-tpu/bin/python experiments/imagenet_vit/scaling/compile_check.py \
+          --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
 
-The programs are those of train.py and forget.py. Any field of the config can be overridden too (--codes.per_class 2). Exit
-code 1: a program does not fit, or some collective gives a device the whole model, or a whole stack of its layers, at once.
+The programs are those of train.py and forget.py in the folder above. Any field of the config can be
+overridden too (--codes.per_class 2). Exit code 1: a program does not fit, or some collective gives
+a device the whole model, or a whole stack of its layers, at once.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pathlib
 import sys
 import time
 from collections import defaultdict
@@ -19,11 +22,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import cost_model
-import forget
 import hlo
 import jax
 import numpy as np
-import train
 from chips import CHIPS, Chip
 
 import mnemonic_jax as mj
@@ -31,8 +32,13 @@ from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import sharding
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import config as configs
+from mnemonic_jax.runs import program
 from mnemonic_jax.runs.config import Config
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import forget
 
 CONFIG = "imagenet_vit_s16_90ep"
 _LARGEST = 8  # collectives, and operations, that the table lists one by one
@@ -93,21 +99,17 @@ def devices_of(topology: str) -> tuple[list[Any], Chip | None]:
 def check(
   config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None
 ) -> list[Report]:
-  """Compile the three programs of a config for a mesh, one after the other."""
+  """Compile the programs of a config for a mesh, one after the other."""
   side = config.data.side
   unread = Unread((side, side, 3))
   names = tuple(map(str, range(num_classes)))
   dataset = Dataset(config.data.name, unread, unread, names, 255, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
-  training, forgetting = (script.make_program(config, dataset, mesh) for script in (train, forget))
-  scalar = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=sharding.replicated(mesh))
-  strength = mj.Strength(scalar(np.float32), scalar(np.float32))
+  training = program.make_program(config, dataset, Layout(mesh))
+  forgetting = forget.make_program(config, dataset, mesh)
+  number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
   calls = {
-    "train step": (
-      training.step,
-      (training.state, training.codes, *training.batch, scalar(np.int32)),
-    ),
-    "forget: Fishers": (forgetting.fishers, forgetting.arguments),
-    "forget: update": (forgetting.update, (*forgetting.arguments, forgetting.fisher, strength)),
+    "train step": (training.step, training.arguments),
+    "forget": (forgetting.step, (*forgetting.arguments, mj.Perturbation(number, number))),
   }
   flops = cost_model.program_flops(
     config.model.name, num_classes, side, config.train.batch_size, config.model.remat
@@ -126,19 +128,19 @@ def check(
     start = time.perf_counter()
     with jax.set_mesh(mesh):
       compiled = _compiled(name, function.lower(*arguments))
-    program = hlo.parse(compiled.as_text())
-    cycles = hlo.estimated_cycles(program) if chip else {}
+    parsed = hlo.parse(compiled.as_text())
+    cycles = hlo.estimated_cycles(parsed) if chip else {}
     costliest = sorted(cycles, key=lambda operation: -cycles[operation])[:_LARGEST]
     reports.append(
       Report(
         name,
         time.perf_counter() - start,
         _memory(compiled.memory_analysis()),
-        hlo.collectives(program),
+        hlo.collectives(parsed),
         sum(cycles.values()) / chip.clock if chip else 0.0,
         {operation: cycles[operation] / chip.clock for operation in costliest} if chip else {},
         flops[name] / mesh.size,
-        hlo.whole(program, split),
+        hlo.whole(parsed, split),
       )
     )
   return reports

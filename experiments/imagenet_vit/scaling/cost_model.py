@@ -1,6 +1,6 @@
 """The cost model on paper: what training and forgetting ViTs takes, by arithmetic, and the tables of docs/scaling.md.
 
-Command:  python experiments/imagenet_vit/cost_model.py [--write]       (prints the tables, or puts them into docs/scaling.md)
+Command:  python experiments/imagenet_vit/scaling/cost_model.py [--write]       (prints the tables, or puts them into docs/scaling.md)
 
 Nothing here was measured. Pictures are 224 x 224, and the head reads the mean over patches, as in the recipes. The last table
 shows what compile_check.py wrote into experiments/results/compile_check.
@@ -22,8 +22,8 @@ SIDE, CLASSES = 224, 1000
 SHARE_OF_PEAK = 0.4  # assumed, of products, in training (the MFU) and in forgetting
 CODES_PER_DEVICE = 16  # in one pass of a forget; forget.py's
 BFLOAT16, FLOAT32 = 2, 4  # bytes
-PAGE = pathlib.Path(__file__).parents[2] / "docs" / "scaling.md"
-COMPILED = pathlib.Path(__file__).parents[1] / "results" / "compile_check"
+PAGE = pathlib.Path(__file__).parents[3] / "docs" / "scaling.md"
+COMPILED = pathlib.Path(__file__).parents[2] / "results" / "compile_check"
 
 
 class ViT(NamedTuple):
@@ -84,15 +84,15 @@ VITS = {
 def program_flops(name: str, classes: int, side: int, batch: int, remat: bool) -> dict[str, float]:
   """FLOPs of a call of each program, over all devices.
 
-  A step is three forward passes, a fourth with remat. The Fishers take the same for each code (what contracts inputs with
-  cotangents stands where the gradient of the weights would), the update a forward pass for each of two directions.
+  A step is three forward passes, a fourth with remat. Of a forget, the Fishers take the same for
+  each code (what contracts inputs with cotangents stands where the gradient of the weights would),
+  and scoring a forward pass for each of two directions and one at the end.
   """
   forward = VITS[name].forward_flops(classes, side)
   passes = 3 + remat
   return {
     "train step": passes * forward * batch,
-    "forget: Fishers": passes * forward * classes,
-    "forget: update": 2 * forward * classes,
+    "forget": (passes + 3) * forward * classes,
   }
 
 
