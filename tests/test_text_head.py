@@ -236,9 +236,8 @@ def trained(tmp_path_factory) -> tuple[pathlib.Path, tuple]:
   """A folder with a run in "run" and its vectors in "text.npy"; the settings that it took."""
   folder = tmp_path_factory.mktemp("text")
   np.save(folder / "text.npy", vectors(10, 16))
-  small = ("--model.hidden", 8, "--train.epochs", 1)
-  settings = ("--model.text_embeddings", folder / "text.npy", *small)
-  call("train", "digits", "--out", folder / "run", *settings)
+  settings = ("--model.text_embeddings", folder / "text.npy", "--model.hidden", 8)
+  call("train", "digits", "--out", folder / "run", *settings, "--train.epochs", 1)
   return folder, settings
 
 
@@ -278,9 +277,8 @@ def test_an_export_with_it_is_a_start_for_training(trained, tmp_path):
   forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
   call("export", tmp_path / "run", "--out", file)
   still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
-  start = lambda run, *more: call(
-    "train", "digits", "--out", tmp_path / run, "--model.pretrained", file, *more
-  )
+  short = ("--train.epochs", 1, "--model.pretrained", file)
+  start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *short, *more)
   again = start("again", *settings, *still, "--json").json
   assert again["params_sha256"] == forgotten["params_sha256_after"]
   linear = start("linear", "--model.hidden", 8).refusal()
