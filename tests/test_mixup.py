@@ -16,6 +16,7 @@ from toys import assert_trees_close, cpu_mesh, host, place
 import mnemonic_jax as mj
 from mnemonic_jax.data import mixup
 
+pytest_plugins = ["run_fixtures"]
 BOTH = pytest.mark.parametrize("function", [mixup.mixup, mixup.cutmix])
 EXAMPLES = 64  # in most tests, which then share the compiled programs
 
@@ -238,11 +239,10 @@ def test_mixup_draws_anew_at_each_step_and_not_from_the_keys_of_the_codes():
 
 @pytest.mark.lenient_numerics
 @pytest.mark.parametrize("name", ["mixup", pytest.param("cutmix", marks=pytest.mark.long)])
-def test_the_command_line_trains_with_it(tmp_path, name):
-  short = ("--train.epochs", 3, *TINY[2:])
+def test_the_command_line_trains_with_it(trained, tmp_path, name):
   plain, mixed_up = (
-    call("train", "digits", "--out", tmp_path / run, *short, *more, "--json").json
-    for run, more in (("plain", ()), ("mixed_up", (f"--train.{name}", 0.2)))
+    call("train", "digits", "--out", run, *TINY, *more, "--json").json
+    for run, more in ((trained, ()), (tmp_path / "new", (f"--train.{name}", 0.2)))
   )
   assert mixed_up["codes_sha256"] == plain["codes_sha256"]
   assert mixed_up["params_sha256"] != plain["params_sha256"]
