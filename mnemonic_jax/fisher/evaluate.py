@@ -89,8 +89,9 @@ def squared_gradients(
   pairs = pull_back(pulled)[0]
 
   def unit_of(index: int, unit: jax.Array) -> jax.Array:
-    fixed = index in engine.fixed
-    return jnp.zeros_like(unit, jnp.int32) if fixed else unit.astype(jnp.int32) + sums.LOWEST_UNIT
+    # A leaf that is read in parts says nothing there, though a branch of a cond may read it whole.
+    unsaid = 0 if index in engine.fixed else sums.LOWEST_UNIT
+    return jnp.where(unit == 0, unsaid, unit.astype(jnp.int32) + sums.LOWEST_UNIT)
 
   units = [unit_of(index, unit) for index, (_, unit) in enumerate(pairs)]
   return [total for total, _ in pairs], units, aux

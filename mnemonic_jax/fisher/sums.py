@@ -112,9 +112,11 @@ def in_range(contract: Contraction, fixed: bool) -> Any:
     active = jnp.any(groups.weights != 0, axis=0)
     largest = jnp.max(jnp.where(active, unit, LOWEST_UNIT))
     largest = jax.lax.pmax(largest, groups.axes) if groups.axes else largest
-    by = jnp.clip(unit - largest, -63, 0)
     weights = groups.weights
-    weights = weights * jnp.square(_trees.power_of_two(by, weights.dtype))[None]
+    lowest = jnp.finfo(weights.dtype).minexp // 2
+    by = unit - largest
+    factors = jnp.square(_trees.power_of_two(jnp.clip(by, lowest, 0), weights.dtype))
+    weights = weights * jnp.where(by < lowest, 0, factors)[None]
     return contract(data, g, dataclasses.replace(groups, weights=weights)), largest
 
   return scaled
