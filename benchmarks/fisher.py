@@ -22,6 +22,7 @@ import dataclasses
 import statistics
 import sys
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ import numpy as np
 from nets import MODELS
 
 import mnemonic_jax as mj
+from mnemonic_jax import _mesh
 from mnemonic_jax.fisher import passes
 
 ROWS = {
@@ -95,21 +97,14 @@ def ways_of(model: str, num: int) -> list[Way]:
       (True,) * leaves,
       "highest",
       disjoint=is_disjoint,
-      platform=jax.default_backend(),
-      weighed=True,
+      placement=_mesh.Placement.of(params, (), None),
     )
     batch = inputs, labels
     microbatch = passes.examples_at_once(objective, params, batch, weights, None)
-    first = passes.take(batch, weights, 0, microbatch)
-    way = prepare(
-      name, lambda p, b, w, s: passes._program(objective, microbatch, p, b, w, s), params, *first, 0
-    )
-    one_pass = way.compiled
-    way.run = lambda: (
-      passes.squared_gradients(
-        objective, params, batch, weights, microbatch, one_pass=one_pass
-      ).sums
-    )
+    part = inputs[:microbatch], labels[:microbatch]
+    program = partial(passes.fisher_program, objective, microbatch)
+    way = prepare(name, program, params, part, weights[:, :microbatch])
+    way.run = lambda: passes.squared_gradients(objective, params, batch, weights, microbatch).sums
     way.name = f"{name} (microbatch {microbatch})" if microbatch < num else name
     return way
 
