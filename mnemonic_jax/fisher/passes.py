@@ -210,17 +210,16 @@ def _one_pass(
     totals, units, exponent = evaluate.squared_gradients(
       closed, cotangents, live, jax.tree.leaves(batch), groups
     )
-  # A part without any weight has no say, whatever the range of its values.
-  some = jnp.any(weights != 0)
-  in_all = lambda unit: jnp.maximum(unit + exponent + by, sums.LOWEST_UNIT)
-  units = [jnp.where(some, in_all(unit), sums.LOWEST_UNIT) for unit in units]
-  return SquaredGradients([jnp.where(some, x, 0) for x in totals], units)
+  # A part without any weight sums to 0; its range has no say either.
+  unit_of_all = jnp.where(jnp.any(weights != 0), exponent + by, 2 * sums.LOWEST_UNIT)
+  units = [jnp.maximum(unit + unit_of_all, sums.LOWEST_UNIT) for unit in units]
+  return SquaredGradients(totals, units)
 
 
 def _at_most_one(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Weights in units of 4**e, so that the largest is near 1; and e."""
   largest = jnp.max(jnp.abs(weights)).astype(_trees.at_least_float32(weights.dtype))
-  by = jnp.clip(_trees.exponent(largest) // 2, -62, 62)
+  by = jnp.clip(_trees.exponent(largest) >> 1, -62, 62)
   wide = weights.astype(largest.dtype)
   return wide * jnp.square(_trees.power_of_two(-by, wide.dtype)), by
 
