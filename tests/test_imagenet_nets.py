@@ -1,4 +1,4 @@
-"""experiments/imagenet_vit/forget.py with the networks of the paper that are no ViT: on 8 CPU devices as on one."""
+"""experiments/imagenet_vit/forget.py with the paper's networks that are no ViT: 8 devices as one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from toys import assert_trees_close, host
+from toys import host
 
 import mnemonic_jax as mj
 from mnemonic_jax.data import Dataset
@@ -23,7 +23,7 @@ CLASSES = 8
 
 
 def forgotten(name, side, mesh):
-  """Fishers, forgotten params and info of a model with its first weights, on a mesh."""
+  """Params, forgotten params and info of a model with its first weights, on a mesh."""
   config = configs.build(
     "tiny", {"data": {"name": "imagenet2012", "side": side}, "model": {"name": name}}
   )
@@ -37,19 +37,10 @@ def forgotten(name, side, mesh):
     placed = tuple(sharding.tree_shardings(mesh, tree) for tree in program.arguments[:2])
     params, model_state = jax.jit(program.model.init, out_shardings=placed)(jax.random.key(0))
     codes = mj.make_codes(jax.random.key(1), CLASSES, dataset.shape)
-    arguments = (
-      params,
-      model_state,
-      forget_script.place_codes(np.asarray(codes), program),
-      chosen,
-      ~chosen,
-    )
-    fishers = program.fishers(*arguments)
-    kept = host(fishers)
-    moved, info = program.update(
-      *arguments, fishers, mj.Strength(np.float32(1e-5), np.float32(1e-2))
-    )
-  return kept, host(params), host(moved), jax.device_get(info)
+    codes = forget_script.place_codes(np.asarray(codes), program)
+    method = mj.Perturbation(np.float32(1e-5), np.float32(1e-2))
+    moved, info = program.step(params, model_state, codes, chosen, ~chosen, method)
+  return host(params), host(moved), jax.device_get(info)
 
 
 @pytest.mark.long
@@ -59,17 +50,9 @@ def forgotten(name, side, mesh):
 def test_a_forget_on_a_mesh_is_that_on_one_device(name, side):
   alone = forgotten(name, side, sharding.make_mesh(1, 1, jax.devices()[:1]))
   spread = forgotten(name, side, sharding.make_mesh(2, 4))
-  for group in (0, 1):
-    relative = lambda tree: jax.tree.map(lambda leaf: leaf[group] / leaf[group].max(), tree)  # noqa: B023
-    # The unit is any power of two. Where rounding switches a unit of a ReLU, both are off by some 1e-3 of the largest;
-    # of a ResNeXt, whose one device was off, the mesh was right to 2e-6 against float64.
-    assert_trees_close(relative(spread[0]), relative(alone[0]), 0, 5e-3)
-  assert not np.allclose(
-    *(np.array(alone[0]["head"]["kernel"]) / np.max(alone[0]["head"]["kernel"])), atol=1e-3
-  )
-  assert int(spread[3].sign) == int(alone[3].sign)
+  assert int(spread[2].info["sign"]) == int(alone[2].info["sign"])
   flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-  before, there, here = flat(alone[1]), flat(spread[2]), flat(alone[2])
+  before, there, here = flat(alone[0]), flat(spread[1]), flat(alone[1])
   assert 1e-3 < np.max(np.abs(here - before)) <= 1.01e-2
   assert (
     np.mean(np.abs(there - here) > 1e-2 * np.abs(here - before) + 1e-6) < 0.01
