@@ -55,13 +55,13 @@ def train(config: Config, dataset: Dataset) -> Trained:
   )
 
 
-def forget_each(trained: Trained, strengths: mj.Strength, forget_masks: jax.Array) -> Any:
+def forget_each(trained: Trained, strengths: mj.Perturbation, forget_masks: jax.Array) -> Any:
   """Forget each row of (R, C) bool masks at each of S strengths: params with leading axes (R, S).
 
   One compiled call: the per-example gradients of the codes are computed once for all of them.
   """
 
-  def one(forget: jax.Array, strength: mj.Strength) -> Any:
+  def one(forget: jax.Array, strength: mj.Perturbation) -> Any:
     return mj.forget_step(
       trained.logits_fn, trained.params, trained.codes, forget, ~forget, strength
     )[0]

@@ -47,9 +47,9 @@ def study(seed: int) -> dict[str, np.ndarray]:
 
   before_probe = probe(trained.features_fn, trained.params)
   rows: dict[str, list] = {name: [] for name in ("Before", "Mnemonic code", "Head edit", "Retrain")}
-  strength = mj.Strength(config.forget.settings["lambda1"], config.forget.settings["lambda2"])
+  strength = configs.make_method(config.forget)
   for index in range(num_classes):
-    result = mj.forget(trained.logits_fn, trained.params, trained.codes, [index], strength=strength)
+    result = mj.forget(trained.logits_fn, trained.params, trained.codes, [index], method=strength)
     rows["Before"].append(row(trained, trained.params, index, before_probe))
     rows["Mnemonic code"].append(
       row(trained, result.params, index, probe(trained.features_fn, result.params))

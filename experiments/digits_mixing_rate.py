@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-import mnemonic_jax as mj
 from mnemonic_jax import data
 from mnemonic_jax.runs import config as configs
 
@@ -36,7 +35,7 @@ def study(rate: float, seed: int) -> tuple[float, float, float]:
   score = lambda params: common.per_class_accuracy(
     trained.logits_fn, params, inputs, labels, num_classes
   )
-  strengths = mj.Strength(*(jnp.array([value]) for value in config.forget.settings.values()))
+  strengths = jax.tree.map(lambda number: jnp.array([number]), configs.make_method(config.forget))
   params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
   after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))[:, 0]
   before = np.asarray(score(trained.params))

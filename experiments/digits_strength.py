@@ -4,7 +4,7 @@ Command:  python experiments/digits_strength.py      (about a minute on 2 CPU co
 
 Three classifiers (training seeds 100, 101, 102) are trained on four fifths of the training set. Every class is forgotten
 at every strength of a grid, and each result is scored on the fifth held out: mean A_R + E_F over classes and seeds. The
-winner stands in `mnemonic_jax/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
+winner stands in `mnemonic_jax/runs/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def score_grid(seed: int) -> tuple[np.ndarray, float]:
   before = np.asarray(score(trained.params))
   grid = np.zeros((len(LAMBDA1), len(LAMBDA2), num_classes, 2))
   for row, lambda1 in enumerate(LAMBDA1):  # a row at a time bounds the memory
-    strengths = mj.Strength(jnp.full(len(LAMBDA2), lambda1), jnp.asarray(LAMBDA2))
+    strengths = mj.Perturbation(jnp.full(len(LAMBDA2), lambda1), jnp.asarray(LAMBDA2))
     params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
     after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))
     for index in range(num_classes):

@@ -78,7 +78,7 @@ def one_class(
   runs: dict[str, pathlib.Path],
   dataset: Dataset,
   config: Config,
-  strengths: list[mj.Strength],
+  strengths: list[mj.Perturbation],
   seeds: list[int],
 ) -> dict[str, list[tuple[float, float, float]]]:
   """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
@@ -95,7 +95,7 @@ def one_class(
     model = trained(runs["codes"] / str(seed), dataset, seeded)
     add("Before", model, model.params)
     for strength in strengths:
-      result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
+      result = mj.forget(model.logits_fn, model.params, model.codes, [index], method=strength)
       add(
         "Mnemonic code" + (f" {shown(strength)}" if len(strengths) > 1 else ""),
         model,
@@ -111,22 +111,24 @@ def one_class(
   return rows
 
 
-def strength_of(config: Config) -> mj.Strength:
+def strength_of(config: Config) -> mj.Perturbation:
   """The strength of a config."""
-  return mj.Strength(config.forget.settings["lambda1"], config.forget.settings["lambda2"])
+  return configs.make_method(config.forget)
 
 
-def shown(strength: mj.Strength) -> str:
+def shown(strength: mj.Perturbation) -> str:
   """A strength in a table."""
   return f"({strength.lambda1:g}, {strength.lambda2:g})"
 
 
-def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list[dict[str, float]]:
+def every_class(
+  model: Trained, dataset: Dataset, strength: mj.Perturbation
+) -> list[dict[str, float]]:
   """Each class forgotten alone from one model."""
   rows = []
   seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
   for index in range(len(dataset.class_names)):
-    result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
+    result = mj.forget(model.logits_fn, model.params, model.codes, [index], method=strength)
     before = scores_of(seen, [index])
     after = score(model, result.params, dataset, [index])
     hidden = score(model, head_edit(model.params, model.model.head, [index]), dataset, [index])
@@ -137,7 +139,7 @@ def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list
         "retain_after": after.retain_accuracy,
         "forget_error": after.forget_error,
         "head_edit_retain": hidden.retain_accuracy,
-        "sign": result.sign,
+        "sign": result.info["sign"],
       }
     )
   return rows
@@ -181,7 +183,7 @@ def main() -> None:
   kinds = ("codes", "retrain", "plain") if arguments.plain else ("codes", "retrain")
   runs = {kind: folder / kind for kind in kinds}
   strengths = [strength_of(config)]
-  strengths += [mj.Strength(*arguments.also)] if arguments.also else []
+  strengths += [mj.Perturbation(*arguments.also)] if arguments.also else []
   if len(set(map(shown, strengths))) < len(strengths):
     parser.error(
       f"--also: got {shown(strengths[0])}, the strength of the config; expected another one."

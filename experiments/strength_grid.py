@@ -54,14 +54,16 @@ def main() -> None:
   rows = []
   print("| lambda1 | lambda2 | A_R % | E_F % |\n|---|---|---|---|")
   for lambda1, lambda2 in itertools.product(LAMBDA1, LAMBDA2):
-    scores = paper_tables.score(model, step(mj.Strength(lambda1, lambda2)), on_training, [index])
+    scores = paper_tables.score(
+      model, step(mj.Perturbation(lambda1, lambda2)), on_training, [index]
+    )
     rows.append({"lambda1": lambda1, "lambda2": lambda2, **scores._asdict()})
     print(
       f"| {lambda1:g} | {lambda2:g} | {scores.retain_accuracy:.2f} | {scores.forget_error:.2f} |",
       flush=True,
     )
   best = max(rows, key=lambda row: row["retain_accuracy"] + row["forget_error"])
-  params = step(mj.Strength(best["lambda1"], best["lambda2"]))
+  params = step(mj.Perturbation(best["lambda1"], best["lambda2"]))
   test = paper_tables.score(model, params, dataset, [index])
   probe = float(paper_tables.probe(model, params, dataset)[index])
   print(f"\nbest: ({best['lambda1']:g}, {best['lambda2']:g}); on test data A_R {test.retain_accuracy:.2f}, "

@@ -1,4 +1,4 @@
-"""Checks shared by every stage: what only values can tell is checked when values are concrete."""
+"""Checks of arguments that several modules share; checks of values are skipped for tracers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ PyTree = Any
 
 
 def is_concrete(tree: PyTree) -> bool:
-  """Tell whether no leaf of `tree` is being traced or a mere shape, so that its values may be looked at."""
+  """Return whether every leaf has values to check: none is traced or a `ShapeDtypeStruct`."""
   return not any(
     isinstance(leaf, (jax.core.Tracer, jax.ShapeDtypeStruct)) for leaf in jax.tree.leaves(tree)
   )
 
 
 def require_size(name: str, value: Any) -> int:
-  """Return `value` as an int of at least one."""
+  """Return `value` as an int; refuse anything but an integer of at least 1."""
   if isinstance(value, (bool, np.bool_)):
     raise TypeError(f"{name}: got {value!r}; expected an integer of at least 1.")
   try:
@@ -34,7 +34,7 @@ def require_size(name: str, value: Any) -> int:
 
 
 def require_key(key: Any) -> jax.Array:
-  """Return `key` when it is one typed PRNG key."""
+  """Return `key`; refuse anything but one typed PRNG key."""
   if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
     raise TypeError(
       f"key: got {kind(key)}; expected a typed PRNG key. "
@@ -42,13 +42,14 @@ def require_key(key: Any) -> jax.Array:
     )
   if key.ndim:
     raise ValueError(
-      f"key: got an array of {key.shape} keys; expected one key. Pass key[0], or vmap over the keys."
+      f"key: got an array of {key.shape} keys; expected one key. Pass one of them, or vmap over "
+      "them."
     )
   return key
 
 
 def require_rate(rate: Any) -> Any:
-  """Return `rate` when it is a probability; a traced rate passes."""
+  """Return `rate`; refuse anything but a number in [0, 1]. A traced scalar passes."""
   if isinstance(rate, (bool, np.bool_, str, bytes)) or np.ndim(rate):
     raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].")
   if isinstance(rate, jax.core.Tracer):
@@ -59,7 +60,8 @@ def require_rate(rate: Any) -> Any:
     raise TypeError(f"rate: got {rate!r}; expected one number in [0, 1].") from None
   if not 0.0 <= value <= 1.0:
     raise ValueError(
-      f"rate: got {value}; expected a probability in [0, 1], the share of examples that become codes."
+      f"rate: got {value}; expected a probability in [0, 1], the share of examples to replace by "
+      "codes."
     )
   return rate
 
@@ -67,7 +69,10 @@ def require_rate(rate: Any) -> Any:
 def require_classes(
   name: str, classes: Iterable[Any], num_classes: int, *, proper: bool = True
 ) -> tuple[int, ...]:
-  """Return `classes` as distinct ints in [0, num_classes); `proper` also refuses none and all of them."""
+  """Return `classes` as ints; refuse any that are repeated or outside [0, num_classes).
+
+  `proper` also refuses an empty list and a list of all classes.
+  """
   if isinstance(classes, (str, bytes)) or not isinstance(classes, Iterable):
     raise TypeError(f"{name}: got {classes!r}; expected a list of class indices, such as [0].")
   checked: list[int] = []
@@ -77,8 +82,8 @@ def require_classes(
     )
     if isinstance(value, bool) or not (isinstance(value, int) or scalar_array):
       raise TypeError(
-        f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices (a bool mask or "
-        "a float is not one). Pass for example [0, 3]."
+        f"{name}: got {value!r} of type {type(value).__name__}; expected integer class indices, "
+        "such as [0, 3]. Bools and floats are not accepted."
       )
     index = int(value)
     if not 0 <= index < num_classes:
@@ -98,7 +103,7 @@ def require_classes(
 
 
 def require_labels(name: str, labels: Any, num_examples: int, num_classes: int) -> None:
-  """Refuse labels that are not integers of shape (num_examples,), or, when concrete, out of [0, num_classes)."""
+  """Refuse labels other than integers (num_examples,) in [0, num_classes)."""
   dtype = getattr(labels, "dtype", None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
     raise TypeError(
@@ -118,38 +123,41 @@ def require_labels(name: str, labels: Any, num_examples: int, num_classes: int) 
 
 
 def require_codes(codes: Any) -> None:
-  """Refuse what is not a floating array (C, K, *shape) with at least two classes."""
+  """Refuse anything but a floating array (C, K, *shape) with at least two classes."""
   dtype = getattr(codes, "dtype", None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
-      f"codes: got {kind(codes)}; expected a floating array (C, K, *shape). Make one with mnemonic_jax.make_codes."
+      f"codes: got {kind(codes)}; expected a floating array (C, K, *shape). "
+      "Make one with mnemonic_jax.make_codes."
     )
   if codes.ndim < 3 or 0 in codes.shape:
     raise ValueError(
-      f"codes: got shape {codes.shape}; expected (C, K, *shape): C classes, K codes a class, each of the input's "
-      "shape. Make them with mnemonic_jax.make_codes."
+      f"codes: got shape {codes.shape}; expected (C, K, *shape): K codes for each of C classes, "
+      "each of the shape of an input. Make them with mnemonic_jax.make_codes."
     )
   if codes.shape[0] < 2:
     raise ValueError(
-      f"codes: got shape {codes.shape} with one class; expected at least two, one to forget and one to keep."
+      f"codes: got shape {codes.shape} with one class; expected at least two, one to forget and "
+      "one to keep."
     )
 
 
 def require_callable(name: str, value: Any, signature: str) -> Callable[..., Any]:
-  """Return `value` when it can be called, and hashed, so that jit recognises it the next time."""
+  """Return `value`; refuse what cannot be called or hashed. jit finds compiled programs by hash."""
   if not callable(value):
     raise TypeError(f"{name}: got {kind(value)}; expected a function {signature}.")
   try:
     hash(value)
   except TypeError:
     raise TypeError(
-      f"{name}: got an unhashable {type(value).__name__}; expected a function {signature}. Wrap it in a def or lambda."
+      f"{name}: got an unhashable {type(value).__name__}; expected a function {signature}. "
+      "Wrap it in a def or lambda."
     ) from None
   return value
 
 
 def require_finite_number(name: str, value: Any) -> None:
-  """Refuse a concrete `value` that is not a number, or not finite, or negative, anywhere."""
+  """Refuse a number, or array of numbers, that is negative or not finite in float32."""
   array = np.asarray(value)
   if array.dtype == bool or not (
     np.issubdtype(array.dtype, np.number) or jnp.issubdtype(array.dtype, jnp.floating)
@@ -166,7 +174,7 @@ def require_finite_number(name: str, value: Any) -> None:
 
 
 def kind(value: Any) -> str:
-  """What `value` is, in few words: its dtype and shape, or its type."""
+  """Describe `value` for a message: its dtype and shape, or its value and type."""
   if hasattr(value, "dtype") and hasattr(value, "shape"):
     return f"an array of dtype {value.dtype} and shape {value.shape}"
   return f"{value!r} of type {type(value).__name__}"

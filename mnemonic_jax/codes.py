@@ -1,4 +1,4 @@
-"""Mnemonic codes: one fixed random signal per class, and how training mixes them in."""
+"""Mnemonic codes: draw fixed random inputs for each class, and mix them into training batches."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnemonic_jax import _checks, _mesh
 
 PyTree = Any
 
-# The two distributions in use; each draws (key, shape, dtype).
+# Name -> a function (key, shape, dtype) that draws.
 DISTRIBUTIONS = {"normal": jax.random.normal, "uniform": jax.random.uniform}
 
 
@@ -29,17 +29,17 @@ def make_codes(
 
       xi_{c,k} ~ N(0, 1)  ("normal", the paper's)   or   U(0, 1)  ("uniform")
 
-  elementwise and independently. Codes live in the space the model sees, after normalisation and augmentation. They
-  trigger their classes: store them like a secret of the model.
+  elementwise and independently. Codes live in the space that the model sees, after normalisation
+  and augmentation. A model trained with codes recognises them: keep them as secret as the model.
 
   Guarantees:
-    The same key, sizes and PRNG implementation give the same codes on any device count and any mesh.
+    The same key, sizes and PRNG implementation give the same codes on any mesh.
 
   Args:
-    key: one typed key, `jax.random.key(seed)`.
+    key: one typed key, such as jax.random.key(seed).
     num_classes: C, at least 1.
-    shape: the shape of one input, without batch axis, each size at least 1.
-    per_class: K, codes a class, at least 1.
+    shape: the shape of one input, without the batch axis; every size at least 1.
+    per_class: K, codes per class, at least 1.
     distribution: "normal" or "uniform".
     dtype: a floating dtype.
 
@@ -47,8 +47,8 @@ def make_codes(
     (C, K, *shape) of `dtype`.
 
   Raises:
-    TypeError: key is no typed key, a size is no integer, or dtype is not floating.
-    ValueError: a size below one, or an unknown distribution.
+    TypeError: key is not a typed key, a size is not an integer, or dtype is not floating.
+    ValueError: a size is below 1, or the distribution is unknown.
 
   >>> make_codes(jax.random.key(0), num_classes=10, shape=(28, 28, 1)).shape
   (10, 1, 28, 28, 1)
@@ -73,7 +73,7 @@ def make_codes(
     ) from None
   if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
     raise TypeError(
-      f"dtype: got {dtype}; expected a floating dtype that jax has on: float64 needs jax_enable_x64."
+      f"dtype: got {dtype}; expected a floating dtype, and float64 only with jax_enable_x64."
     )
   return DISTRIBUTIONS[distribution](key, (num_classes, per_class, *shape), dtype)
 
@@ -109,30 +109,36 @@ def mix(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """Replace each image by a code of its own class with probability `rate`.
 
-      m_n ~ Bernoulli(rate),  k_n ~ Uniform{0..K-1},  image_n <- codes[label_n, k_n] if m_n else image_n
+      m_n ~ Bernoulli(rate),   k_n ~ Uniform{0..K-1}
+      image_n <- codes[label_n, k_n] if m_n else image_n
 
-  The labels stay. Call it last, after augmentation and normalisation: a code is never augmented.
+  Labels stay as they are. Call it after augmentation and normalisation, so that codes are not
+  augmented.
 
   Guarantees:
-    The result depends on key, shapes and values alone, not on devices. rate=0 returns the images, rate=1 only codes.
+    The result depends on key, shapes and values only, not on devices. rate=0 returns the images,
+    rate=1 only codes.
 
   Edge cases:
-    traced labels out of range: their replaced rows are NaN, never the code of another class (concrete ones raise).
+    labels out of range: concrete ones raise; for traced ones the replaced rows are NaN, never the
+      code of another class.
 
   Args:
-    key: one typed key; a fresh one each step.
-    images: (N, *shape), floating, in the space the model sees.
+    key: one typed key; pass a fresh one each step.
+    images: (N, *shape), floating, in the space that the model sees.
     labels: (N,), integers in [0, C).
     codes: (C, K, *shape), floating.
-    rate: probability in [0, 1], the paper's t_mix; may be traced.
+    rate: a probability in [0, 1], the paper's t_mix; may be traced.
     return_mask: also return which rows were replaced.
 
   Returns:
-    images with some rows replaced, same shape and dtype; with `return_mask` also the (N,) bool mask.
+    The images with some rows replaced, same shape and dtype. With `return_mask`, a pair of these
+    and the mask of replaced rows, (N,) bool.
 
   Raises:
-    TypeError: images or codes not floating, labels not integers, key not a typed key.
-    ValueError: shapes that do not fit, labels out of range, a rate outside [0, 1].
+    TypeError: images or codes are not floating, labels are not integers, or key is not a typed
+      key.
+    ValueError: shapes do not fit, labels are out of range, or rate is outside [0, 1].
 
   >>> codes = jnp.ones((2, 1, 3))
   >>> mix(jax.random.key(0), jnp.zeros((2, 3)), jnp.array([0, 1]), codes, rate=1.0)
@@ -147,13 +153,13 @@ def mix(
   dtype = getattr(images, "dtype", None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise TypeError(
-      f"images: got {_checks.kind(images)}; expected floating images in the space the model sees: normalise "
-      "before mixing, because codes are drawn in that space."
+      f"images: got {_checks.kind(images)}; expected floating images. Codes are drawn in the space "
+      "that the model sees: normalise images before mixing."
     )
   if images.ndim < 1 or images.shape[1:] != codes.shape[2:]:
     raise ValueError(
-      f"images: got shape {images.shape}; expected (N, *{tuple(codes.shape[2:])}), the shape of one code in codes "
-      f"{codes.shape}."
+      f"images: got shape {images.shape}; expected (N, *{tuple(codes.shape[2:])}), because codes "
+      f"have shape {codes.shape}."
     )
   if not images.shape[0]:
     raise ValueError(
@@ -180,9 +186,9 @@ def _mix(
       if per_class > 1
       else jnp.zeros_like(labels)
     )
-    wide = labels.astype(
-      jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32
-    )  # num_classes may not fit an int8
+    # num_classes may not fit in the dtype of the labels.
+    wide = labels.astype(jnp.int64 if labels.dtype.itemsize == 8 else jnp.int32)
+    # Indexing would count a negative label from the end.
     known = jnp.where(wide < 0, num_classes, wide)
     own = codes.at[known, choice].get(mode="fill", fill_value=jnp.nan)
     rows = replaced.reshape(-1, *(1,) * (images.ndim - 1))

@@ -1,11 +1,11 @@
-"""Errors of the command line: one message each, never a traceback."""
+"""Errors that the command line shows as one message, without a traceback."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-_FEW = 20  # names that a message lists
+_FEW = 20  # up to so many names, a message lists them all
 
 
 class MnemonicError(Exception):
@@ -29,7 +29,7 @@ class Interrupted(MnemonicError):
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-  """Name the nearest known name, and all of them if they are few, for a message's end.
+  """End a message about an unknown name: suggest the nearest one, and list all if they are few.
 
   >>> nearest("epoch", ["epochs", "seed"])
   'Did you mean epochs? Known: epochs, seed.'

@@ -13,10 +13,10 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 class Progress:
-  """Count `total` units of work, as a context manager.
+  """Count `total` units of work; a context manager.
 
-  On a terminal it is a tqdm bar. Elsewhere (a log file, CI) it prints a whole line every few
-  seconds and one at the end, so that logs stay readable. A `quiet` one shows nothing.
+  On a terminal it shows a tqdm bar. Elsewhere, in a log file or in CI, it prints a line every few
+  seconds and one at the end, so that logs stay readable. `quiet` shows nothing.
   """
 
   def __init__(

@@ -10,8 +10,7 @@ import pytest
 # Tests of the core run with these: a broadcast over ranks or a promotion of dtypes that nobody wrote is an error.
 CORE = {
   "test_codes",
-  "test_mixing",
-  "test_blending",
+  "test_mixup",
   "test_losses",
   "test_training",
   "test_fisher",

@@ -1,8 +1,9 @@
-"""Prepare CUB, Cars or ImageNet with TFDS's own builders, from small archives in the official layout.
+"""Prepare a small CUB, Cars or ImageNet with TFDS's builders, from archives like the official ones.
 
-Run as a program, in a process of its own: python tests/prepared_sets.py OUT NAME. The pictures are cuttings of the two
-photographs that scikit-learn ships. TFDS's builders open files with tensorflow and read masks with OpenCV; where these are
-not installed, stand-ins with the few functions that the builders call take their place. All else is TFDS's own.
+Run it in a process of its own: python tests/prepared_sets.py OUT NAME. The images are cut from the
+two photographs that scikit-learn ships. TFDS's builders open files with tensorflow and read masks
+with OpenCV. Without them, stand-ins provide the few functions that the builders call. Everything
+else is TFDS's own code.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import scipy.io
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-TRAIN, TEST = 3, 2  # pictures of a class
+TRAIN, TEST = 3, 2  # images per class
 CLASSES = {"caltech_birds2011": 42, "cars196": 51, "imagenet2012": 3}  # the first ones
 
 
 def picture(number: int, format: str = "JPEG") -> bytes:
-  """The number-th cutting, encoded; no two have the same place and size."""
+  """The number-th cutting, encoded. No two have the same place and size."""
   photographs = load_sample_images().images
   photograph = photographs[number % len(photographs)]
   height, width = 90 + number % 31, 100 + number % 37
@@ -43,14 +44,14 @@ def picture(number: int, format: str = "JPEG") -> bytes:
 
 
 def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-  """One file of a tar."""
+  """Add one file to a tar."""
   entry = tarfile.TarInfo(name)
   entry.size = len(content)
   archive.addfile(entry, io.BytesIO(content))
 
 
 def examples(name: str):
-  """(number, label, whether it is for training) of each picture."""
+  """Yield (number, label, whether it is for training) of each image."""
   number = 0
   for label in range(CLASSES[name]):
     for place in range(TRAIN + TEST):
@@ -59,7 +60,7 @@ def examples(name: str):
 
 
 def birds(folder: pathlib.Path) -> None:
-  """CUB_200_2011.tgz and segmentations.tgz."""
+  """Write CUB_200_2011.tgz and segmentations.tgz."""
   images, splits, boxes = [], [], []
   with (
     tarfile.open(folder / "CUB_200_2011.tgz", "w:gz") as archive,
@@ -85,7 +86,7 @@ def birds(folder: pathlib.Path) -> None:
 
 
 def cars(folder: pathlib.Path) -> None:
-  """cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat."""
+  """Write cars_train.tgz, cars_test.tgz, car_devkit.tgz and cars_test_annos_withlabels.mat."""
   fields = [
     (name, object) for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")
   ]
@@ -105,7 +106,7 @@ def cars(folder: pathlib.Path) -> None:
 
 
 def imagenet(folder: pathlib.Path) -> None:
-  """ILSVRC2012_img_train.tar, a tar of one tar per synset, and ILSVRC2012_img_val.tar, which is flat."""
+  """Write ILSVRC2012_img_train.tar, with one tar per synset in it, and the flat ..._val.tar."""
   import tensorflow_datasets as tfds
 
   base = pathlib.Path(tfds.__file__).parent / "datasets/imagenet2012"
@@ -128,13 +129,12 @@ def imagenet(folder: pathlib.Path) -> None:
 
 
 def stand_in_for_tensorflow() -> None:
-  """What TFDS's three builders, and its unpacking of archives, call to open files; set in their own modules."""
+  """Provide what TFDS's builders and its unpacking of archives call to open files."""
 
   def open_or_pass(file, mode="r"):
     opened = file if hasattr(file, "read") else open(file, mode)  # noqa: SIM115
-    return (
-      contextlib.nullcontext(opened) if mode == "rb" else opened
-    )  # tensorflow's opens itself again after its end
+    # tensorflow's file opens itself again after it was closed.
+    return contextlib.nullcontext(opened) if mode == "rb" else opened
 
   gfile = types.SimpleNamespace(
     GFile=open_or_pass,
@@ -157,7 +157,7 @@ def stand_in_for_tensorflow() -> None:
 
 
 class Mask(io.BytesIO):
-  """The bytes of a mask with the shape that the builder asks for: TFDS stores bytes as they are."""
+  """The encoded bytes of a mask, with the shape that the builder asks for. TFDS stores bytes."""
 
   shape: tuple[int, ...] = ()
 
@@ -166,7 +166,7 @@ class Mask(io.BytesIO):
 
 
 def stand_in_for_opencv() -> None:
-  """`cv2.imdecode` that keeps the mask encoded, so that nothing has to encode it again."""
+  """Provide a `cv2.imdecode` that leaves masks encoded, so that nothing must encode them again."""
   opencv = types.ModuleType("cv2")
 
   def imdecode(content: np.ndarray, flags: int) -> Mask:
@@ -179,7 +179,7 @@ def stand_in_for_opencv() -> None:
 
 
 def main(out: str, name: str) -> None:
-  """Make the archives, and let TFDS prepare the set."""
+  """Make the archives and let TFDS prepare the set."""
   import tensorflow_datasets as tfds
 
   if importlib.util.find_spec("tensorflow") is None:

@@ -1,4 +1,4 @@
-"""The whole method in NumPy, float64, one number at a time: slow on purpose, and independent of what it checks."""
+"""The whole method in NumPy and float64, one number at a time: slow and independent on purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def mix(images, labels, codes, replaced, choice):
-  """Given which rows are replaced and which of the K codes each draws."""
+  """Mix in codes, given which rows are replaced and which of the K codes each of them draws."""
   mixed = np.array(images)
   for n in range(len(images)):
     if replaced[n]:
@@ -17,14 +17,14 @@ def mix(images, labels, codes, replaced, choice):
 
 
 def cross_entropy(logits, label):
-  """log(1 + sum_{j != y} exp(l_j - l_y)); no difference of large numbers."""
+  """log(1 + sum_{j != y} exp(l_j - l_y)), which subtracts no large numbers."""
   return math.log1p(
     sum(math.exp(logits[j] - logits[label]) for j in range(len(logits)) if j != label)
   )
 
 
 def residual(logits, label):
-  """d cross_entropy / d logits: p_j for j != y, and -sum_{j != y} p_j for y, so that nothing cancels."""
+  """d cross_entropy / d logits: p_j for j != y and -sum_{j != y} p_j for y; nothing cancels."""
   total = sum(math.exp(logit - max(logits)) for logit in logits)
   result = np.array([math.exp(logit - max(logits)) / total for logit in logits])
   result[label] = -sum(result[j] for j in range(len(logits)) if j != label)
@@ -56,7 +56,7 @@ def mlp_logits(params, x):
 
 
 def mlp_gradient(params, x, label):
-  """One hidden layer of sigmoids, by hand: back through kernel2 and h (1 - h)."""
+  """Backpropagate by hand through one hidden layer of sigmoids: kernel2, then h (1 - h)."""
   hidden = _hidden(params, x)
   r = residual(mlp_logits(params, x), label)
   kernel2 = params["kernel2"].astype(np.float64)
@@ -71,7 +71,7 @@ def mlp_gradient(params, x, label):
 
 
 def fisher(gradient, params, inputs, labels, weights=None):
-  """sum_n weights[n] * gradient_n ** 2, one example after the other; the mean without weights."""
+  """sum_n weights[n] * gradient_n ** 2, one example at a time; the mean without weights."""
   weights = [1 / len(inputs)] * len(inputs) if weights is None else weights
   total = {name: np.zeros(np.shape(leaf)) for name, leaf in params.items()}
   for x, label, weight in zip(np.asarray(inputs, np.float64), labels, weights, strict=True):
@@ -81,7 +81,7 @@ def fisher(gradient, params, inputs, labels, weights=None):
 
 
 def _layers(array, layer_axis):
-  """The index sets of the layers of one leaf."""
+  """The indices of each layer of one leaf."""
   indices = list(np.ndindex(np.shape(array)))
   if layer_axis is None:
     return [indices]
@@ -91,7 +91,7 @@ def _layers(array, layer_axis):
 
 
 def amplitude(fisher_forget, fisher_remain, layer_axis=None, overflow=math.inf):
-  """f_F / f_R of one leaf; ratios that do not exist, or are above `overflow`, become the layer's largest that is not."""
+  """f_F / f_R of one leaf. Ratios over 0, or above `overflow`, become the layer's largest other."""
   eta = np.zeros(np.shape(fisher_forget))
   for layer in _layers(eta, layer_axis):
     boundless = []
@@ -167,7 +167,7 @@ def forget(
   layer_axis=None,
   overflow=math.inf,
 ):
-  """The whole of it. Returns (params, sign, eta); layer_axis: {leaf name: axis}."""
+  """The whole method. Returns (params, sign, eta); layer_axis: {leaf name: axis}."""
   axes = layer_axis or {}
   fisher_forget, fisher_remain = class_fishers(gradient, params, codes, forget, remain)
   eta = {k: amplitude(fisher_forget[k], fisher_remain[k], axes.get(k), overflow) for k in params}
@@ -175,7 +175,7 @@ def forget(
   candidates = {s: {k: perturb(params[k], eta[k], scale[k], s) for k in params} for s in (1, -1)}
   scores = {s: code_scores(logits, candidates[s], codes, forget, remain) for s in (1, -1)}
 
-  def total(sign):  # A_R + E_F over the common denominator, in whole numbers: a tie is a tie
+  def total(sign):  # A_R + E_F times the common denominator: integers, so that ties are exact
     (right, of_remain), (wrong, of_forget), _ = scores[sign]
     return right * of_forget + wrong * of_remain
 
@@ -185,7 +185,7 @@ def forget(
 
 
 def evaluate(predictions, labels, num_classes, classes):
-  """(A_R, E_F, per_class), counting one example after the other."""
+  """(A_R, E_F, per_class), counting one example at a time."""
   right, total = [0] * num_classes, [0] * num_classes
   for prediction, label in zip(predictions, labels, strict=True):
     total[label] += 1

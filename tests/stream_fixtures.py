@@ -1,4 +1,4 @@
-"""CUB, Cars and ImageNet, prepared by TFDS's own builders from small archives in the official layout.
+"""Small CUB, Cars and ImageNet sets, prepared by TFDS's own builders.
 
 A pytest plugin: modules that need it say `pytest_plugins = ["stream_fixtures"]`.
 """
@@ -16,7 +16,7 @@ from running import environment
 
 @pytest.fixture(scope="session")
 def prepared_sets(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """A folder of prepared sets; read it, do not write to it."""
+  """A folder of prepared sets. Read it, do not write to it."""
   for module in ("tensorflow_datasets", "grain"):
     pytest.importorskip(module)
   folder = tmp_path_factory.mktemp("prepared")

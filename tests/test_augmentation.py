@@ -1,15 +1,14 @@
-"""Augmentation: what a picture may become, and that its key alone decides."""
+"""Augmentation: what an image may become, and that its key decides."""
 
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax.data import augmentation
 
 
-def pictures(num=64):
+def some_images(num=64):
   return np.random.default_rng(0).integers(1, 256, (num, 6, 5, 3), dtype=np.uint8)
 
 
@@ -17,9 +16,9 @@ def keys(num=64, seed=0):
   return jax.random.split(jax.random.key(seed), num)
 
 
-def test_a_crop_is_a_window_of_the_padded_picture_and_all_of_them_come_up():
-  images = pictures(1000)
-  cropped = np.asarray(augmentation.crop(keys(1000), images))
+def test_a_crop_is_a_window_of_the_padded_image_and_all_of_them_come_up():
+  images = some_images(1000)
+  cropped = np.asarray(jax.jit(augmentation.crop)(keys(1000), images))
   assert cropped.dtype == np.uint8 and cropped.shape == images.shape
   found = set()
   for image, ours in zip(images, cropped, strict=True):
@@ -31,20 +30,19 @@ def test_a_crop_is_a_window_of_the_padded_picture_and_all_of_them_come_up():
   assert len(found) == 81
 
 
-def test_half_of_the_pictures_are_mirrored():
-  images = pictures(1000)
-  ours = np.asarray(augmentation.flip(keys(1000), images))
+def test_half_of_the_images_are_mirrored():
+  images = some_images(1000)
+  ours = np.asarray(jax.jit(augmentation.flip)(keys(1000), images))
   mirrored = [np.array_equal(a, b[:, ::-1]) for a, b in zip(ours, images, strict=True)]
   assert all(m or np.array_equal(a, b) for m, a, b in zip(mirrored, ours, images, strict=True))
   assert 430 < sum(mirrored) < 570
 
 
-def test_a_picture_depends_on_its_own_key_alone():
-  images = pictures()
-  whole = augmentation.crop_and_flip(keys(), images)
+def test_an_image_depends_on_its_own_key_alone():
+  images = some_images()
+  augment = jax.jit(augmentation.crop_and_flip)
+  whole = np.asarray(augment(keys(), images))
   order = np.random.default_rng(1).permutation(64)
-  np.testing.assert_array_equal(
-    jax.jit(augmentation.crop_and_flip)(keys()[order], images[order]), whole[order]
-  )
-  assert not np.array_equal(augmentation.crop_and_flip(keys(seed=1), images), whole)
-  assert jnp.any(whole != images)
+  np.testing.assert_array_equal(augment(keys()[order], images[order]), whole[order])
+  assert not np.array_equal(augment(keys(seed=1), images), whole)
+  assert np.any(whole != images)

@@ -1,11 +1,10 @@
-"""The data sets: the real bytes, one fixed split, nothing in common between train and test."""
+"""Data sets: the real bytes, one fixed split, no example in both train and test."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
 import io
-import os
 import pathlib
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mnemonic_jax import data
-from mnemonic_jax.data import decoded, pictures
+from mnemonic_jax.data import decoded, decoding
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 
@@ -28,6 +27,10 @@ IDX = {
   "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
   "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+
+
+WHOLE = {"train": 60_000, "test": 10_000}
+FIRST = {"train": 2_300, "test": 300}  # more than are read at once, and no multiple of it
 
 
 def rows(images: np.ndarray) -> list[bytes]:
@@ -45,7 +48,7 @@ def test_digits_are_scikit_learns_and_split_without_overlap():
   )
   ours = [*zip(rows(train.images), train.labels.tolist(), strict=True)]
   ours += zip(rows(test.images), test.labels.tolist(), strict=True)
-  assert sorted(ours) == everything  # each picture once, with its own label
+  assert sorted(ours) == everything  # each image once, with its own label
 
 
 def test_digits_are_stratified():
@@ -55,7 +58,7 @@ def test_digits_are_stratified():
 
 
 def test_the_digits_split_is_fixed():
-  """These numbers change only if every published figure is to be measured anew."""
+  """If these numbers change, every published figure must be measured again."""
   digits = data.load("digits")
   digest = hashlib.sha256(
     digits.test.images.tobytes() + digits.test.labels.astype("<i4").tobytes()
@@ -85,14 +88,16 @@ def test_an_unknown_data_set():
     data.load("mnits")
 
 
-@pytest.fixture(scope="session")
-def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """A folder with MNIST prepared for TFDS from the original files."""
+def require_mnist() -> None:
   pytest.importorskip("tensorflow_datasets")
   if not (SHARED / "mnist").is_dir():
     pytest.skip("the original MNIST files are not at ../shared/data/mnist")
-  if ready := os.environ.get("MNEMONIC_TEST_TFDS_DIR"):
-    return pathlib.Path(ready)
+
+
+@pytest.fixture(scope="session")
+def whole_mnist(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """A folder with MNIST prepared for TFDS from the original files, which takes 20 s."""
+  require_mnist()
   folder = tmp_path_factory.mktemp("tfds")
   command = [sys.executable, str(SHARED / "prepare_tfds.py"), "--out", str(folder), "mnist"]
   done = subprocess.run(command, text=True, capture_output=True)
@@ -100,9 +105,43 @@ def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return folder
 
 
+@pytest.fixture(scope="session")
+def tfds_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """The same with the first examples of each split only."""
+  require_mnist()
+  import tensorflow_datasets as tfds
+  from tensorflow_datasets.image_classification.mnist import MNIST
+
+  with tfds.core.registered.skip_registration():
+
+    class FirstExamples(MNIST):
+      def _split_generators(self, manager):
+        return {split: examples_of(split) for split in IDX}
+
+  FirstExamples.name = "mnist"
+  folder = tmp_path_factory.mktemp("tfds")
+  FirstExamples(data_dir=folder, file_format="array_record").download_and_prepare()
+  return folder
+
+
+def examples_of(split: str):
+  """Yield the first examples of a split of MNIST as TFDS takes them."""
+  for index, (image, label) in enumerate(zip(*original(split, FIRST[split]), strict=True)):
+    encoded = io.BytesIO()
+    Image.fromarray(image.reshape(28, 28)).save(encoded, "PNG")
+    encoded.seek(0)
+    yield index, {"image": encoded, "label": int(label)}
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def original(split: str, number: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+  """The images (N, 784) and labels of the original files, or the first of them."""
+  images, labels = IDX[split]
+  return idx(images, 16).reshape(-1, 784)[:number], idx(labels, 8)[:number]
 
 
 def idx(name: str, header: int) -> np.ndarray:
@@ -114,18 +153,22 @@ def idx(name: str, header: int) -> np.ndarray:
   ]
 
 
-def test_mnist_is_byte_for_byte_the_original(tfds_folder, capfd):
-  mnist = data.load("mnist", str(tfds_folder))
+@pytest.mark.parametrize(
+  ("folder", "number"),
+  [("tfds_folder", FIRST), pytest.param("whole_mnist", WHOLE, marks=pytest.mark.long)],
+)
+def test_mnist_is_byte_for_byte_the_original(folder, number, request, capfd):
+  folder = request.getfixturevalue(folder)
+  capfd.readouterr()
+  mnist = data.load("mnist", str(folder))
   assert mnist.class_names == tuple("0123456789") and mnist.levels == 255
-  for split, (images, labels) in IDX.items():
-    ours = getattr(mnist, split)
+  for split in IDX:
+    ours, (images, labels) = getattr(mnist, split), original(split, number[split])
     assert ours.images.dtype == np.uint8 and ours.images.shape[1:] == (28, 28, 1)
-    theirs = sorted(
-      zip(rows(idx(images, 16).reshape(-1, 784)), idx(labels, 8).tolist(), strict=True)
-    )
+    theirs = sorted(zip(rows(images), labels.tolist(), strict=True))
     assert sorted(zip(rows(ours.images), ours.labels.tolist(), strict=True)) == theirs
   err = capfd.readouterr().err
-  assert "read mnist test: 10000/10000 images" in err
+  assert f"read mnist test: {number['test']}/{number['test']} images" in err
   assert all(line.startswith("read mnist") for line in err.splitlines()), err
 
 
@@ -144,14 +187,14 @@ def test_a_damaged_prepared_set_says_what_to_do(tfds_folder, tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 3), (14, 28)])
-def test_a_picture_of_another_shape_is_named(shape, tfds_folder, monkeypatch):
+def test_an_image_of_another_shape_is_named(shape, tfds_folder, monkeypatch):
   odd = io.BytesIO()
   Image.fromarray(np.zeros(shape, np.uint8)).save(odd, "PNG")
-  real = pictures.decode
-  monkeypatch.setattr(pictures, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
+  real = decoding.decode
+  monkeypatch.setattr(decoding, "decode", lambda encoded, expected: real(odd.getvalue(), expected))
   with pytest.raises(
     MnemonicError,
-    match=r"split 'train' .* a picture is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)",
+    match=r"split 'train' .* an image is uint8 \(\d+, 28, \d\); expected uint8 \(28, 28, 1\)",
   ):
     data.load("mnist", str(tfds_folder))
 
@@ -208,8 +251,8 @@ def test_what_a_model_sees_of_the_darkest_and_the_brightest_pixel(
     )
 
 
-def test_what_does_not_train_needs_no_training_example(monkeypatch):
-  """The pictures of a class to forget may be gone."""
+def test_a_set_to_evaluate_needs_no_training_example(monkeypatch):
+  """The images of a class to forget may be gone."""
   split = Split(np.zeros((4, 2, 2, 1), np.uint8), np.array([0, 2, 2, 0], np.int32))
   monkeypatch.setattr(
     data.prepared, "load", lambda *arguments, **options: (split, split, ("a", "b", "c"))
@@ -253,9 +296,9 @@ def test_a_set_is_decoded_once(tmp_path, monkeypatch):
   decoded.kept(other, "other-train", decode)
   assert len(list(cache.iterdir())) == 2
   shutil.rmtree(other)
-  decoded.drop_orphans()  # what was prepared is gone, and so is its copy
+  decoded.drop_orphans()  # the set was deleted, and so its copy is
   assert [path.name[:9] for path in cache.iterdir()] == ["set-train"]
-  for whatever in (b"PK\3\4", b"", bytes(100)):  # no copy that says where it comes from
+  for whatever in (b"PK\3\4", b"", bytes(100)):  # damaged: nobody knows of which set
     (cache / "set-test-0.npz").write_bytes(whatever)
     decoded.drop_orphans()
     assert len(list(cache.iterdir())) == 1

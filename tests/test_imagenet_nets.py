@@ -1,4 +1,4 @@
-"""experiments/imagenet_vit/forget.py with the paper's networks that are no ViT: 8 devices as one."""
+"""experiments/imagenet_vit/forget.py with other networks: eight CPU devices agree with one."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import host
+from toys import assert_trees_close, host
 
 import mnemonic_jax as mj
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
+from mnemonic_jax import data
 from mnemonic_jax.multihost import sharding
 from mnemonic_jax.runs import config as configs
 
@@ -23,24 +23,36 @@ CLASSES = 8
 
 
 def forgotten(name, side, mesh):
-  """Params, forgotten params and info of a model with its first weights, on a mesh."""
+  """Fishers (2, ...), params before and after and info of a fresh model, on a mesh."""
   config = configs.build(
     "tiny", {"data": {"name": "imagenet2012", "side": side}, "model": {"name": name}}
   )
-  nothing = Split(np.zeros((0, side, side, 3), np.uint8), np.zeros(0, np.int32))
-  dataset = Dataset(
-    "imagenet2012", nothing, nothing, tuple(map(str, range(CLASSES))), 255, (0.5,) * 3, (0.25,) * 3
-  )
+  dataset = data.absent("imagenet2012", (side, side, 3), CLASSES)
   chosen = np.arange(CLASSES) == 3
   with jax.set_mesh(mesh):
     program = forget_script.make_program(config, dataset, mesh)
     placed = tuple(sharding.tree_shardings(mesh, tree) for tree in program.arguments[:2])
     params, model_state = jax.jit(program.model.init, out_shardings=placed)(jax.random.key(0))
     codes = mj.make_codes(jax.random.key(1), CLASSES, dataset.shape)
-    codes = forget_script.place_codes(np.asarray(codes), program)
+    on_mesh = forget_script.place_codes(np.asarray(codes), program)
+    fishers = jax.jit(fishers_of, static_argnums=0)(
+      program.model, params, model_state, on_mesh, chosen
+    )
     method = mj.Perturbation(np.float32(1e-5), np.float32(1e-2))
-    moved, info = program.step(params, model_state, codes, chosen, ~chosen, method)
-  return host(params), host(moved), jax.device_get(info)
+    moved, info = program.step(params, model_state, on_mesh, chosen, ~chosen, method)
+  return host(fishers), host(params), host(moved), jax.device_get(info)
+
+
+def fishers_of(model, params, model_state, codes, chosen):
+  """The mean Fishers of the codes of both sides."""
+  logits_fn, weights = model.logits_fn(model_state), jnp.stack([chosen, ~chosen])
+  return mj.diagonal_fisher(
+    lambda params, inputs, labels: mj.softmax_cross_entropy(logits_fn(params, inputs), labels),
+    params,
+    codes[:CLASSES, 0],
+    jnp.arange(CLASSES),
+    weights / weights.sum(1, keepdims=True),
+  )
 
 
 @pytest.mark.long
@@ -50,10 +62,17 @@ def forgotten(name, side, mesh):
 def test_a_forget_on_a_mesh_is_that_on_one_device(name, side):
   alone = forgotten(name, side, sharding.make_mesh(1, 1, jax.devices()[:1]))
   spread = forgotten(name, side, sharding.make_mesh(2, 4))
-  assert int(spread[2].info["sign"]) == int(alone[2].info["sign"])
+  for group in (0, 1):
+    one = lambda leaf, group=group: leaf[group] / leaf[group].max()
+    relative = lambda tree, one=one: jax.tree.map(one, tree)
+    # Where rounding switches a unit of a ReLU, Fishers are off by some 1e-3 of the largest. Of the
+    # ResNeXt, whose single device was off, the mesh was right to 2e-6 against float64.
+    assert_trees_close(relative(spread[0]), relative(alone[0]), 0, 5e-3)
+  head = np.array(alone[0]["head"]["kernel"])
+  assert not np.allclose(*(head / np.max(head)), atol=1e-3)
+  assert int(spread[3].info["sign"]) == int(alone[3].info["sign"])
   flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
-  before, there, here = flat(alone[0]), flat(spread[1]), flat(alone[1])
+  before, there, here = flat(alone[1]), flat(spread[2]), flat(alone[2])
   assert 1e-3 < np.max(np.abs(here - before)) <= 1.01e-2
-  assert (
-    np.mean(np.abs(there - here) > 1e-2 * np.abs(here - before) + 1e-6) < 0.01
-  )  # small Fishers are rounding alone
+  # Small Fishers are rounding errors only.
+  assert np.mean(np.abs(there - here) > 1e-2 * np.abs(here - before) + 1e-6) < 0.01

@@ -403,7 +403,7 @@ def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_
     ),
     (
       {"model.name": "resnet18", "model.scan": False, "model.remat": False},
-      "holds no resnet18 that is known here",
+      "holds no resnet18 in a known format",
       False,
     ),
     ({"model.pretrained": "absent.npz"}, r"absent\.npz: no such file", False),

@@ -1,4 +1,4 @@
-"""Weights of torchvision and timm models, made at random, saved, imported: the same logits; other files are refused."""
+"""Imported weights: random torchvision and timm models keep their logits; bad files are refused."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from running import call
@@ -17,7 +18,7 @@ from weight_files import as_augreg
 
 from mnemonic_jax import _trees, models
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.models import pretrained
+from mnemonic_jax.models import pretrained, vit
 from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 
 try:
@@ -42,7 +43,7 @@ MODELS = [
 
 @cache
 def library(name: str) -> Any:
-  """torchvision or timm; torchvision's wheel for CUDA misses two operations beside a torch for CPU."""
+  """torchvision or timm. Beside torch for CPU, torchvision's CUDA wheel lacks two operations."""
   declared = torch.library.Library("torchvision", "FRAGMENT")
   for operation in ("nms", "qnms"):
     with contextlib.suppress(RuntimeError):  # torchvision brought its own
@@ -57,9 +58,8 @@ def build(where: str, name: str) -> Any:
     module.create_model(name) if where == "timm" else getattr(module.models, name)(weights=None)
   )
   with torch.no_grad():
-    for (
-      parameter
-    ) in model.parameters():  # biases and class tokens are zero, scales one, until they are trained
+    # Biases and class tokens start at 0 and scales at 1, which would hide mix-ups.
+    for parameter in model.parameters():
       parameter.add_(0.02 * torch.randn_like(parameter))
     for key, buffer in model.named_buffers():
       if key.endswith(("running_mean", "running_var")):
@@ -67,8 +67,8 @@ def build(where: str, name: str) -> Any:
   return model.eval()
 
 
-def template(name: str, classes: int = 1000) -> tuple[models.Model, Any, Any]:
-  model = models.make(name, shape=IMAGE, num_classes=classes)
+def template(name: str, shape=IMAGE) -> tuple[models.Model, Any, Any]:
+  model = models.make(name, shape=shape, num_classes=1000)
   return model, *jax.eval_shape(model.init, jax.random.key(0))
 
 
@@ -92,10 +92,19 @@ def test_logits_agree(name, where, theirs, tmp_path):
   np.testing.assert_allclose(logits, wanted, atol=1e-4 * max(1.0, np.abs(wanted).max()))
 
 
-@pytest.fixture(scope="module")
-def small_vit() -> tuple[models.Model, dict, dict]:
-  model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5)
-  return model, *model.init(jax.random.key(0))
+@pytest.fixture
+def small_vit(monkeypatch) -> tuple[models.Model, dict, dict]:
+  """A narrow ViT of two blocks with random params."""
+  monkeypatch.setitem(vit.SIZES, "ti", (12, 2, 3))
+  model = make_small()
+  shapes, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  draw = np.random.default_rng(0).normal
+  params = jax.tree.map(lambda x: jnp.asarray(draw(size=x.shape), jnp.float32), shapes)
+  return model, params, model_state
+
+
+def make_small(**options: Any) -> models.Model:
+  return models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, **options)
 
 
 def test_an_augreg_file_gives_every_param_back(small_vit, tmp_path):
@@ -109,45 +118,36 @@ def test_an_augreg_file_gives_every_param_back(small_vit, tmp_path):
 def test_a_scanned_model_is_filled_layer_by_layer(small_vit, tmp_path):
   _, params, _ = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
-  scanned = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, scan=True)
-  read, _ = pretrained.load(
-    tmp_path / "augreg.npz", "vit_ti16", *jax.eval_shape(scanned.init, jax.random.key(0))
-  )
-  for index in range(12):
+  blank = jax.eval_shape(make_small(scan=True).init, jax.random.key(0))
+  read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", *blank)
+  for index in range(2):
     block = jax.tree.map(lambda leaf, index=index: leaf[index], read["blocks"])
     jax.tree.map(np.testing.assert_array_equal, block, params[f"block{index + 1}"])
   jax.tree.map(np.testing.assert_array_equal, read["head"], params["head"])
+  refuse_another_depth(params, blank, tmp_path / "augreg.npz")
+
+
+def refuse_another_depth(params: dict, trees: tuple[Any, Any], file: pathlib.Path) -> None:
+  """A file that lacks a block, and one that has a block too many."""
   arrays = as_augreg(params)
-  np.savez(
-    tmp_path / "short.npz",
-    **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name},
-  )
-  blank = jax.eval_shape(scanned.init, jax.random.key(0))
-  assert "no array for block12." in refusal(tmp_path / "short.npz", "vit_ti16", blank)
-  np.savez(
-    tmp_path / "long.npz",
-    **arrays,
-    **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)},
-  )
-  assert "no place for: block13.norm1.bias" in refusal(tmp_path / "long.npz", "vit_ti16", blank)
+  np.savez(file, **{name: x for name, x in arrays.items() if "encoderblock_1/" not in name})
+  assert "no array for block2." in refusal(file, "vit_ti16", trees)
+  more = {"Transformer/encoderblock_2/LayerNorm_0/bias": np.zeros(12, np.float32)}
+  np.savez(file, **arrays, **more)
+  assert "no place for: block3.norm1.bias" in refusal(file, "vit_ti16", trees)
 
 
 def test_a_head_of_another_size_is_refused_and_a_new_head_is_ours(small_vit, tmp_path):
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
-  _, other, _ = template_for(7)
+  other = {**params, "head": {"kernel": jnp.ones((12, 7)), "bias": jnp.ones(7)}}
   with pytest.raises(
-    MnemonicError, match=r"head\.kernel has shape \(192, 5\) there; .* expects \(192, 7\).*new_head"
+    MnemonicError, match=r"head\.kernel has shape \(12, 5\) there; .* expects \(12, 7\).*new_head"
   ):
     pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state)
   read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", other, model_state, new_head=True)
   np.testing.assert_array_equal(read["head"]["kernel"], other["head"]["kernel"])
   np.testing.assert_array_equal(read["norm"]["scale"], params["norm"]["scale"])
-
-
-def template_for(classes: int) -> tuple[models.Model, dict, dict]:
-  model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=classes)
-  return model, *model.init(jax.random.key(1))
 
 
 def refusal(file: pathlib.Path, name: str, tree: tuple[Any, Any]) -> str:
@@ -162,14 +162,9 @@ def test_other_architectures_are_refused_by_name(small_vit, tmp_path):
   _, params, model_state = small_vit
   file = tmp_path / "augreg.npz"
   np.savez(file, **as_augreg(params))
-  assert "holds no resnet18" in refusal(file, "resnet18", template("resnet18")[1:])
-  arrays = as_augreg(params)
-  np.savez(file, **{name: x for name, x in arrays.items() if "encoderblock_11/" not in name})
-  assert "no array for block12." in refusal(file, "vit_ti16", (params, model_state))
-  np.savez(
-    file, **arrays, **{"Transformer/encoderblock_12/LayerNorm_0/bias": np.zeros(192, np.float32)}
-  )
-  assert "no place for: block13.norm1.bias" in refusal(file, "vit_ti16", (params, model_state))
+  another = template("resnet18", (32, 32, 3))[1:]
+  assert "holds no resnet18 in a known format" in refusal(file, "resnet18", another)
+  refuse_another_depth(params, (params, model_state), file)
 
 
 def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
@@ -190,7 +185,8 @@ def test_damaged_and_dangerous_files_are_refused(small_vit, tmp_path):
     b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,16]}}',  # fewer bytes than the shape needs
     b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,16]}}',
     b'{"a":{"dtype":"O","shape":[4],"data_offsets":[0,16]}}',
-    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',
+    b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]},'
+    b'"b":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}',  # two at one place
     b'{"a":' + b"[" * 100_000,
     b'{"a":{"dtype":"F32"',
     b"\xff\xfe",
@@ -249,7 +245,7 @@ def test_nothing_is_unpickled(small_vit, tmp_path):
 
 
 def as_torch(width: int, classes: int) -> dict[str, np.ndarray]:
-  """The state dict of a ResNet of one block for pictures of one channel, with a 3x3 stem."""
+  """The state dict of a ResNet of one block for images of one channel, with a 3x3 stem."""
   draw = np.random.default_rng(0).normal
   arrays = {"conv1.weight": draw(size=(width, 1, 3, 3))}
   arrays |= {f"layer1.0.conv{index}.weight": draw(size=(width, width, 3, 3)) for index in (1, 2)}
@@ -267,65 +263,30 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
   file, arrays = tmp_path / "model.safetensors", as_torch(4, 10)
   save_file(arrays, file)
-  still = (
-    "--train.learning_rate",
-    0,
-    "--train.epochs",
-    1,
-    "--model.name",
-    "resnet10_small",
-    "--model.width",
-    4,
-  )
+  small = ("--model.name", "resnet10_small", "--model.width", 4, "--model.pretrained", file)
+  still = ("--train.learning_rate", 0, "--train.epochs", 1, *small)
 
-  def trained(run: str, *more: object) -> dict:
-    outcome = call(
-      "train",
-      "digits",
-      "--out",
-      tmp_path / run,
-      *still,
-      "--model.pretrained",
-      file,
-      *more,
-      "--json",
-    )
-    assert outcome.json["epochs"] == 1
-    checkpoint = newest(tmp_path / run / "checkpoints")
-    return restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
-
-  params = trained("whole")
-  np.testing.assert_array_equal(
-    params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0)
-  )
+  trained = call("train", "digits", "--out", tmp_path / "run", *still, "--train.ema", 0.999)
+  assert trained.code == 0, trained.err
+  checkpoint = newest(tmp_path / "run" / "checkpoints")
+  stored = stored_shapes(checkpoint)
+  parts = {name: stored[name] for name in ("params", "optimizer_state")}
+  params, optimizer_state = (restore_parts(checkpoint, parts)[name] for name in parts)
+  stem = arrays["conv1.weight"].transpose(2, 3, 1, 0)
+  np.testing.assert_array_equal(params["stem"]["kernel"], stem)
   np.testing.assert_array_equal(
     params["stage1_block1"]["norm2"]["scale"], arrays["layer1.0.bn2.weight"]
   )
   np.testing.assert_array_equal(params["head"]["kernel"], arrays["fc.weight"].T)
-  save_file(
-    {**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file
-  )
-  refused = call(
-    "train", "digits", "--out", tmp_path / "refused", *still, "--model.pretrained", file
-  )
+  average = optimizer_state["average"]["stem"]["kernel"]
+  np.testing.assert_allclose(average, stem, rtol=1e-4)
+  other = {"fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}
+  save_file({**arrays, **other}, file)
+  refused = call("train", "digits", "--out", tmp_path / "refused", *still)
   assert "head.kernel has shape (4, 3) there" in refused.refusal()
-  save_file(arrays, file)
-  trained("averaged", "--train.ema", 0.999)  # and so does its average
-  checkpoint = newest(tmp_path / "averaged" / "checkpoints")
-  kept = {"optimizer_state": {"average": stored_shapes(checkpoint)["optimizer_state"]["average"]}}
-  average = restore_parts(checkpoint, kept)["optimizer_state"]["average"]
-  np.testing.assert_allclose(average["stem"]["kernel"], params["stem"]["kernel"], rtol=1e-4)
-  save_file(
-    {**arrays, "fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}, file
-  )
-  params = trained("new head", "--model.new_head", "true")
-  np.testing.assert_array_equal(
-    params["stem"]["kernel"], arrays["conv1.weight"].transpose(2, 3, 1, 0)
-  )
-  assert params["head"]["kernel"].shape == (4, 10)
 
 
-def test_weights_go_where_uncommitted_arrays_may_go(small_vit, tmp_path):
+def test_weights_in_the_place_of_uncommitted_arrays_are_uncommitted(small_vit, tmp_path):
   _, params, model_state = small_vit
   np.savez(tmp_path / "augreg.npz", **as_augreg(params))
   read, _ = pretrained.load(tmp_path / "augreg.npz", "vit_ti16", params, model_state)

@@ -1,4 +1,4 @@
-"""The head edit hides a class and removes nothing; the linear probe sees that."""
+"""The head edit hides a class but keeps its features; the linear probe sees that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.rivals.head_edit import head_edit
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mlp() -> tuple[models.Model, dict]:
   model = models.make("mlp", shape=(6,), num_classes=4, hidden=5)
   return model, model.init(jax.random.key(0))[0]
@@ -47,7 +47,7 @@ def test_the_head_edit_hides_and_the_features_stay(mlp):
 
 
 def clusters(seed: int, merged: bool) -> tuple[np.ndarray, np.ndarray]:
-  """Three classes at the corners of a triangle; `merged` puts class 2 on the place of class 1."""
+  """Three classes around the corners of a triangle; `merged` puts class 2 where class 1 is."""
   rng = np.random.default_rng(seed)
   labels = np.repeat(np.arange(3), 100)
   corners = np.array([[0.0, 0.0], [9.0, 0.0], [9.0, 0.0] if merged else [0.0, 9.0]])
@@ -58,7 +58,7 @@ def test_the_probe_finds_what_the_features_hold():
   apart = probe_accuracy(*clusters(0, merged=False), *clusters(1, merged=False))
   assert apart.shape == (3,) and (apart > 0.97).all()
   merged = probe_accuracy(*clusters(0, merged=True), *clusters(1, merged=True))
-  assert merged[0] > 0.97 and 0.6 < merged[1] + merged[2] < 1.4  # together one guess
+  assert merged[0] > 0.97 and 0.6 < merged[1] + merged[2] < 1.4  # one of the two is guessed
 
 
 def test_a_class_without_test_examples_is_nan():

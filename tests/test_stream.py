@@ -20,7 +20,7 @@ from running import call, snapshot
 from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees, data
-from mnemonic_jax.data import pictures
+from mnemonic_jax.data import decoding
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.progress import Progress
@@ -140,12 +140,12 @@ def test_central_crops_are_what_pillow_makes_of_the_middle():
   edge = 7 / 8 * min(width, height)
   box = ((width - edge) / 2, (height - edge) / 2, (width + edge) / 2, (height + edge) / 2)
   expected = np.asarray(picture.resize((32, 32), Image.Resampling.BILINEAR, box=box))
-  assert np.array_equal(pictures.central_crop(content, 32), expected)
+  assert np.array_equal(decoding.central_crop(content, 32), expected)
 
 
 def test_random_crops_have_the_areas_and_shapes_that_they_should():
   random = np.random.default_rng(0)
-  boxes = np.asarray([pictures._random_box(400, 300, random) for _ in range(2000)])
+  boxes = np.asarray([decoding._random_box(400, 300, random) for _ in range(2000)])
   left, top, right, bottom = boxes.T
   assert left.min() >= 0 and top.min() >= 0 and right.max() <= 400 and bottom.max() <= 300
   shares = (right - left) * (bottom - top) / (400 * 300)
@@ -156,7 +156,7 @@ def test_random_crops_have_the_areas_and_shapes_that_they_should():
 
 
 def test_a_shape_that_no_draw_fits_gives_the_largest_rectangle_in_the_middle():
-  boxes = {pictures._random_box(1000, 10, np.random.default_rng(i)) for i in range(20)}
+  boxes = {decoding._random_box(1000, 10, np.random.default_rng(i)) for i in range(20)}
   assert any(
     box == pytest.approx((1000 / 2 - 10 * 2 / 3, 0, 1000 / 2 + 10 * 2 / 3, 10)) for box in boxes
   )
@@ -166,8 +166,8 @@ def test_decoding_a_jpeg_at_half_its_size_shows_the_same_picture():
   buffer = io.BytesIO()
   archives_picture = archives.load_sample_images().images[0]
   Image.fromarray(archives_picture).save(buffer, "JPEG", quality=95)
-  small = pictures.random_resized_crop(buffer.getvalue(), 32, np.random.default_rng(3)).astype(int)
-  box = pictures._random_box(640, 427, np.random.default_rng(3))
+  small = decoding.random_resized_crop(buffer.getvalue(), 32, np.random.default_rng(3)).astype(int)
+  box = decoding._random_box(640, 427, np.random.default_rng(3))
   exact = np.asarray(
     Image.fromarray(archives_picture).resize((32, 32), Image.Resampling.BILINEAR, box=box)
   ).astype(int)
@@ -183,8 +183,8 @@ def test_every_kind_of_picture_becomes_rgb(mode):
   buffer = io.BytesIO()
   image.save(buffer, "TIFF" if mode == "CMYK" else "PNG")
   for shown in (
-    pictures.central_crop(buffer.getvalue(), 16),
-    pictures.random_resized_crop(buffer.getvalue(), 16, np.random.default_rng(0)),
+    decoding.central_crop(buffer.getvalue(), 16),
+    decoding.random_resized_crop(buffer.getvalue(), 16, np.random.default_rng(0)),
   ):
     assert shown.shape == (16, 16, 3) and shown.dtype == np.uint8
 
@@ -262,13 +262,13 @@ def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(
     "--out",
   )
   whole, run = call(*words, tmp_path / "whole").json, tmp_path / "run"
-  real, calls = pictures.random_resized_crop, itertools.count(1)
+  real, calls = decoding.random_resized_crop, itertools.count(1)
 
   def crop(encoded, *more):
     return real(encoded[:300] if next(calls) == 9 else encoded, *more)
 
   with monkeypatch.context() as patched:
-    patched.setattr(pictures, "random_resized_crop", crop)
+    patched.setattr(decoding, "random_resized_crop", crop)
     patched.setattr(
       "mnemonic_jax.data.stream._AHEAD", 1
     )  # one thread, so that the ninth is of the third step
@@ -305,7 +305,7 @@ def test_a_set_in_the_official_layout_comes_as_it_is(name, prepared_sets):
     theirs = {}
     for number, label, kind in archives.examples(name):
       if kind == training and label < num_classes:
-        theirs[pictures.central_crop(archives.picture(number), 48).tobytes()] = label
+        theirs[decoding.central_crop(archives.picture(number), 48).tobytes()] = label
     images, labels = (np.concatenate(part) for part in zip(*split.batches(10), strict=True))
     ours = {image.tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
     assert set(ours) == set(theirs)

@@ -1,10 +1,11 @@
-"""The head that scores against text embeddings. No text model is at hand: the vectors are random ones of length one."""
+"""The head that scores against text embeddings, with random unit vectors for a text model's."""
 
 from __future__ import annotations
 
 import math
 import pathlib
 import pickle
+import shutil
 
 import chex
 import jax
@@ -31,7 +32,7 @@ def vectors(classes: int = 3, size: int = 6) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def mlp() -> models.Model:
-  return models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, text=vectors())
+  return models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, text=9 * vectors())
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +48,15 @@ def test_logits_are_scaled_cosines(mlp, images):
   cosines = (projected / np.linalg.norm(projected, axis=1, keepdims=True)) @ vectors().T
   logits = mlp.logits_fn(model_state)(params, images)
   np.testing.assert_allclose(logits, cosines / 0.07 + [0.5, 0.0, -1.0], rtol=1e-4, atol=1e-4)
-  longer = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, text=9 * vectors())
-  chex.assert_trees_all_close(longer.init(jax.random.key(0))[1], model_state, rtol=1e-6)
 
 
 def test_the_text_is_no_param_and_the_rest_of_the_model_is_as_with_a_linear_head(mlp):
-  params, model_state = mlp.init(jax.random.key(0))
+  params, model_state = mlp.init(jax.random.key(0))  # the MLP has vectors of length 9
   linear, _ = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7).init(jax.random.key(0))
   chex.assert_trees_all_equal(params["hidden"], linear["hidden"])
   head = params["output"]
-  shapes = {
-    name: leaf.shape for name, leaf in (head | {"projection": head["projection"]["kernel"]}).items()
-  }
-  assert shapes == {"bias": (3,), "log_scale": (), "projection": (7, 6)} and set(
-    head["projection"]
-  ) == {"kernel"}
+  shapes = jax.tree.map(jnp.shape, head)
+  assert shapes == {"bias": (3,), "log_scale": (), "projection": {"kernel": (7, 6)}}
   assert float(head["log_scale"]) == pytest.approx(math.log(1 / 0.07)) and not head["bias"].any()
   np.testing.assert_allclose(model_state["output"]["text"], vectors(), rtol=1e-6)
 
@@ -103,7 +98,7 @@ def test_its_fisher_is_exact(mlp, images):
   one = lambda image, label: jax.grad(lambda params: loss(params, image[None], label[None])[0])(
     params
   )
-  wanted = jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jax.vmap(one)(images, labels))
+  wanted = jax.tree.map(lambda g: jnp.mean(g**2, axis=0), jax.jit(jax.vmap(one))(images, labels))
   assert all(bool((leaf > 0).any()) for leaf in jax.tree.leaves(wanted))
   chex.assert_trees_all_close(
     mj.diagonal_fisher(loss, params, images, labels), wanted, rtol=1e-4, atol=1e-9
@@ -122,7 +117,8 @@ def test_the_head_edit_hides_a_class(mlp, images):
 def test_features_of_length_zero_have_a_finite_gradient(mlp, images):
   params, model_state = mlp.init(jax.random.key(0))
   params["output"]["projection"]["kernel"] *= 0
-  gradient = jax.grad(lambda params: mlp.logits_fn(model_state)(params, images).sum())(params)
+  total = lambda params: mlp.logits_fn(model_state)(params, images).sum()
+  gradient = jax.jit(jax.grad(total))(params)
   assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(gradient))
 
 
@@ -206,7 +202,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
 
 @pytest.mark.long
 def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
-  """The texts are random vectors: what is shown is that the digits are learned against fixed ones, and forgotten."""
+  """Digits are learned against fixed random vectors, and one is forgotten."""
   np.save(tmp_path / "text.npy", vectors(10, 16))
   run = tmp_path / "run"
   settings = (
@@ -235,66 +231,63 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
   assert evaluated["forgotten"]["forget_error"] == forgotten["forget_error_after"]
 
 
-def test_its_file_may_be_gone_when_a_class_is_forgotten(tmp_path):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[pathlib.Path, tuple]:
+  """A folder with a run in "run" and its vectors in "text.npy"; the settings that it took."""
+  folder = tmp_path_factory.mktemp("text")
+  np.save(folder / "text.npy", vectors(10, 16))
+  settings = ("--model.text_embeddings", folder / "text.npy", "--model.hidden", 8)
+  call("train", "digits", "--out", folder / "run", *settings, "--train.epochs", 1)
+  return folder, settings
+
+
+def test_its_file_may_be_gone_when_a_class_is_forgotten(trained, tmp_path):
   """The vectors that the model was trained against are in its checkpoints."""
-  np.save(tmp_path / "text.npy", vectors(10, 16))
-  run, settings = (
-    tmp_path / "run",
-    ("--model.text_embeddings", tmp_path / "text.npy", "--model.hidden", 8),
-  )
-  call("train", "digits", "--out", run, *settings, "--train.epochs", 1)
+  folder, settings = trained
+  run = tmp_path / "run"
+  shutil.copytree(folder / "run", run)
   checkpoint = newest(run / "checkpoints")
   plain = ("--config", "digits", *settings, "--classes", 3, "--json")
+  (folder / "text.npy").rename(folder / "elsewhere.npy")
+  try:
+    of_run = call("forget", run, "--classes", 3, "--json").json
+    of_plain = call("forget", checkpoint, *plain, "--out", tmp_path / "gone").json
+    evaluated = call("evaluate", run, "--json").json
+    refused = call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
+  finally:
+    (folder / "elsewhere.npy").rename(folder / "text.npy")
   expected = call("forget", checkpoint, *plain, "--out", tmp_path / "there").json
-  (tmp_path / "text.npy").unlink()
-  of_run = call("forget", run, "--classes", 3, "--json").json
-  of_plain = call("forget", checkpoint, *plain, "--out", tmp_path / "gone").json
   for name in ("params_sha256_after", "retain_accuracy_after", "forget_error_after"):
     assert of_run[name] == of_plain[name] == expected[name]
-  assert (
-    call("evaluate", run, "--json").json["forgotten"]["forget_error"]
-    == expected["forget_error_after"]
-  )
-  assert (
-    "text.npy: no such file"
-    in call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
-  )
+  assert evaluated["forgotten"]["forget_error"] == expected["forget_error_after"]
+  assert "text.npy: no such file" in refused
 
 
 def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
   np.save(tmp_path / "text.npy", vectors(9))
-  words = (
-    "train",
-    "digits",
-    "--out",
-    tmp_path / "run",
-    *TINY,
-    "--model.text_embeddings",
-    tmp_path / "text.npy",
-  )
-  assert "text.npy: has shape (9, 6); expected (10, E)" in call(*words).refusal()
+  words = ("train", "digits", "--out", tmp_path / "run", *TINY)
+  refused = call(*words, "--model.text_embeddings", tmp_path / "text.npy").refusal()
+  assert "text.npy: has shape (9, 6); expected (10, E)" in refused
 
 
-def test_an_export_with_it_is_a_start_for_training(tmp_path):
-  np.save(tmp_path / "text.npy", vectors(10, 16))
-  text = ("--model.text_embeddings", tmp_path / "text.npy")
-  small, file = ("--model.hidden", 8, "--train.epochs", 1), tmp_path / "exported.safetensors"
-  call("train", "digits", "--out", tmp_path / "run", *small, *text)
+def test_an_export_with_it_is_a_start_for_training(trained, tmp_path):
+  folder, settings = trained
+  file = tmp_path / "exported.safetensors"
+  shutil.copytree(folder / "run", tmp_path / "run")
   forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
   call("export", tmp_path / "run", "--out", file)
   still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
-  start = lambda run, *more: call(
-    "train", "digits", "--out", tmp_path / run, *small, "--model.pretrained", file, *more
-  )
-  again = start("again", *text, *still, "--json").json
+  short = ("--train.epochs", 1, "--model.pretrained", file)
+  start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *short, *more)
+  again = start("again", *settings, *still, "--json").json
   assert again["params_sha256"] == forgotten["params_sha256_after"]
-  assert "scores against text embeddings; pass model.text_embeddings" in start("linear").refusal()
+  linear = start("linear", "--model.hidden", 8).refusal()
+  assert "scores against text embeddings; pass them as model.text_embeddings" in linear
   np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
-  assert (
-    "output.text differs from the vectors of model.text_embeddings"
-    in start("other", *text).refusal()
-  )
-  assert start("new", *text, "--model.new_head", "true").code == 0
+  other = (*settings, "--model.text_embeddings", tmp_path / "text.npy")
+  refused = start("other", *other).refusal()
+  assert "output.text differs from the vectors of model.text_embeddings" in refused
+  assert start("new", *other, "--model.new_head", "true").code == 0
 
 
 def test_a_file_on_a_mesh_must_have_the_vectors_too(tmp_path):

@@ -1,4 +1,4 @@
-"""Small models for the tests of the core: functions (params, inputs) -> logits, and float32 params and codes."""
+"""Small models for tests of the core: (params, inputs) -> logits, with float32 params and codes."""
 
 from __future__ import annotations
 

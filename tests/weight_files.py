@@ -1,4 +1,4 @@
-"""Our ViT's params as other libraries would save them."""
+"""Write our ViT's params as other libraries would save them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def as_augreg(params: dict) -> dict[str, np.ndarray]:
-  """Params of a vit_ti16 under the names and shapes of an AugReg file."""
+  """Params of a vit_ti16 with the names and shapes of an AugReg file."""
   heads, arrays = 3, {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     keys, value = [key.key for key in path], np.asarray(leaf)
@@ -38,7 +38,7 @@ def as_augreg(params: dict) -> dict[str, np.ndarray]:
 
 
 def as_timm(params: dict) -> dict[str, np.ndarray]:
-  """Params of any ViT under timm's names, in torch's layout."""
+  """Params of any ViT with timm's names, in torch's layout."""
   arrays = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name, value = ".".join(key.key for key in path), np.asarray(leaf)

@@ -1,1 +1,1 @@
-"""What a forgotten model still knows."""
+"""Measure what a model still knows about the classes that it forgot."""

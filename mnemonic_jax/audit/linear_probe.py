@@ -1,4 +1,4 @@
-"""The linear probe: can the forgotten class still be read off the features?"""
+"""The linear probe: can a new linear head still tell the forgotten class from the features?"""
 
 from __future__ import annotations
 
@@ -14,17 +14,20 @@ def probe_accuracy(
   test_features: np.ndarray,
   test_labels: np.ndarray,
 ) -> np.ndarray:
-  """Freeze the features, refit a linear head on all training data, and return each class's test accuracy.
+  """Fit a new linear head to frozen features of all classes and return its accuracy per class.
 
-  A class that the features have lost is hard for any new head. Compare with the same probe of a model retrained without
-  the class: features learn to tell apart classes that they never saw, so a probe near 100 % alone proves nothing.
+  If the features have lost a class, no new head can recognise it. Compare the result with the same
+  probe of a model that was retrained without the class: features also separate classes that they
+  never saw, so a probe near 100 % alone proves nothing.
 
   Args:
-    train_features: (N, F) floats. train_labels: (N,) integers in [0, C), the forgotten classes included.
-    test_features: (M, F). test_labels: (M,).
+    train_features: (N, F) floats.
+    train_labels: (N,) integers in [0, C), including the forgotten classes.
+    test_features: (M, F) floats.
+    test_labels: (M,) integers in [0, C).
 
   Returns:
-    (C,) accuracies in [0, 1]; NaN for a class without test examples.
+    (C,) test accuracies in [0, 1]; NaN for a class without test examples.
   """
   probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200, tol=1e-3))
   probe.fit(np.asarray(train_features), np.asarray(train_labels))

@@ -23,7 +23,7 @@ class Dataset:
     train, test: images (N, H, W, C) uint8 and labels (N,) int32, in memory or streamed.
     class_names: one per class, in label order.
     levels: the largest pixel value.
-    mean, std: per channel of pixels / levels; the model sees (pixels / levels - mean) / std.
+    mean, std: per channel, of pixels / levels. The model sees (pixels / levels - mean) / std.
   """
 
   name: str
@@ -35,21 +35,22 @@ class Dataset:
   std: tuple[float, ...] = (1.0,)
 
   def preprocess(self, images: jax.Array) -> jax.Array:
-    """Stored pixels to what the model sees, float32; traceable."""
+    """Turn stored pixels into what the model sees, float32; traceable."""
     mean, std = (jnp.asarray(values, jnp.float32) for values in (self.mean, self.std))
     return (images.astype(jnp.float32) / self.levels - mean) / std
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Shape of one image."""
+    """The shape of one image."""
     return self.train.shape
 
   def without(self, classes: Sequence[int]) -> Dataset:
-    """The same set with the training examples of `classes` left out, for training from scratch without them."""
+    """Leave the training examples of `classes` out; the test examples stay."""
     return dataclasses.replace(self, train=self.train.without(classes))
 
 
-# Mean and standard deviation of the training pictures' channels, as is usual for colour pictures; the others stay in [0, 1].
+# Colour images are normalised by the mean and standard deviation of the training images' channels,
+# as is usual. All other images stay in [0, 1].
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CHANNELS = {
   "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -67,16 +68,21 @@ def load(
   normalization: str = "dataset",
   training: bool = True,
 ) -> Dataset:
-  """Load a data set by name: "digits" ships with scikit-learn, the others are read from prepared TFDS folders.
+  """Load a data set by name: the digits of scikit-learn, or a set that TFDS has prepared.
 
   Args:
     name: "digits" or one of `prepared.NAMES`.
-    data_dir: folder of prepared sets.
-    side: of streamed pictures.
-    augment: of `augmentation.NAMES`; a streamed set then cuts random crops itself.
-    normalization: "dataset", by the set's own channels; "half": to [-1, 1], as AugReg's ViTs expect.
-    training: refuse a set where a class has no training example. What only scores a model, or forgets, needs none: the
-      pictures of a class to forget may be gone.
+    data_dir: the folder of prepared sets.
+    side: height and width of streamed images, in pixels.
+    augment: one of `augmentation.NAMES`. Streamed sets cut their random crops as they decode.
+    normalization: "dataset": by the mean and standard deviation of the set's channels. "half": to
+      [-1, 1], as AugReg's ViTs expect.
+    training: True refuses a set where a class has no training example. Pass False to evaluate or to
+      forget: the training images of a class to forget may be deleted by then.
+
+  Raises:
+    UsageError: an unknown name, or an augmentation that the set does not have.
+    MnemonicError: the set is missing, damaged, or has labels that do not fit its classes.
   """
   if name not in ("digits", *prepared.NAMES):
     raise UsageError(
@@ -84,7 +90,8 @@ def load(
     )
   if augment in augmentation.STREAMED and name not in prepared.STREAMED:
     raise UsageError(
-      f"data.augment: got {augment!r} for {name}; it needs a streamed set ({', '.join(prepared.STREAMED)})."
+      f"data.augment: got {augment!r} for {name}; "
+      f"it needs a streamed set ({', '.join(prepared.STREAMED)})."
     )
   channels = ((0.5,), (0.5,)) if normalization == "half" else _CHANNELS.get(name, ((0.0,), (1.0,)))
   if name == "digits":
@@ -96,24 +103,22 @@ def load(
 
 
 def absent(name: str, shape: Sequence[int], num_classes: int) -> Dataset:
-  """Stand in for a set of which nothing is at hand: no examples, images of `shape` (H, W, C), classes named by number."""
+  """Make a set without examples, for images (H, W, C) of `shape` and classes named by number."""
   nothing = Split(np.zeros((0, *shape), np.uint8), np.zeros(0, np.int32))
   return Dataset(name, nothing, nothing, tuple(map(str, range(num_classes))), 255)
 
 
 def _check_classes(dataset: Dataset, training: bool) -> None:
-  """Refuse labels outside the classes and, for training, classes without any, where the labels are known."""
+  """Check known labels: none outside the classes and, for training, no class without examples."""
   num_classes = len(dataset.class_names)
   for part in dataset.train, dataset.test:
     if part.labels is not None:
       require_labels(repr(dataset.name), part.labels, num_classes)
   labels = dataset.train.labels
-  if (
-    training
-    and labels is not None
-    and len(empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0))
-  ):
+  if not training or labels is None:
+    return
+  if (empty := np.flatnonzero(np.bincount(labels, minlength=num_classes) == 0)).size:
     raise MnemonicError(
-      f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no training example, so its code "
-      "would never be seen. Prepare the set again, whole."
+      f"data set {dataset.name!r}: class {empty[0]} ({dataset.class_names[empty[0]]}) has no "
+      "training example, so training would never see its code. Prepare the whole set again."
     )

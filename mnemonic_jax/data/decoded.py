@@ -1,4 +1,4 @@
-"""Decoded small sets, kept in the user's cache folder: to decode one takes a minute, to read it back a second."""
+"""Cache decoded sets on disk: decoding one takes a minute, reading it back a second."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mnemonic_jax.multihost import user_cache
 
 
 def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
-  """Return what `decode` made of the files in `source` before, or call it and keep what it makes.
+  """Read the cached copy of what `decode` makes of the folder `source`, or decode and cache it.
 
-  A copy counts while the names, sizes and times of the files are the same. One that cannot be read is made again; one that
-  cannot be written costs time and nothing else.
+  A copy is valid while names, sizes and times of the files in `source` stay the same. A damaged
+  copy is made again. If the cache cannot be written, the set is decoded every time.
   """
   if (ours := user_cache.folder()) is None:
     return decode()
@@ -47,15 +47,12 @@ def kept(source: pathlib.Path, name: str, decode: Callable[[], Split]) -> Split:
 
 
 def drop_orphans() -> None:
-  """Delete the copies of sets that are no longer where they were prepared: who deletes pictures deletes these too."""
+  """Delete the cached copies of sets that were deleted, so that no images stay behind."""
   ours = user_cache.folder()
   for copy in (ours / "decoded").glob("*.npz") if ours else ():
     source = None
-    with (
-      contextlib.suppress(Exception),
-      open(copy, "rb") as file,
-      np.load(file, allow_pickle=False) as arrays,
-    ):
+    damaged = contextlib.suppress(Exception)
+    with damaged, open(copy, "rb") as file, np.load(file, allow_pickle=False) as arrays:
       source = pathlib.Path(str(arrays["source"]))
     with contextlib.suppress(OSError):
       if source is None or not source.exists():

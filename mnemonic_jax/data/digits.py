@@ -9,11 +9,11 @@ from sklearn.model_selection import train_test_split
 from mnemonic_jax.data.split import Split
 
 _TEST_SHARE = 0.2
-_SPLIT_SEED = 0  # of the split, the same for every training seed
+_SPLIT_SEED = 0  # one split for every training seed
 
 
 def load() -> tuple[Split, Split, tuple[str, ...]]:
-  """Train and test, stratified by class, and the class names."""
+  """Return train and test, stratified by class, and the class names."""
   digits = load_digits()
   images = digits.images[..., None].astype(np.uint8)
   labels = digits.target.astype(np.int32)

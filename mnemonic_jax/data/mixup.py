@@ -1,4 +1,4 @@
-"""Mixup and CutMix: each example of a batch is blended with the next one, in picture and in target."""
+"""Mixup and CutMix: mix each example of a batch with the next one, image and target alike."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ import jax.numpy as jnp
 
 from mnemonic_jax import _checks, _mesh, _trees
 
-# (key, (N, H, W), alpha) -> how much of the next example each pixel becomes: (N, H, W) or (N, 1, 1), in [0, 1]
-Draw = Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
+# (key, (N, H, W), alpha) -> the weight of the next example in each pixel: (N, H, W) or (N, 1, 1),
+# in [0, 1].
+DrawWeights = Callable[[jax.Array, tuple[int, ...], jax.Array], jax.Array]
 
 
 def mixup(
   key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Replace each example by a mean of itself and the next one, with a weight of its own.
+  """Replace each example by a weighted mean of itself and the next one.
 
       lambda_n ~ Beta(alpha, alpha)
       image_n  <- lambda_n image_n  + (1 - lambda_n) image_{n+1}
       target_n <- lambda_n target_n + (1 - lambda_n) target_{n+1}
 
-  where the last example is followed by the first. In a shuffled batch the next example is a random one.
+  The first example follows the last. In a shuffled batch the next example is a random one.
 
   Guarantees:
-    The result depends on key, shapes and values alone, not on devices. Targets that sum to 1 still do, up to rounding.
+    The result depends on key, shapes and values only, not on devices. Targets that sum to 1 still
+    do, up to rounding.
 
   Edge cases:
-    a batch of one: its example is its own next one, and stays.
+    a batch of one: the example is its own next one and stays as it is.
 
   Args:
-    key: one typed key; a fresh one each step.
+    key: one typed key; pass a fresh one each step.
     images: (N, H, W, C), floating.
     targets: (N, classes), floating: probabilities.
-    alpha: above 0 and finite; small ones give weights near 0 and 1, alpha 1 uniform ones. May be traced.
+    alpha: positive and finite. Small values give weights near 0 and 1, alpha = 1 uniform ones. May
+      be traced.
 
   Returns:
     (images, targets), same shapes and dtypes.
 
   Raises:
-    TypeError: images or targets not floating, key not a typed key, alpha not a number.
-    ValueError: shapes that do not fit, an alpha that is not above 0 and finite.
+    TypeError: images or targets are not floating, key is not a typed key, or alpha is no number.
+    ValueError: the shapes do not fit, or alpha is not positive and finite.
 
   >>> images, targets = jnp.arange(2.0).reshape(2, 1, 1, 1), jnp.eye(2)
   >>> mixed, weights = mixup(jax.random.key(0), images, targets, alpha=1.0)
-  >>> bool(jnp.allclose(mixed[:, 0, 0, 0], weights[:, 1]))  # the picture of class 1 is 1, that of class 0 is 0
+  >>> bool(jnp.allclose(mixed[:, 0, 0, 0], weights[:, 1]))  # class 0 is black, class 1 is white
   True
 
-  Source: Zhang, Cisse, Dauphin, Lopez-Paz (2018), mixup: Beyond Empirical Risk Minimization, with a weight per example.
+  Source: Zhang, Cisse, Dauphin, Lopez-Paz (2018), mixup: Beyond Empirical Risk Minimization, with
+  one weight per example.
   """
   _check(key, images, targets, alpha)
-  return _blend(_mean, key, images, targets, alpha)
+  return _mixed(_mixup_weights, key, images, targets, alpha)
 
 
 def cutmix(
@@ -61,32 +65,32 @@ def cutmix(
 ) -> tuple[jax.Array, jax.Array]:
   """Paste a box of the next example into each, and weigh the targets by the share of pixels pasted.
 
-      lambda_n ~ Beta(alpha, alpha),  centre_n ~ Uniform over the picture
+      lambda_n ~ Beta(alpha, alpha),  centre_n ~ Uniform over the image
       box_n    = pixels within half of sqrt(1 - lambda_n) (H, W) of the centre, along each axis
       image_n  <- image_{n+1} inside box_n, image_n outside
       target_n <- (1 - share_n) target_n + share_n target_{n+1},   share_n = |box_n| / (H W)
 
-  where the last example is followed by the first. A box that reaches over the edge is cut there, and the share is that of
-  the pixels that were really pasted.
+  The first example follows the last. The edge of the image cuts boxes off, and only the pixels that
+  were really pasted count for the share.
 
   Guarantees, Args, Returns, Raises: as `mixup`.
 
   >>> images, targets = jnp.arange(2.0)[:, None, None, None] * jnp.ones((2, 8, 8, 1)), jnp.eye(2)
   >>> pasted, weights = cutmix(jax.random.key(0), images, targets, alpha=1.0)
-  >>> bool((pasted.mean((1, 2, 3)) == weights[:, 1]).all())  # the pictures of class 1 are ones, those of class 0 zeros
+  >>> bool((pasted.mean((1, 2, 3)) == weights[:, 1]).all())  # class 0 is black, class 1 is white
   True
 
-  Source: Yun, Han, Oh, Chun, Choe, Yoo (2019), CutMix, equations 1 and 2, with a box per example.
+  Source: Yun, Han, Oh, Chun, Choe, Yoo (2019), CutMix, equations 1 and 2, with one box per example.
   """
   _check(key, images, targets, alpha)
-  return _blend(_box, key, images, targets, alpha)
+  return _mixed(_cutmix_weights, key, images, targets, alpha)
 
 
-def _mean(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
+def _mixup_weights(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
   return 1 - jax.random.beta(key, alpha, alpha, (shape[0], 1, 1), jnp.float32)
 
 
-def _box(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
+def _cutmix_weights(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
   size_key, *centre_keys = jax.random.split(key, 3)
   side = jnp.sqrt(1 - jax.random.beta(size_key, alpha, alpha, (shape[0], 1), jnp.float32))
 
@@ -99,27 +103,29 @@ def _box(key: jax.Array, shape: tuple[int, ...], alpha: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _blend(
-  draw: Draw, key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
+def _mixed(
+  draw_weights: DrawWeights, key: jax.Array, images: jax.Array, targets: jax.Array, alpha: Any
 ) -> tuple[jax.Array, jax.Array]:
-  def blend(
+  def mix(
     batch: tuple[jax.Array, jax.Array], key: jax.Array, alpha: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
     images, targets = batch
-    # All devices draw for all examples: they would have to agree in every round of beta's rejections.
-    share = _mesh.gathered(draw(key, images.shape[:3], alpha))
-    return _lerp(images, share[..., None]), _lerp(targets, share.mean((1, 2))[:, None])
+    # Every device draws for all examples: beta rejects samples in a loop, and split over devices
+    # they would have to agree in each round.
+    weights = _mesh.gathered(draw_weights(key, images.shape[:3], alpha))
+    shares = weights.mean((1, 2))
+    return _lerp(images, weights[..., None]), _lerp(targets, shares[:, None])
 
   arguments = key, jnp.asarray(alpha, jnp.float32)
   out_specs = jax.typeof(images).sharding.spec, jax.typeof(targets).sharding.spec
-  return _mesh.with_automatic_axes(blend, (images, targets), *arguments, out_specs=out_specs)
+  return _mesh.with_automatic_axes(mix, (images, targets), *arguments, out_specs=out_specs)
 
 
-def _lerp(x: jax.Array, share: jax.Array) -> jax.Array:
-  """(1 - share) of each row and `share` of the next one."""
+def _lerp(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Return (1 - weight) x_n + weight x_{n+1}, computed in float32 or wider."""
   wide = x.astype(_trees.at_least_float32(x.dtype))
-  share = share.astype(wide.dtype)
-  return ((1 - share) * wide + share * jnp.roll(wide, -1, axis=0)).astype(x.dtype)
+  weight = weight.astype(wide.dtype)
+  return ((1 - weight) * wide + weight * jnp.roll(wide, -1, axis=0)).astype(x.dtype)
 
 
 def _check(key: Any, images: Any, targets: Any, alpha: Any) -> None:
@@ -132,8 +138,8 @@ def _check(key: Any, images: Any, targets: Any, alpha: Any) -> None:
     raise ValueError(f"images: got shape {images.shape}; expected (N, H, W, C), none of them 0.")
   if targets.ndim != 2 or len(targets) != len(images):
     raise ValueError(
-      f"targets: got shape {targets.shape} for {len(images)} images; expected ({len(images)}, classes) probabilities. "
-      "Make them from labels with jax.nn.one_hot."
+      f"targets: got shape {targets.shape} for {len(images)} images; "
+      f"expected ({len(images)}, classes) probabilities. Make them from labels with jax.nn.one_hot."
     )
   if isinstance(alpha, jax.core.Tracer):
     return

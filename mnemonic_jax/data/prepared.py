@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnemonic_jax.data import decoded, pictures
+from mnemonic_jax.data import decoded, decoding
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream, read_labels
 from mnemonic_jax.errors import MnemonicError
@@ -20,8 +20,8 @@ SMALL = ("mnist", "fashion_mnist", "cifar10", "cifar100")  # decoded once, and k
 class _Streamed(NamedTuple):
   """A set that stays on disk."""
 
-  test: str  # split that figures are reported on
-  num_classes: int | None = None  # the first so many; None: all
+  test: str  # the split to test on
+  num_classes: int | None = None  # use the first classes only; None: all
 
 
 STREAMED = {
@@ -36,10 +36,19 @@ _ROWS = 1000  # examples read at once
 def load(
   name: str, data_dir: str = "", *, side: int = 224, crop: bool = False
 ) -> tuple[Any, Any, tuple[str, ...]]:
-  """Read train, test and class names of the TFDS set `name` from `data_dir`, else TFDS_DATA_DIR, else TFDS's default.
+  """Open a prepared TFDS set; nothing is ever downloaded.
 
-  Nothing is ever downloaded: a missing set raises with the commands that prepare it. `SMALL` sets come as `Split`, the
-  others as `Stream` of pictures of `side`, random resized crops for training if `crop`.
+  Args:
+    name: one of `NAMES`.
+    data_dir: the folder of prepared sets; else TFDS_DATA_DIR, else TFDS's default.
+    side: height and width of streamed images, in pixels.
+    crop: train on random resized crops of streamed images.
+
+  Returns:
+    (train, test, class names): a `Split` each for `SMALL` sets, a `Stream` each for the others.
+
+  Raises:
+    MnemonicError: the set is damaged or missing; the message then has the commands that prepare it.
   """
   tfds = _import_tfds()
   where = data_dir or None
@@ -52,7 +61,8 @@ def load(
     ) from error
   if not prepared:
     raise MnemonicError(
-      f"data set {name!r}: not found, or not whole, at {builder.data_path}{_other_versions(builder)}. Prepare it once with\n"
+      f"data set {name!r}: not found, or not complete, at {builder.data_path}"
+      f"{_other_versions(builder)}. Prepare it once with\n"
       f"  pip install 'mnemonic-jax[data]' tensorflow\n"
       f"  python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', data_dir='DIR', "
       "file_format='array_record').download_and_prepare()\"\n"
@@ -71,12 +81,12 @@ def load(
 
 
 def tfds_folder(tfds: Any) -> str:
-  """The folder that TFDS uses when none is given."""
+  """Return the folder that TFDS uses by default."""
   return str(tfds.core.constants.DATA_DIR)
 
 
 def _other_versions(builder: Any) -> str:
-  """Which versions of the set lie beside the one that is missing."""
+  """Say which other versions of a missing set are there."""
   folder = pathlib.Path(builder.data_path)
   found = sorted(
     entry.name for entry in folder.parent.glob("[0-9]*.[0-9]*") if entry.name != folder.name
@@ -85,7 +95,7 @@ def _other_versions(builder: Any) -> str:
 
 
 def _source(tfds: Any, builder: Any, split: str) -> Any:
-  """Random access to the examples, pictures (and masks) encoded as they are."""
+  """Open random access to the examples; images (and masks) stay encoded."""
   features = builder.info.features
   decoders = {
     name: tfds.decode.SkipDecoding()
@@ -96,15 +106,15 @@ def _source(tfds: Any, builder: Any, split: str) -> Any:
     return builder.as_data_source(split=split, decoders=decoders)
   except Exception as error:
     raise MnemonicError(
-      f"data set {builder.name!r}: split {split!r} at {builder.data_path} cannot be opened ({type(error).__name__}: {error}). "
-      "Delete that folder and prepare it again."
+      f"data set {builder.name!r}: split {split!r} at {builder.data_path} cannot be opened "
+      f"({type(error).__name__}: {error}). Delete that folder and prepare it again."
     ) from error
 
 
 def _streams(
   tfds: Any, builder: Any, names: tuple[str, ...], side: int, crop: bool
 ) -> tuple[Stream, Stream, tuple[str, ...]]:
-  """The splits of a set that stays on disk, with the first classes only where the set is used so."""
+  """Open both splits of a streamed set; of some sets only the first classes are used."""
   test, num_classes = STREAMED[builder.name]
   splits = []
   for split in ("train", test):
@@ -121,7 +131,7 @@ def _streams(
 
 
 def _read(tfds: Any, builder: Any, split: str) -> Split:
-  """Decode one split; the encoded bytes come from TFDS, the pixels from Pillow."""
+  """Decode one split: TFDS reads the encoded bytes, Pillow decodes them."""
   source = _source(tfds, builder, split)
   try:
     images: list[np.ndarray] = []
@@ -129,14 +139,14 @@ def _read(tfds: Any, builder: Any, split: str) -> Split:
     with Progress(f"read {builder.name} {split}", len(source), "images") as progress:
       for start in range(0, len(source), _ROWS):
         for example in source.__getitems__(list(range(start, min(start + _ROWS, len(source))))):
-          images.append(pictures.decode(example["image"], builder.info.features["image"].shape))
+          images.append(decoding.decode(example["image"], builder.info.features["image"].shape))
           labels.append(int(example["label"]))
         progress.update(len(labels) - start)
     return Split(np.stack(images), np.asarray(labels, np.int32))
   except Exception as error:
     raise MnemonicError(
-      f"data set {builder.name!r}: split {split!r} at {builder.data_path} cannot be read ({type(error).__name__}: {error}). "
-      "Delete that folder and prepare it again."
+      f"data set {builder.name!r}: split {split!r} at {builder.data_path} cannot be read "
+      f"({type(error).__name__}: {error}). Delete that folder and prepare it again."
     ) from error
 
 
@@ -145,6 +155,7 @@ def _import_tfds() -> Any:
     import tensorflow_datasets as tfds
   except ImportError as error:
     raise MnemonicError(
-      f"prepared data sets need the data extra ({error}); install it with: pip install 'mnemonic-jax[data]'"
+      f"prepared data sets need the data extra ({error}); "
+      "install it with: pip install 'mnemonic-jax[data]'"
     ) from None
   return tfds

@@ -1,4 +1,4 @@
-"""One part of a data set that stays on disk: pictures are decoded by Grain's workers as they are needed."""
+"""One split of a data set, streamed from disk: Grain's workers decode images as they are needed."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnemonic_jax.data import pictures
+from mnemonic_jax.data import decoding
 from mnemonic_jax.data.split import require_labels
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.progress import Progress
 
-_AHEAD = 4  # batches that each process decodes ahead, a thread each
+_AHEAD = 4  # threads of each process, and batches that it decodes ahead
 _ORDER, _CROP = 0, 1  # branches of the seed
 
 
 class Batch(NamedTuple):
-  """What one training step sees."""
+  """One batch of training examples."""
 
   images: np.ndarray  # (B, H, W, 3) uint8
   labels: np.ndarray  # (B,) int32
-  rows: np.ndarray  # (B,) int64, the examples' places in the split
+  rows: np.ndarray  # (B,) int64, which rows of the split these are
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-  """Encoded pictures and their labels.
+  """A split of a data set on disk: encoded images and their labels.
 
   Attributes:
-    name: what errors call it.
-    source: random access to {"image": encoded bytes, "label": int}; can be pickled.
-    places: (N,) where in the source the examples lie.
-    labels: (N,) int32, or None where reading them all would take long.
-    side: pixels; pictures are cut and scaled to (side, side, 3).
-    crop: training sees random resized crops, not central ones.
+    name: the name in error messages.
+    source: random access to {"image": encoded bytes, "label": int}; must be picklable.
+    places: (N,) the index of each example in the source.
+    labels: (N,) int32; None if reading them all would take long.
+    num_classes: C; labels are in [0, C).
+    side: images are cropped and scaled to (side, side, 3) pixels.
+    crop: training sees random resized crops instead of central ones.
   """
 
   name: str
@@ -53,16 +54,16 @@ class Stream:
 
   @property
   def num_examples(self) -> int:
-    """N."""
+    """The number of examples, N."""
     return len(self.places)
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Shape of one image."""
+    """The shape of one image."""
     return self.side, self.side, 3
 
   def batches(self, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Central crops (size, side, side, 3) and labels (size,) in order; the last batch may be smaller."""
+    """Yield (central crops, labels) in order, `size` at a time; the last batch may be smaller."""
     grain = _import_grain()
     loader = grain.MapDataset.source(np.arange(self.num_examples)).map(self._central)
     with _Closing(
@@ -81,14 +82,21 @@ class Stream:
     workers: int = 0,
     process: tuple[int, int] = (0, 1),
   ) -> _Closing:
-    """A context manager: an iterator over the `Batch` of each step, from `first_step` until before `last_step`.
+    """Open an iterator over the `Batch` of each step in [first_step, last_step); a context manager.
 
-    Step s of an epoch sees rows [s batch_size, (s + 1) batch_size) of that epoch's permutation, whatever the workers and
-    the processes; the crop of an example depends on the seed, the epoch and its row alone.
+    Step s of an epoch sees rows [s batch_size, (s + 1) batch_size) of that epoch's permutation,
+    however many workers and processes there are. The crop of an example depends on the seed, the
+    epoch and its row only.
 
     Args:
-      workers: processes that decode; 0: threads of this one.
-      process: (index, count): this process gets its part of each batch, batch_size / count rows.
+      seed: the seed of the order and the crops.
+      batch_size: examples per step, over all processes.
+      first_step, last_step: counted from the start of training.
+      workers: how many processes decode; 0: threads of this process do.
+      process: (index, count) of this process, which gets batch_size / count rows of each batch.
+
+    Raises:
+      MnemonicError: batch_size is not a multiple of the number of processes.
     """
     index, count = process
     if batch_size % count:
@@ -116,13 +124,13 @@ class Stream:
     return _Closing(loader)
 
   def of_classes(self, classes: Sequence[int], at_most: int) -> Stream:
-    """The first examples of these classes; none where the labels are not known."""
+    """Keep the first examples of these classes only; none if the labels are not known."""
     if self.labels is None:
       return self.part(np.zeros(0, np.int64))
     return self.part(np.flatnonzero(np.isin(self.labels, classes))[:at_most])
 
   def without(self, classes: Sequence[int]) -> Stream:
-    """All examples but those of these classes."""
+    """Leave out the examples of these classes."""
     labels = (
       read_labels(self.name, self.source, self.num_classes) if self.labels is None else self.labels
     )
@@ -130,38 +138,38 @@ class Stream:
     return labelled.part(np.flatnonzero(~np.isin(labels, classes)))
 
   def part(self, rows: np.ndarray) -> Stream:
-    """The examples in these rows alone."""
+    """Keep these rows only."""
     labels = None if self.labels is None else self.labels[rows]
     return dataclasses.replace(self, places=self.places[rows], labels=labels)
 
   def _central(self, row: int) -> tuple[np.ndarray, int, int]:
-    return self._decoded(int(row), lambda encoded: pictures.central_crop(encoded, self.side))
+    return self._decoded(int(row), lambda encoded: decoding.central_crop(encoded, self.side))
 
   def _training(self, seed: int, epoch: int, row: int) -> tuple[np.ndarray, int, int]:
     if not self.crop:
       return self._central(row)
     random = np.random.default_rng((seed, _CROP, epoch, row))
     return self._decoded(
-      row, lambda encoded: pictures.random_resized_crop(encoded, self.side, random)
+      row, lambda encoded: decoding.random_resized_crop(encoded, self.side, random)
     )
 
   def _decoded(
     self, row: int, decode: Callable[[bytes], np.ndarray]
   ) -> tuple[np.ndarray, int, int]:
-    """Image, label and row of one example."""
+    """Read one example: (image, label, row)."""
     place = int(self.places[row])
     try:
       example = self.source[place]
       label = int(example["label"])
       image = decode(example["image"])
-    except Exception as error:  # damaged records and pictures raise many kinds
+    except Exception as error:  # damaged records and images raise many kinds
       raise _damaged(self.name, f"example {place}", error) from None
     require_labels(self.name, [label], self.num_classes)
     return image, label, row
 
 
 def read_labels(name: str, source: Any, num_classes: int) -> np.ndarray:
-  """The labels of a whole source, (N,) int32; reads every record, without decoding pictures."""
+  """Read the label of every record, (N,) int32, without decoding the images."""
   labels = np.empty(len(source), np.int32)
   with Progress(f"read labels of {name}", len(source), "records") as progress:
     for start in range(0, len(source), 1000):
@@ -177,8 +185,8 @@ def read_labels(name: str, source: Any, num_classes: int) -> np.ndarray:
 
 def _damaged(name: str, what: str, error: Exception) -> MnemonicError:
   return MnemonicError(
-    f"data set {name}: {what} cannot be read ({type(error).__name__}: {error}). The prepared files are damaged: delete that "
-    "folder and prepare it again."
+    f"data set {name}: {what} cannot be read ({type(error).__name__}: {error}). "
+    "The prepared files are damaged: delete that folder and prepare it again."
   )
 
 
@@ -197,7 +205,7 @@ def _read_options(grain: Any) -> Any:
 
 
 class _Closing:
-  """Iterate over a Grain data set, and end its threads and processes at exit."""
+  """Iterate over a Grain data set; exiting the context ends its threads and processes."""
 
   def __init__(self, loader: Any) -> None:
     self._iterator = iter(loader)
@@ -210,7 +218,10 @@ class _Closing:
 
 
 def _follow_parent(index: int, count: int) -> None:
-  """Live as long as the process that trains: end with it even if it is killed, and leave Ctrl-C, which reaches all, to it."""
+  """End this worker when the training process ends, even if it is killed.
+
+  Ctrl-C reaches every process. Workers ignore it and leave it to the training process.
+  """
   del index, count
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   threading.Thread(
@@ -224,7 +235,7 @@ def _exit_after(process: Any) -> None:
 
 
 def _parse_no_flags() -> None:
-  """Grain's processes read flags of absl, which a program without such flags never parses."""
+  """Mark absl's flags as parsed: Grain's workers read them, and our commands never parse them."""
   from absl import flags
 
   if not flags.FLAGS.is_parsed():
@@ -236,6 +247,7 @@ def _import_grain() -> Any:
     import grain
   except ImportError as error:
     raise MnemonicError(
-      f"streamed data sets need the data extra ({error}); install it with: pip install 'mnemonic-jax[data]'"
+      f"streamed data sets need the data extra ({error}); "
+      "install it with: pip install 'mnemonic-jax[data]'"
     ) from None
   return grain

@@ -1,9 +1,10 @@
-"""Models: Flax NNX modules, turned at once into plain dict params and pure functions."""
+"""Models: Flax NNX modules inside, plain dicts of params and pure functions outside."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +27,17 @@ class Model(NamedTuple):
   """A model as pure functions on nested dicts of arrays.
 
   Attributes:
-    init: key -> (params, model_state); params may be perturbed, model_state holds the rest (running statistics).
+    init: key -> (params, model_state). Training and forgetting change params; model_state holds
+      everything else, such as running statistics.
     apply: (params, model_state, inputs, train) -> (logits, model_state).
-    features: (params, model_state, inputs) -> (N, F), what the last layer sees, in evaluation mode.
-    stages: (params, model_state, inputs) -> the output of each stage by name, (N, ..., F), in evaluation mode, and
-      "features" (N, F). Under jit, a stage that nobody reads costs nothing. `pooled` takes their means over positions.
-    head: keys of the last layer in params.
-    layer_axis: the layer axis of params whose blocks are scanned, a tree prefix as `forgetting.forget` takes it, so that
-      a scanned and an unrolled model forget identically; None where no param is stacked.
+    features: (params, model_state, inputs) -> (N, F), the input of the last layer in evaluation
+      mode.
+    stages: (params, model_state, inputs) -> {name: (N, ..., F)}, the output of each stage in
+      evaluation mode, and "features" (N, F). Under jit, unused stages cost nothing. `pooled`
+      averages them over positions.
+    head: the keys of the last layer in params.
+    layer_axis: which axis of each leaf counts layers, as a tree prefix that `forget` takes, so that
+      a scanned and an unrolled model forget identically. None if no leaf is stacked.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -44,7 +48,7 @@ class Model(NamedTuple):
   layer_axis: PyTree = None
 
   def logits_fn(self, model_state: PyTree) -> Bound:
-    """Bind a model state: (params, inputs) -> logits (N, C) in evaluation mode, as the core takes it.
+    """Bind a model state: (params, inputs) -> logits (N, C) in evaluation mode.
 
     For the same state arrays the functions are equal and hash alike. Compiled programs take the
     state as an argument, so they do not keep it alive and serve another state too.
@@ -75,7 +79,7 @@ _VITS = {
   for size, patch in (("ti", 16), ("s", 16), ("b", 16), ("l", 16), ("h", 14))
 }
 NAMES = ("mlp", *_RESNETS, *_VITS, "swin_t")
-# The models that an option is for.
+# Option -> the models that have it.
 OPTIONS = {"scan": tuple(_VITS), "remat": (*_VITS, "swin_t")}
 
 
@@ -92,19 +96,20 @@ def make(
   text: np.ndarray | None = None,
   dtype: Any = None,
 ) -> Model:
-  """Make the model `name` of `NAMES` for inputs of `shape`; an option that it does not have is ignored.
+  """Make one of the models in `NAMES` for inputs of `shape`. It ignores options of other models.
 
   Args:
-    name: "mlp" (one hidden layer), a ResNet ("_small": 3x3 stem, for pictures of 32 x 32), "vit_b16"..., "swin_t".
-    shape: of one input, (H, W, C); of any rank for the MLP.
+    name: "mlp" (one hidden layer), a ResNet ("_small": with a 3x3 stem, for 32 x 32 images),
+      "vit_b16" and the like, or "swin_t".
+    shape: the shape of one input, (H, W, C); of any rank for the MLP.
     hidden: units of the MLP.
     width: channels of a ResNet's first stage.
-    pool: "token" or "mean", what a ViT's head reads.
-    scan: a ViT's blocks are one, "blocks", with params stacked along a leading axis.
-    remat: a transformer's blocks compute their inner values again in the backward pass.
-    text: (num_classes, E) vectors, one for each class: the head scores against them (`TextHead`), and they are part of
-      model_state. None: a linear head.
-    dtype: to compute in, bfloat16 for example; params and running statistics are float32.
+    pool: what a ViT's head reads, "token" (the class token) or "mean" (over all tokens).
+    scan: run a ViT's blocks in one `lax.scan`; their params are stacked in "blocks".
+    remat: recompute the activations inside a transformer's block in the backward pass.
+    text: (num_classes, E), one vector per class. The head then scores against these vectors
+      (`TextHead`), which are part of model_state. None: a linear head.
+    dtype: the dtype to compute in, such as bfloat16; params and running statistics stay float32.
 
   Raises:
     ValueError: an unknown name, or a shape that the model cannot take.
@@ -118,7 +123,8 @@ def make(
   if name != "mlp" and len(shape) != 3:
     raise ValueError(f"shape: got {tuple(shape)}; {name} expects (height, width, channels).")
   head = "output" if name == "mlp" else "head"
-  make_module = _module_maker(name, shape, num_classes, hidden, width, pool, scan, remat, dtype)
+  network = _network(name, shape, hidden=hidden, width=width, pool=pool, scan=scan, remat=remat)
+  make_module = lambda rngs: network(num_classes=num_classes, dtype=dtype, rngs=rngs)
   if text is not None:
     make_module = text_head.attach(make_module, head, text, dtype=dtype)
   return functional(
@@ -126,32 +132,21 @@ def make(
   )
 
 
-def _module_maker(
-  name: str,
-  shape: Sequence[int],
-  num_classes: int,
-  hidden: int,
-  width: int,
-  pool: str,
-  scan: bool,
-  remat: bool,
-  dtype: Any,
-) -> Callable[[nnx.Rngs], Any]:
-  """Make the module of a name, with a linear head."""
+def _network(
+  name: str, shape: Sequence[int], *, hidden: int, width: int, pool: str, scan: bool, remat: bool
+) -> Callable[..., nnx.Module]:
+  """Return the class behind `name` with its settings filled in; it takes the rest by keyword."""
   if name == "mlp":
-    return lambda rngs: MLP(int(np.prod(shape)), hidden, num_classes, dtype=dtype, rngs=rngs)
-  *image, channels = shape
-  settings = {"channels": channels, "dtype": dtype}
+    return partial(MLP, int(np.prod(shape)), hidden)
+  height, breadth, channels = shape
   if name in _RESNETS:
-    settings |= {"width": width, **_RESNETS[name]}
-    return lambda rngs: ResNet(num_classes=num_classes, **settings, rngs=rngs)
-  settings |= {"image": tuple(image), "remat": remat}
+    return partial(ResNet, channels=channels, width=width, **_RESNETS[name])
+  image = (height, breadth)
   if name in _VITS:
     size, patch = _VITS[name]
-    return lambda rngs: ViT(
-      size, num_classes, patch=patch, pool=pool, scan=scan, **settings, rngs=rngs
-    )
-  return lambda rngs: Swin(num_classes, **settings, rngs=rngs)
+    more: dict[str, Any] = {"image": image, "channels": channels, "scan": scan, "remat": remat}
+    return partial(ViT, size, patch=patch, pool=pool, **more)
+  return partial(Swin, image=image, channels=channels, remat=remat)
 
 
 def functional(
@@ -159,7 +154,7 @@ def functional(
 ) -> Model:
   """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`.
 
-  `stacked` names its submodules whose params have a leading axis of layers.
+  `stacked` names the submodules whose params have a leading axis of layers.
   """
   graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
   layer_axis = (
@@ -202,6 +197,6 @@ def functional(
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:
-  """Graph, params, and all other state of an NNX module."""
+  """Split an NNX module into graph, params and all other state."""
   parts: Any = nnx.split(module, nnx.Param, ...)
   return parts

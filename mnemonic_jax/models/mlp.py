@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-# Kernels and biases from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), the init that the paper's figures go with.
+# Kernels and biases start in U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as in the paper.
 _kernel_init = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -26,7 +26,7 @@ def _linear(fan_in: int, fan_out: int, rngs: nnx.Rngs, dtype: Any) -> nnx.Linear
 
 
 class MLP(nnx.Module):
-  """logits = W2 sigmoid(W1 x + b1) + b2, on flattened inputs."""
+  """Compute logits = W2 sigmoid(W1 x + b1) + b2 of flattened inputs."""
 
   def __init__(
     self, num_inputs: int, hidden: int, num_classes: int, *, dtype: Any = None, rngs: nnx.Rngs
@@ -35,14 +35,14 @@ class MLP(nnx.Module):
     self.output = _linear(hidden, num_classes, rngs, dtype)
 
   def stages(self, inputs: jax.Array) -> dict[str, jax.Array]:
-    """Outputs by name: "features", the hidden activations."""
+    """Return {"features": hidden activations (N, hidden)}."""
     return {"features": self.features(inputs)}
 
   def features(self, inputs: jax.Array) -> jax.Array:
-    """Hidden activations (N, hidden)."""
+    """Return the hidden activations (N, hidden)."""
     return jax.nn.sigmoid(self.hidden(inputs.reshape(len(inputs), -1)))
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Logits (N, C), float32 at least, for inputs (N, *shape)."""
+    """Return logits (N, C), float32 or wider, for inputs (N, *shape)."""
     logits = self.output(self.features(inputs))
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""ResNets (He et al., 2016) and ResNeXts (Xie et al., 2017), with the strides and paddings of torchvision."""
+"""ResNets (He et al., 2016) and ResNeXts (Xie et al., 2017), with strides as in torchvision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _conv(
     num_out,
     (size, size),
     stride,
-    padding=((size // 2, size // 2),) * 2,  # "SAME" would pad even sizes on one side only
+    padding=((size // 2, size // 2),) * 2,  # "SAME" pads even sizes on one side
     feature_group_count=groups,
     use_bias=False,
     dtype=dtype,
@@ -42,12 +42,12 @@ def _norm(num: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.BatchNorm:
 
 
 class _Block(nnx.Module):
-  """y = relu(x' + f(x)): convolutions with norms between, x' projected where the shape changes."""
+  """A residual block, relu(x + f(x)); a 1x1 convolution projects x where f changes its shape."""
 
   def __init__(
     self, sizes: Sequence[tuple[int, int, int, int, int]], rngs: nnx.Rngs, *, dtype: Any
   ):
-    """`sizes`: (in, out, kernel, stride, groups) of each convolution."""
+    """Take (in, out, kernel size, stride, groups) of each convolution as `sizes`."""
     self.depth = len(sizes)
     for index, (num_in, num_out, size, stride, groups) in enumerate(sizes, 1):
       setattr(
@@ -72,14 +72,17 @@ class _Block(nnx.Module):
 
 
 class ResNet(Staged):
-  """Stages "stem", "stage1" to "stage4".
+  """A ResNet or ResNeXt with stages "stem" and "stage1" to "stage4".
 
   Args:
-    depths: blocks of each stage.
-    bottleneck: 1x1, 3x3, 1x1 convolutions in a block, four times as wide at its end; else two 3x3.
-    groups, group_width: of the 3x3 of a bottleneck; (1, 64) is a ResNet, (32, 4) a ResNeXt.
-    width: channels of the first stage, doubled at each further one.
-    small_stem: one 3x3 convolution, for pictures of 32 x 32; else 7x7 with stride 2 and a maximum over 3x3.
+    depths: the number of blocks in each stage.
+    bottleneck: True: a block is 1x1, 3x3 and 1x1 convolutions and ends four times as wide. False:
+      it is two 3x3 convolutions.
+    groups, group_width: groups of a bottleneck's 3x3 convolution and channels per group; (1, 64)
+      makes a ResNet, (32, 4) a ResNeXt.
+    width: channels of the first stage; each further stage has twice as many.
+    small_stem: True: the stem is one 3x3 convolution, for 32 x 32 images. False: it is 7x7 with
+      stride 2, followed by a 3x3 max pool.
   """
 
   def __init__(

@@ -1,4 +1,4 @@
-"""What every model here is: named stages, pooled features, and a linear head."""
+"""The interface of every image model: named stages, pooled features and a linear head."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from flax import nnx
 
 
 def pooled(stages: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  """The mean of each stage's output over its positions (and tokens, the class token among them).
+  """Average each stage's output over its positions or tokens; a class token counts as a token.
 
   Args:
-    stages: as `Model.stages` returns them, (N, ..., F) each.
+    stages: {name: (N, ..., F)}, as `Model.stages` returns them.
 
   Returns:
-    By the same names, (N, F) each, float32 at least.
+    {name: (N, F)}, float32 or wider.
 
   >>> pooled({"stage1": jnp.arange(6.0).reshape(1, 3, 2)})
   {'stage1': Array([[2., 3.]], dtype=float32)}
@@ -26,22 +26,19 @@ def pooled(stages: dict[str, jax.Array]) -> dict[str, jax.Array]:
 
 
 class Staged(nnx.Module):
-  """A classifier whose stages can be read by name; a stage that nobody reads is not kept.
-
-  Subclasses define `stages` and `head`.
-  """
+  """A classifier whose stages can be read by name. Subclasses define `stages` and `head`."""
 
   head: nnx.Linear
 
   def stages(self, inputs: jax.Array) -> dict[str, jax.Array]:
-    """Outputs by name, (N, H, W, F) or (N, T, F) each, and "features" (N, F), what the head sees."""
+    """Return each stage's output, (N, H, W, F) or (N, T, F), and "features" (N, F)."""
     raise NotImplementedError
 
   def features(self, inputs: jax.Array) -> jax.Array:
-    """What the head sees, (N, F)."""
+    """Return the input of the head, (N, F)."""
     return self.stages(inputs)["features"]
 
   def __call__(self, inputs: jax.Array) -> jax.Array:
-    """Logits (N, C), float32 at least, for inputs (N, *shape)."""
+    """Return logits (N, C), float32 or wider, for inputs (N, *shape)."""
     logits = self.head(self.features(inputs))
     return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))

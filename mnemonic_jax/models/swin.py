@@ -1,4 +1,4 @@
-"""Swin transformers (Liu et al., 2021): attention in windows, shifted by half a window in every other block."""
+"""Swin transformers (Liu et al., 2021): attention in windows that every other block shifts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mnemonic_jax.models.transformer import Attention, FeedForward, Linear
 
 
 class _Block(nnx.Module):
-  """On (N, H, W, F). Windows that a shift wraps around the edge do not see across it."""
+  """A block on (N, H, W, F). Where its shift wraps around the edge, no attention crosses it."""
 
   def __init__(
     self,
@@ -34,7 +34,7 @@ class _Block(nnx.Module):
     self.attention = Attention(width, heads, rngs, dtype=dtype)
     self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
     self.feed_forward = FeedForward(width, rngs, dtype=dtype)
-    # One number per head and offset between two positions of a window.
+    # One bias per head and per offset between two positions of a window.
     self.position_bias = nnx.Param(
       transformer.kernel_init(rngs.params(), ((2 * window - 1) ** 2, heads), jnp.float32)
     )
@@ -50,22 +50,24 @@ class _Block(nnx.Module):
     return x + self.feed_forward(self.norm2(x))
 
   def _bias(self, num: int, dtype: Any) -> jax.Array:
-    """Added to the scores: (1 or N * windows, heads, T, T)."""
+    """Return the bias of the scores, (1 or N * windows, heads, T, T)."""
     bias = self.position_bias[...][_relative_positions(self.window)].transpose(2, 0, 1)[None]
     if self.shift:
-      hidden = np.where(_same_region(self.size, self.window, self.shift), 0.0, -100.0).astype(
-        np.float32
-      )
+      may_attend = _same_region(self.size, self.window, self.shift)
+      hidden = np.where(may_attend, 0.0, -100.0).astype(np.float32)
       bias = jnp.tile(bias + hidden[:, None], (num, 1, 1, 1))
     return bias.astype(dtype)
 
 
 class Swin(Staged):
-  """Stages "patches" and "stage1" to "stage4", each (N, H, W, F); Swin-T is the default.
+  """A Swin transformer with stages "patches" and "stage1" to "stage4", each (N, H, W, F).
+
+  The defaults are Swin-T's.
 
   Args:
-    image: height and width of a picture: equal, and multiples of the window after the patches of 4 and at every stage.
-    remat: a block's inner values are computed again on the way back.
+    image: height and width of an image in pixels. Both must be equal, and multiples of
+      4 * 2**(stages - 1) * window: 224 for the defaults.
+    remat: recompute the activations inside a block in the backward pass.
   """
 
   def __init__(
@@ -94,7 +96,7 @@ class Swin(Staged):
     self.patches_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
     height, breadth = (side // 4 for side in image)
     for stage, (depth, num_heads) in enumerate(zip(depths, heads, strict=True), 1):
-      if stage > 1:  # each two by two neighbours become one position, twice as wide
+      if stage > 1:  # 2x2 neighbours become one position, twice as wide
         setattr(
           self, f"stage{stage}_norm", nnx.LayerNorm(4 * width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         )
@@ -125,28 +127,28 @@ class Swin(Staged):
 
 
 def _windows(x: Any, window: int) -> Any:
-  """(N, H, W, F) -> (N, windows, window^2, F)."""
+  """Cut (N, H, W, F) into windows: (N, windows, window^2, F)."""
   n, h, w, features = x.shape
   x = x.reshape(n, h // window, window, w // window, window, features).swapaxes(2, 3)
   return x.reshape(n, -1, window**2, features)
 
 
 def _unwindows(x: jax.Array, window: int, height: int, width: int) -> jax.Array:
-  """(N, windows, window^2, F) -> (N, H, W, F)."""
+  """Put windows (N, windows, window^2, F) together again: (N, H, W, F)."""
   n, _, _, features = x.shape
   x = x.reshape(n, height // window, width // window, window, window, features).swapaxes(2, 3)
   return x.reshape(n, height, width, features)
 
 
 def _relative_positions(window: int) -> np.ndarray:
-  """(T, T): the row of the table of biases for each pair of positions of a window."""
+  """Return, for each pair of positions of a window, its row in the bias table: (T, T)."""
   points = np.stack(np.meshgrid(np.arange(window), np.arange(window), indexing="ij")).reshape(2, -1)
   rows, columns = points[:, :, None] - points[:, None] + window - 1
   return rows * (2 * window - 1) + columns
 
 
 def _same_region(size: tuple[int, int], window: int, shift: int) -> np.ndarray:
-  """(windows, T, T): whether two positions of a shifted window were neighbours before the shift wrapped them around."""
+  """Return which pairs of positions lie on the same side of the wrapped edge: (windows, T, T)."""
   regions = np.zeros((1, *size, 1), int)
   parts = (slice(-window), slice(-window, -shift), slice(-shift, None))
   for row, rows in enumerate(parts):

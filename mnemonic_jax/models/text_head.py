@@ -1,4 +1,4 @@
-"""A head that scores against fixed text-embedding vectors, in the style of CLIP (Radford et al., 2021)."""
+"""A head that scores features against text embeddings, as CLIP does (Radford et al., 2021)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from flax import nnx
 
 
 class Fixed(nnx.Variable):
-  """An array that is neither trained nor perturbed."""
+  """An array that neither training nor forgetting changes."""
 
 
 class TextHead(nnx.Module):
-  """logits = exp(log_scale) normalize(W x) . normalize(text_c) + bias_c, the cosine of picture and text.
+  """Score an image by the cosine of its projected features and each class's text embedding.
 
-  `log_scale` starts at log(1 / 0.07) and is learned. CLIP has no bias: this one starts at zero and is a param like the
-  others, so that whatever acts on a head's bias, the head edit for one, works here as on a linear head.
+      logit_c = exp(log_scale) normalize(W x) . normalize(text_c) + bias_c
+
+  `log_scale` is learned and starts at log(1 / 0.07). CLIP has no bias. Ours starts at zero, so that
+  methods that edit the bias of a head, such as the head edit, work here too.
 
   Args:
-    num_features: of x.
-    text: (C, E), a vector for each class, not zero.
+    num_features: the size of x.
+    text: (C, E), one nonzero vector per class.
   """
 
   def __init__(self, num_features: int, text: Any, *, dtype: Any = None, rngs: nnx.Rngs):
@@ -36,7 +38,7 @@ class TextHead(nnx.Module):
     self.text = Fixed(_normalized(text))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """(N, F) -> (N, C), float32 at least."""
+    """Map features (N, F) to logits (N, C), float32 or wider."""
     x = self.projection(x)
     x = _normalized(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
     return jnp.exp(self.log_scale[...]) * (x @ self.text[...].T) + self.bias[...]
@@ -45,7 +47,7 @@ class TextHead(nnx.Module):
 def attach(
   make_module: Callable[[nnx.Rngs], Any], head: str, text: Any, *, dtype: Any = None
 ) -> Callable[[nnx.Rngs], Any]:
-  """The same model with a `TextHead` in the place of its linear layer `head`; all other params are made as before."""
+  """Replace the linear layer `head` by a `TextHead`; all other params are initialised as before."""
 
   def make(rngs: nnx.Rngs) -> Any:
     module = make_module(rngs)
@@ -56,5 +58,5 @@ def attach(
 
 
 def _normalized(x: jax.Array) -> jax.Array:
-  """Rows of length one; rows shorter than 1e-12 are left shorter, with a gradient that is finite."""
+  """Scale rows to length one; rows below 1e-12 stay shorter, so that gradients are finite."""
   return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))

@@ -1,4 +1,4 @@
-"""Vision transformers (Dosovitskiy et al., 2021): learned positions, a class token or the mean over tokens."""
+"""Vision transformers (Dosovitskiy et al., 2021) with learned positions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mnemonic_jax.models import transformer
 from mnemonic_jax.models.staged import Staged
 from mnemonic_jax.models.transformer import Attention, FeedForward, Linear
 
-# width, depth, heads
+# Size -> width, depth, heads.
 SIZES = {
   "ti": (192, 12, 3),
   "s": (384, 12, 6),
@@ -35,14 +35,15 @@ class _Block(nnx.Module):
 
 
 class ViT(Staged):
-  """Stages "patches" and "block1" to the last, each (N, T, F).
+  """A ViT with stages "patches", "block1", "block2" and so on, each (N, T, F).
 
   Args:
     size: "ti", "s", "b", "l" or "h".
-    image: height and width of a picture, multiples of `patch`.
-    pool: "token" reads the class token, "mean" the mean over patches (and there is no class token).
-    scan: blocks are one, with params stacked along a leading axis of layers: compiles once.
-    remat: a block's inner values are computed again on the way back.
+    image: height and width of an image in pixels, multiples of `patch`.
+    pool: "token": the head reads the class token. "mean": it reads the mean over patches, and there
+      is no class token.
+    scan: stack the blocks' params along a leading axis and compile one block, in a `lax.scan`.
+    remat: recompute the activations inside a block in the backward pass.
   """
 
   def __init__(
@@ -100,11 +101,8 @@ class ViT(Staged):
     outputs = {"patches": x}
     if self.scan:
       x, layers = transformer.scan(self.blocks, x, remat=self.remat, keep=keep)
-      outputs |= (
-        {}
-        if layers is None
-        else {f"block{index + 1}": layers[index] for index in range(self.depth)}
-      )
+      if layers is not None:
+        outputs |= {f"block{index + 1}": layers[index] for index in range(self.depth)}
     else:
       for index in range(1, self.depth + 1):
         x = transformer.run(getattr(self, f"block{index}"), x, remat=self.remat)

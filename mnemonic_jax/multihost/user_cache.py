@@ -1,4 +1,4 @@
-"""Where the user's cache folder is: whatever lies in it can be made again, and deleting it is always safe."""
+"""The user's cache folder. Its files can be made again, so deleting it is always safe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import pathlib
 
 
 def folder() -> pathlib.Path | None:
-  """Our part of $XDG_CACHE_HOME, else of ~/.cache, not made here; None for a user without a home."""
+  """Return our folder in $XDG_CACHE_HOME, else in ~/.cache; None for a user without a home.
+
+  The folder may not exist yet.
+  """
   try:
-    return (
-      pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-      / "mnemonic_jax"
-    )
+    cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
   except RuntimeError:
     return None
+  return pathlib.Path(cache) / "mnemonic_jax"
