@@ -27,6 +27,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
 
 
@@ -45,7 +46,7 @@ class Row(NamedTuple):
 def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
   """Train into `folder`, or take what is there, and forget the config's class."""
   model = paper_tables.trained(folder, dataset, config)
-  (index,) = config.forget.classes
+  (index,) = resolve(config.forget.classes, dataset.class_names)
   seen = paper_tables.answers(model, model.params, dataset)
   own = np.arange(len(model.codes))
   told = [

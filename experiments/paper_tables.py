@@ -30,6 +30,7 @@ from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.inference import Predictions, predict_each
@@ -88,7 +89,7 @@ def one_class(
   seeds: list[int],
 ) -> dict[str, list[tuple[float, float, float]]]:
   """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
-  (index,) = config.forget.classes
+  (index,) = resolve(config.forget.classes, dataset.class_names)
   rows: dict[str, list[tuple[float, float, float]]] = {}
 
   def add(name: str, model: Trained, params: Any) -> None:
