@@ -54,9 +54,8 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
   @jax.jit
   def step(params, optimizer_state, index, images, labels):
     key = jax.random.fold_in(jax.random.key(2), index)
-    images = mj.mix(
-      key, images, labels, codes, rate=0.1
-    )  # 2. one image in ten becomes the code of its class
+    # 2. One image in ten becomes the code of its class.
+    images = mj.mix(key, images, labels, codes, rate=0.1)
     loss = lambda params: mj.softmax_cross_entropy(logits_fn(params, images), labels).mean()
     updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state

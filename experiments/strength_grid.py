@@ -21,6 +21,7 @@ import mnemonic_jax as mj
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.classes import resolve
 
 LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LAMBDA2 = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
@@ -44,7 +45,7 @@ def main() -> None:
   model = paper_tables.trained(folder / "codes" / "0", dataset, config)
   judged = Split(dataset.train.images[:JUDGED], dataset.train.labels[:JUDGED])
   on_training = dataclasses.replace(dataset, test=judged)
-  (index,) = config.forget.classes
+  (index,) = resolve(config.forget.classes, dataset.class_names)
   forget = jnp.zeros(len(dataset.class_names), bool).at[index].set(True)
   step = jax.jit(
     lambda strength: mj.forget_step(

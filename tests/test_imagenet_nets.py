@@ -70,7 +70,7 @@ def test_a_forget_on_a_mesh_is_that_on_one_device(name, side):
     assert_trees_close(relative(spread[0]), relative(alone[0]), 0, 5e-3)
   head = np.array(alone[0]["head"]["kernel"])
   assert not np.allclose(*(head / np.max(head)), atol=1e-3)
-  assert int(spread[3].sign) == int(alone[3].sign)
+  assert int(spread[3].info["sign"]) == int(alone[3].info["sign"])
   flat = lambda tree: np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)])
   before, there, here = flat(alone[1]), flat(spread[2]), flat(alone[2])
   assert 1e-3 < np.max(np.abs(here - before)) <= 1.01e-2
