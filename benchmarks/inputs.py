@@ -28,6 +28,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,24 @@ from PIL import Image
 from scipy.stats import binom
 from sklearn.datasets import load_sample_images
 
-from mnemonic_jax import codes, data, losses, training
+from mnemonic_jax import data, losses, training
+from mnemonic_jax.codes import mix as mix_codes
 from mnemonic_jax.data import Dataset, augmentation
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.data.stream import Stream
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import setup
+from mnemonic_jax.runs import program
 
 WORKERS = (0, 1, 2)
 RATE = 0.3
+
+
+class Start(NamedTuple):
+  """What a training starts from."""
+
+  program: program.Program
+  state: training.TrainState
+  codes: jax.Array
 
 
 @dataclasses.dataclass
@@ -61,9 +71,15 @@ class Row:
   mixing_steps: int
 
   @functools.cached_property
-  def start(self) -> setup.Setup:
+  def start(self) -> Start:
     """Model, optimizer, first state, codes."""
-    return setup.make(self.config, self.dataset)
+    planned = program.make_program(self.config, self.dataset)
+    return Start(planned, *planned.init())
+
+  def step(self) -> training.Step:
+    """A train step that mixes in codes at the rate of this benchmark."""
+    planned = self.start.program
+    return training.make_train_step(planned.model.apply, planned.optimizer, rate=RATE)
 
 
 def synthetic(name: str, num: int, shape: tuple[int, ...]) -> Dataset:
@@ -152,7 +168,7 @@ def rows(pictures: pathlib.Path | None, quick: bool) -> list[Row]:
 def make_plain_step(apply, optimizer):
   """`training.make_train_step` without codes."""
 
-  def step(state, images, labels):
+  def step(state, images, labels, codes):
     def mean_loss(params):
       logits, model_state = apply(params, state.model_state, images, True)
       return jnp.mean(losses.softmax_cross_entropy(logits, labels)), (logits, model_state)
@@ -210,27 +226,31 @@ def cost(first: list[float], second: list[float]) -> str:
   return f"{statistics.median(ratios):+.2f} % ({bounds[0]:+.2f} to {bounds[1]:+.2f})"
 
 
-def repeated_batch(row: Row) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """One batch of the training set on the device: stored images, labels, rows."""
+def repeated_batch(row: Row) -> tuple[jax.Array, ...]:
+  """One batch of the training set on the device: stored images, labels, codes, rows."""
   size = row.config.train.batch_size
   images, labels = next(row.dataset.train.batches(size))
-  return jnp.asarray(images), jnp.asarray(labels), jnp.arange(size)
+  return jnp.asarray(images), jnp.asarray(labels), row.start.codes, jnp.arange(size)
 
 
 def measure_stored(row: Row) -> str:
   """A set that lives on the device."""
   config, dataset = row.config, row.dataset
   size, augment = config.train.batch_size, augmentation.NAMES[config.data.augment]
-  start = row.start
-  step = training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE)
+  start, step = row.start, row.step()
   images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
   batch = repeated_batch(row)
-  stored = training.make_stored_step(step, dataset.preprocess, augment)
+  augmented = training.make_batch_step(step, dataset.preprocess, augment)
   alone = training.make_batch_step(step, dataset.preprocess)
-  no_step = training.make_stored_step(
-    lambda state, images, labels: (state, (images, labels)), lambda x: x, augment
+  no_step = training.make_batch_step(
+    lambda state, images, labels, codes: (state, (images, labels)), lambda x: x, augment
   )
-  gather = jax.jit(lambda state, images, labels, rows: no_step(state, images, labels, rows, 0)[1])
+  stored = lambda state, images, labels, codes, rows, epoch: augmented(
+    state, images[rows], labels[rows], codes, rows, epoch
+  )
+  gather = jax.jit(
+    lambda state, images, labels, rows: no_step(state, images[rows], labels[rows], None, rows, 0)[1]
+  )
   order = list(training.epoch_rows(start.state.key, 0, len(images), size))
 
   def gather_all() -> float:
@@ -243,15 +263,15 @@ def measure_stored(row: Row) -> str:
   first_batch = time.perf_counter() - first_batch
   loader = min(50, len(order)) * size / statistics.median(gather_all() for _ in range(5))
   if config.model.name == "mlp":
-    with_loader = Runner(row, training.make_epoch(stored, batch_size=size))
+    with_loader = Runner(row, training.make_epoch(augmented, batch_size=size))
 
     def steps_of_one_batch(state, *batch):
       scanned = lambda carry, _: alone(carry, *batch, 0)
-      return jax.lax.scan(scanned, state, None, length=start.steps_per_epoch)
+      return jax.lax.scan(scanned, state, None, length=start.program.steps_per_epoch)
 
     without = Runner(row, jax.jit(steps_of_one_batch, donate_argnums=0))
-    calls = lambda: [(images, labels)], lambda: [batch]
-    steps = start.steps_per_epoch
+    calls = lambda: [(images, labels, start.codes)], lambda: [batch]
+    steps = start.program.steps_per_epoch
   else:
     with_loader = Runner(row, jax.jit(stored, donate_argnums=0))
     without = Runner(row, jax.jit(alone, donate_argnums=0))
@@ -260,7 +280,9 @@ def measure_stored(row: Row) -> str:
       training.epoch_rows(start.state.key, epoch, len(images), size) for epoch in epochs
     )
     calls = (
-      lambda: ((images, labels, rows, 0) for rows in itertools.islice(all_rows, row.steps)),
+      lambda: (
+        (images, labels, start.codes, rows, 0) for rows in itertools.islice(all_rows, row.steps)
+      ),
       lambda: itertools.repeat((*batch, 0), row.steps),
     )
     steps = row.steps
@@ -274,8 +296,7 @@ def measure_stored(row: Row) -> str:
 def measure_streamed(row: Row) -> Iterator[str]:
   """A set that is decoded as it is needed, with each number of workers."""
   config, stream, size = row.config, row.dataset.train, row.config.train.batch_size
-  start = row.start
-  step = training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE)
+  step, codes = row.step(), row.start.codes
   augment = augmentation.NAMES[config.data.augment]
   compiled = jax.jit(
     training.make_batch_step(step, row.dataset.preprocess, augment), donate_argnums=0
@@ -306,8 +327,9 @@ def measure_streamed(row: Row) -> Iterator[str]:
         0, size, first_step=0, last_step=row.steps + 13, workers=workers
       )
       with loading as batches:
-        runner((*next(batches), 0) for _ in range(1))
-        return runner((*next(batches), 0) for _ in range(row.steps))
+        decoded = ((b.images, b.labels, codes, b.rows, 0) for b in batches)
+        runner(itertools.islice(decoded, 1))
+        return runner(itertools.islice(decoded, row.steps))
 
     loaded, plain = in_pairs(with_loader, repeated, row.pairs)
     alone = row.steps * size / statistics.median(plain)
@@ -322,24 +344,25 @@ def line(row: Row, kind: str, first_batch, loader, alone, cold, loaded, plain) -
 def measure_mixing(row: Row) -> str:
   """A row of the second table."""
   start, size = row.start, row.config.train.batch_size
-  images, labels, _ = repeated_batch(row)
+  images, labels, codes, _ = repeated_batch(row)
   images = jax.jit(row.dataset.preprocess)(images)
   mixed = Runner(
     row,
     jax.jit(
-      training.make_train_step(start.model.apply, start.optimizer, start.codes, rate=RATE),
+      row.step(),
       donate_argnums=0,
     ),
   )
   plain = Runner(
-    row, jax.jit(make_plain_step(start.model.apply, start.optimizer), donate_argnums=0)
+    row,
+    jax.jit(make_plain_step(start.program.model.apply, start.program.optimizer), donate_argnums=0),
   )
-  batches = lambda: itertools.repeat((images, labels), row.mixing_steps)
+  batches = lambda: itertools.repeat((images, labels, codes), row.mixing_steps)
   with_codes, without = in_pairs(
     lambda: mixed(batches()), lambda: plain(batches()), row.mixing_pairs
   )
   mix = jax.jit(
-    lambda index: codes.mix(
+    lambda index: mix_codes(
       jax.random.fold_in(start.state.key, index), images, labels, start.codes, RATE
     )
   )

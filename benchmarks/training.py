@@ -8,6 +8,7 @@ Pixels of the MNIST row are random, labelled synthetic: only the time is read. M
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 
@@ -18,8 +19,8 @@ import numpy as np
 from mnemonic_jax import data, training
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.runs import batches, program
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import setup
 
 EPOCHS = 6
 
@@ -48,39 +49,30 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
   images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
   size = config.train.batch_size
 
-  def fresh():
-    start = setup.make(config, dataset)
-    return start, training.make_train_step(
-      start.model.apply, start.optimizer, start.codes, rate=config.codes.rate
-    )
-
-  start, step = fresh()
-  epoch = training.make_epoch(training.make_stored_step(step, dataset.preprocess), batch_size=size)
-  state = start.state
+  planned = program.make_program(config, dataset)
+  epoch = training.make_epoch(planned.batch_step, batch_size=size)
+  state, codes = planned.init()
 
   def whole() -> None:
     nonlocal state
-    state, metrics = epoch(state, images, labels)
+    state, metrics = epoch(state, images, labels, codes)
     jax.block_until_ready((state.params, metrics))
 
   whole_cold, whole_warm = time_epochs(whole)
-  start, step = fresh()
-  jitted = jax.jit(
-    lambda state, rows: step(state, dataset.preprocess(images[rows]), labels[rows]),
-    donate_argnums=0,
-  )
-  state, generator = start.state, np.random.default_rng(0)
+  state, _ = planned.init()
+  feed = batches.StoredFeed(dataset.train, program.host_key(state.key), size)
+  epochs, steps = itertools.count(), planned.steps_per_epoch
 
   def single() -> None:
     nonlocal state
-    order = generator.permutation(len(labels))
-    for index in range(start.steps_per_epoch):
-      state, _ = jitted(state, order[index * size : (index + 1) * size])
+    first = next(epochs) * steps
+    for pictures, answers, rows in feed(first, first + steps):
+      state, _ = planned.step(state, pictures, answers, codes, rows, np.int32(first // steps))
     jax.block_until_ready(state.params)
 
   single_cold, single_warm = time_epochs(single)
   return (
-    f"| {name} | {start.steps_per_epoch} | {whole_warm:.3f} ({whole_cold:.2f}) | {single_warm:.3f} ({single_cold:.2f}) | "
+    f"| {name} | {planned.steps_per_epoch} | {whole_warm:.3f} ({whole_cold:.2f}) | {single_warm:.3f} ({single_cold:.2f}) | "
     f"{single_warm / whole_warm:.2f} |"
   )
 

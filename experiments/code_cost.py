@@ -27,8 +27,8 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
-from mnemonic_jax.runs.inference import predict
 
 
 class Row(NamedTuple):
@@ -46,22 +46,20 @@ class Row(NamedTuple):
 def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
   """Train into `folder`, or take what is there, and forget the config's class."""
   model = paper_tables.trained(folder, dataset, config)
-  (index,) = config.forget.classes
-  seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
+  (index,) = resolve(config.forget.classes, dataset.class_names)
+  seen = paper_tables.answers(model, model.params, dataset)
   own = np.arange(len(model.codes))
   told = [
     jnp.argmax(model.logits_fn(model.params, codes), axis=-1) == own
     for codes in model.codes.swapaxes(0, 1)
   ]
-  strength = paper_tables.strength_of(config)
-  forgotten = mj.forget(
-    model.logits_fn, model.params, model.codes, [index], strength=strength
-  ).params
+  method = configs.make_method(config.forget)
+  forgotten = mj.forget(model.logits_fn, model.params, model.codes, [index], method=method).params
   after = paper_tables.score(model, forgotten, dataset, [index])
   return Row(
     accuracy=100 * float(np.mean(seen.predictions == seen.labels)),
     codes_told=100 * float(np.mean(told)),
-    retain_before=paper_tables.scores_of(seen, [index]).retain_accuracy,
+    retain_before=paper_tables.scores_of(seen, len(own), [index]).retain_accuracy,
     retain_after=after.retain_accuracy,
     forget_error=after.forget_error,
     probe_after=float(paper_tables.probe(model, forgotten, dataset)[index]),
@@ -111,7 +109,7 @@ def main() -> None:
         flush=True,
       )
     rows.append({"rate": rate, "per_class": number, "values": values})
-  strength = paper_tables.shown(paper_tables.strength_of(config))
+  strength = paper_tables.shown(configs.make_method(config.forget))
   print(
     f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} forgotten at {strength}, all in %\n"
   )

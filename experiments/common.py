@@ -1,105 +1,92 @@
-"""What the experiments share: training in memory, forgetting every class in one call, controls, tables."""
+"""What the experiments share: training, forgetting every class in one call, scores, results."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 import mnemonic_jax as mj
-from mnemonic_jax import training
+from mnemonic_jax import evaluation
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
-from mnemonic_jax.models import Model
-from mnemonic_jax.runs import setup
+from mnemonic_jax.runs import train as train_run
+from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.files import dumps
+from mnemonic_jax.runs.folder import RunFolder
+from mnemonic_jax.runs.trained import Trained
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-class Trained(NamedTuple):
-  """A classifier trained with codes, in evaluation mode."""
-
-  model: Model
-  params: Any
-  codes: jax.Array
-  logits_fn: Any
-  features_fn: Any
-
-
 def train(config: Config, dataset: Dataset) -> Trained:
-  """Train in memory as `mnemonic train` does, without a run folder."""
-  start = setup.make(config, dataset)
-  step = training.make_train_step(
-    start.model.apply, start.optimizer, start.codes, rate=config.codes.rate
-  )
-  stored_step = training.make_stored_step(step, dataset.preprocess)
-  epoch = training.make_epoch(stored_step, batch_size=config.train.batch_size)
-  images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
-  state = start.state
-  for _ in range(config.train.epochs):
-    state, _ = epoch(state, images, labels)
-  model_state = state.model_state
-  return Trained(
-    model=start.model,
-    params=state.params,
-    codes=start.codes,
-    logits_fn=start.model.logits_fn(model_state),
-    features_fn=lambda params, inputs: start.model.features(params, model_state, inputs),
-  )
+  """Train as `mnemonic train` does, in a run folder that is not kept."""
+  with tempfile.TemporaryDirectory() as folder:
+    run = RunFolder.create(epath.Path(folder) / "run", config)
+    train_run.train(run, dataset)
+    return trained_run.restore(run, dataset)
 
 
-def forget_each(trained: Trained, strengths: mj.Strength, forget_masks: jax.Array) -> Any:
-  """Forget each row of (R, C) bool masks at each of S strengths: params with leading axes (R, S).
+def forget_each(trained: Trained, methods: Any, forget_masks: jax.Array) -> Any:
+  """Forget each row of (R, C) bool masks by each of S methods: params with leading axes (R, S).
 
-  One compiled call: the per-example gradients of the codes are computed once for all of them.
+  `methods` is one method whose numbers are arrays (S,). One compiled call: the Fishers of the codes
+  are computed once for all of them.
   """
 
-  def one(forget: jax.Array, strength: mj.Strength) -> Any:
-    return mj.forget_step(
-      trained.logits_fn, trained.params, trained.codes, forget, ~forget, strength
-    )[0]
+  def one(forget: jax.Array, method: Any) -> Any:
+    arguments = trained.logits_fn, trained.params, trained.codes, forget, ~forget, method
+    return mj.forget_step(*arguments)[0]
 
-  return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(forget_masks, strengths)
-
-
-def per_class_accuracy(
-  logits_fn: Any, params: Any, inputs: jax.Array, labels: np.ndarray, num_classes: int
-) -> jax.Array:
-  """(C,) accuracies; traceable, so it can be mapped over many params."""
-  right = jnp.argmax(logits_fn(params, inputs), axis=-1) == labels
-  counts = np.bincount(labels, minlength=num_classes)
-  return jax.ops.segment_sum(right.astype(jnp.float32), labels, num_classes) / counts
+  return jax.jit(jax.vmap(jax.vmap(one, (None, 0)), (0, None)))(forget_masks, methods)
 
 
-def retain_and_forget(
-  per_class: np.ndarray, counts: np.ndarray, classes: Sequence[int]
-) -> tuple[float, float]:
-  """(A_R, E_F) over examples, in percent, from per-class accuracies."""
-  forgotten = np.isin(np.arange(len(counts)), classes)
-  right = per_class * counts
-  return (
-    100 * float(right[~forgotten].sum() / counts[~forgotten].sum()),
-    100 * float(1 - right[forgotten].sum() / counts[forgotten].sum()),
-  )
+class Judge:
+  """Scores of many params of one model on one set of pictures in memory, in percent."""
+
+  def __init__(self, trained: Trained, dataset: Dataset, split: Split) -> None:
+    inputs, labels = dataset.preprocess(jnp.asarray(split.images)), jnp.asarray(split.labels)
+    num_classes = len(dataset.class_names)
+    self._totals = np.bincount(split.labels, minlength=num_classes)
+    self._count = lambda params: evaluation.right_counts(
+      trained.logits_fn(params, inputs), labels, num_classes
+    )
+
+  def right(self, params: Any, mapped: int = 0) -> np.ndarray:
+    """Right predictions of each class, (..., C), of params with `mapped` leading axes."""
+    count = self._count
+    for _ in range(mapped):
+      count = jax.vmap(count)
+    return np.asarray(jax.jit(count)(params))
+
+  def scores(self, right: np.ndarray, classes: Sequence[int]) -> tuple[float, float]:
+    """(A_R, E_F) with `classes` forgotten."""
+    found = evaluation.scores_from_counts(right, self._totals, classes)
+    return 100 * found.retain_accuracy, 100 * found.forget_error
+
+  def accuracy(self, right: np.ndarray) -> float:
+    """Accuracy on all classes."""
+    return 100 * float(right.sum() / self._totals.sum())
 
 
 def part_of_train(dataset: Dataset, every: int) -> tuple[Dataset, Split]:
   """The set with every `every`-th training example held out, and that part."""
   held = np.arange(len(dataset.train.labels)) % every == 0
-  split = lambda rows: Split(dataset.train.images[rows], dataset.train.labels[rows])
-  kept = Dataset(dataset.name, split(~held), dataset.test, dataset.class_names, dataset.levels)
-  return kept, split(held)
+  kept, part = (dataset.train.part(np.flatnonzero(rows)) for rows in (~held, held))
+  return dataclasses.replace(dataset, train=kept), part
 
 
 def study_name(config: Config, overrides: Mapping[str, Any]) -> str:
-  """What the files and folders of a study are called: the config's name, and the fields that were overridden."""
+  """Name the files and folders of a study: the config's name, and what was overridden."""
   changed = [f"{field}_{value}" for field, value in sorted(overrides.items())]
   return "_".join([config.name, *changed]).replace("/", "-")
 

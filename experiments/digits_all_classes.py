@@ -29,36 +29,31 @@ def study(seed: int) -> dict[str, np.ndarray]:
   config = configs.load("digits", {"train.seed": seed})
   trained = common.train(config, dataset)
   num_classes = len(dataset.class_names)
-  inputs, labels = dataset.preprocess(jnp.asarray(dataset.test.images)), dataset.test.labels
-  train_inputs = dataset.preprocess(jnp.asarray(dataset.train.images))
-  counts = np.bincount(labels, minlength=num_classes)
+  inputs, train_inputs = (
+    dataset.preprocess(jnp.asarray(split.images)) for split in (dataset.test, dataset.train)
+  )
 
-  def probe(features_fn, params) -> np.ndarray:
-    features = jax.jit(features_fn)
-    return 100 * probe_accuracy(
-      features(params, train_inputs), dataset.train.labels, features(params, inputs), labels
-    )
+  def probe(model, params) -> np.ndarray:
+    features = jax.jit(lambda inputs: model.model.features(params, model.model_state, inputs))
+    fitted = features(train_inputs), dataset.train.labels
+    return 100 * probe_accuracy(*fitted, features(inputs), dataset.test.labels)
 
   def row(model, params, index: int, probed: np.ndarray) -> tuple[float, float, float]:
-    per_class = np.asarray(
-      common.per_class_accuracy(model.logits_fn, params, inputs, labels, num_classes)
-    )
-    return *common.retain_and_forget(per_class, counts, [index]), probed[index]
+    judge = common.Judge(model, dataset, dataset.test)
+    return *judge.scores(judge.right(params), [index]), probed[index]
 
-  before_probe = probe(trained.features_fn, trained.params)
+  before_probe = probe(trained, trained.params)
   rows: dict[str, list] = {name: [] for name in ("Before", "Mnemonic code", "Head edit", "Retrain")}
-  strength = mj.Strength(config.forget.settings["lambda1"], config.forget.settings["lambda2"])
+  method = configs.make_method(config.forget)
   for index in range(num_classes):
-    result = mj.forget(trained.logits_fn, trained.params, trained.codes, [index], strength=strength)
+    result = mj.forget(trained.logits_fn, trained.params, trained.codes, [index], method=method)
     rows["Before"].append(row(trained, trained.params, index, before_probe))
-    rows["Mnemonic code"].append(
-      row(trained, result.params, index, probe(trained.features_fn, result.params))
-    )
+    rows["Mnemonic code"].append(row(trained, result.params, index, probe(trained, result.params)))
     edited = head_edit(trained.params, trained.model.head, [index])
     rows["Head edit"].append(row(trained, edited, index, before_probe))
     retrained = common.train(config, dataset.without((index,)))
     rows["Retrain"].append(
-      row(retrained, retrained.params, index, probe(retrained.features_fn, retrained.params))
+      row(retrained, retrained.params, index, probe(retrained, retrained.params))
     )
   return {name: np.asarray(values) for name, values in rows.items()}
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 
-import mnemonic_jax as mj
 from mnemonic_jax import data
 from mnemonic_jax.runs import config as configs
 
@@ -31,17 +30,12 @@ def study(rate: float, seed: int) -> tuple[float, float, float]:
   config = configs.load("digits", {"codes.rate": rate, "train.seed": seed})
   trained = common.train(config, dataset)
   num_classes = len(dataset.class_names)
-  inputs, labels = dataset.preprocess(jnp.asarray(dataset.test.images)), dataset.test.labels
-  counts = np.bincount(labels, minlength=num_classes)
-  score = lambda params: common.per_class_accuracy(
-    trained.logits_fn, params, inputs, labels, num_classes
-  )
-  strengths = mj.Strength(*(jnp.array([value]) for value in config.forget.settings.values()))
-  params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
-  after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))[:, 0]
-  before = np.asarray(score(trained.params))
-  pairs = [common.retain_and_forget(after[index], counts, [index]) for index in range(num_classes)]
-  return 100 * float((before * counts).sum() / counts.sum()), *np.mean(pairs, axis=0)
+  judge = common.Judge(trained, dataset, dataset.test)
+  methods = jax.tree.map(lambda x: jnp.array([x]), configs.make_method(config.forget))
+  params = common.forget_each(trained, methods, jnp.eye(num_classes, dtype=bool))
+  after = judge.right(params, mapped=2)[:, 0]
+  pairs = [judge.scores(after[index], [index]) for index in range(num_classes)]
+  return judge.accuracy(judge.right(trained.params)), *np.mean(pairs, axis=0)
 
 
 def main() -> None:

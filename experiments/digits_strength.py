@@ -4,13 +4,12 @@ Command:  python experiments/digits_strength.py      (about a minute on 2 CPU co
 
 Three classifiers (training seeds 100, 101, 102) are trained on four fifths of the training set. Every class is forgotten
 at every strength of a grid, and each result is scored on the fifth held out: mean A_R + E_F over classes and seeds. The
-winner stands in `mnemonic_jax/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
+winner stands in `mnemonic_jax/runs/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
 """
 
 from __future__ import annotations
 
 import common
-import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
@@ -32,25 +31,19 @@ def score_grid(seed: int) -> tuple[np.ndarray, float]:
   dataset, held = common.part_of_train(data.load("digits"), every=5)
   trained = common.train(configs.load("digits", {"train.seed": seed}), dataset)
   num_classes = len(dataset.class_names)
-  inputs, counts = (
-    dataset.preprocess(jnp.asarray(held.images)),
-    np.bincount(held.labels, minlength=num_classes),
-  )
-  score = lambda params: common.per_class_accuracy(
-    trained.logits_fn, params, inputs, held.labels, num_classes
-  )
-  before = np.asarray(score(trained.params))
+  judge = common.Judge(trained, dataset, held)
+  before = judge.right(trained.params)
   grid = np.zeros((len(LAMBDA1), len(LAMBDA2), num_classes, 2))
   for row, lambda1 in enumerate(LAMBDA1):  # a row at a time bounds the memory
-    strengths = mj.Strength(jnp.full(len(LAMBDA2), lambda1), jnp.asarray(LAMBDA2))
-    params = common.forget_each(trained, strengths, jnp.eye(num_classes, dtype=bool))
-    after = np.asarray(jax.jit(jax.vmap(jax.vmap(score)))(params))
+    methods = mj.Perturbation(jnp.full(len(LAMBDA2), lambda1), jnp.asarray(LAMBDA2))
+    params = common.forget_each(trained, methods, jnp.eye(num_classes, dtype=bool))
+    after = judge.right(params, mapped=2)
     for index in range(num_classes):
-      base, _ = common.retain_and_forget(before, counts, [index])
+      base, _ = judge.scores(before, [index])
       for column in range(len(LAMBDA2)):
-        retain, error = common.retain_and_forget(after[index, column], counts, [index])
+        retain, error = judge.scores(after[index, column], [index])
         grid[row, column, index] = retain - base, error
-  return grid, 100 * float((before * counts).sum() / counts.sum())
+  return grid, judge.accuracy(before)
 
 
 def draw(mean: np.ndarray) -> None:

@@ -34,7 +34,7 @@ def main() -> None:
   dataset = data.load("mnist", arguments.data_dir)
   runs = {kind: arguments.runs / kind for kind in ("codes", "retrain")}
   config = configs.load("mnist_mlp")
-  zero = paper_tables.one_class(runs, dataset, config, [paper_tables.strength_of(config)], SEEDS)
+  zero = paper_tables.one_class(runs, dataset, config, [configs.make_method(config.forget)], SEEDS)
   paper_tables.print_one_class("class 0, 3 seeds", zero)
   classes = {}
   for distribution, folder in (
@@ -44,7 +44,7 @@ def main() -> None:
     config = configs.load("mnist_mlp", {"codes.distribution": distribution})
     model = paper_tables.trained(folder, dataset, config)
     classes[distribution] = paper_tables.every_class(
-      model, dataset, paper_tables.strength_of(config)
+      model, dataset, configs.make_method(config.forget)
     )
   print(
     "\n| class | A_R before | U(0,1): A_R | E_F | N(0,1): A_R before | A_R | E_F | head edit A_R |\n"

@@ -61,7 +61,7 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
 
   # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as digits_strength.py does.
   forgotten = mj.forget(
-    logits_fn, params, codes, FORGET, strength=mj.Strength(lambda1=1e-2, lambda2=1.0)
+    logits_fn, params, codes, FORGET, method=mj.Perturbation(lambda1=1e-2, lambda2=1.0)
   )
 
   # What it did, on test images; beside it the trivial way, which leaves all knowledge in the features.

@@ -54,9 +54,8 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
   @jax.jit
   def step(params, optimizer_state, index, images, labels):
     key = jax.random.fold_in(jax.random.key(2), index)
-    images = mj.mix(
-      key, images, labels, codes, rate=0.1
-    )  # 2. one image in ten becomes the code of its class
+    # 2. One image in ten becomes the code of its class.
+    images = mj.mix(key, images, labels, codes, rate=0.1)
     loss = lambda params: mj.softmax_cross_entropy(logits_fn(params, images), labels).mean()
     updates, optimizer_state = optimizer.update(jax.grad(loss)(params), optimizer_state, params)
     return optax.apply_updates(params, updates), optimizer_state
@@ -68,7 +67,7 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
 
   # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as digits_strength.py does.
   forgotten = mj.forget(
-    logits_fn, params, codes, FORGET, strength=mj.Strength(lambda1=1e-2, lambda2=1.0)
+    logits_fn, params, codes, FORGET, method=mj.Perturbation(lambda1=1e-2, lambda2=1.0)
   )
 
   # What it did, on test images; beside it the trivial way, which leaves all knowledge in the features.

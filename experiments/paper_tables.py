@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 import mnemonic_jax as mj
+from mnemonic_jax import evaluation
 from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.data import Dataset
@@ -29,9 +30,10 @@ from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.inference import Predictions, predict
+from mnemonic_jax.runs.inference import Predictions, predict_each
 from mnemonic_jax.runs.trained import Trained
 
 
@@ -40,6 +42,11 @@ class Scores(NamedTuple):
 
   retain_accuracy: float
   forget_error: float
+
+
+def answers(model: Trained, params: Any, dataset: Dataset) -> Predictions:
+  """What the model answers on the test set."""
+  return predict_each(model.logits_fn, [params], dataset.test, dataset.preprocess)[0]
 
 
 def trained(folder: pathlib.Path, dataset: Dataset, config: Config) -> Trained:
@@ -51,13 +58,13 @@ def trained(folder: pathlib.Path, dataset: Dataset, config: Config) -> Trained:
 
 def score(model: Trained, params: Any, dataset: Dataset, classes: list[int]) -> Scores:
   """A_R and E_F of `params` on the test set."""
-  return scores_of(predict(model.logits_fn, params, dataset.test, dataset.preprocess), classes)
+  return scores_of(answers(model, params, dataset), len(dataset.class_names), classes)
 
 
-def scores_of(seen: Predictions, classes: list[int]) -> Scores:
+def scores_of(seen: Predictions, num_classes: int, classes: list[int]) -> Scores:
   """A_R and E_F of one model's answers, for any classes."""
-  right, forgotten = seen.predictions == seen.labels, np.isin(seen.labels, classes)
-  return Scores(100 * float(right[~forgotten].mean()), 100 * float(1 - right[forgotten].mean()))
+  found = evaluation.scores(seen, num_classes, classes)
+  return Scores(100 * found.retain_accuracy, 100 * found.forget_error)
 
 
 def probe(model: Trained, params: Any, dataset: Dataset) -> np.ndarray:
@@ -78,11 +85,11 @@ def one_class(
   runs: dict[str, pathlib.Path],
   dataset: Dataset,
   config: Config,
-  strengths: list[mj.Strength],
+  strengths: list[mj.Perturbation],
   seeds: list[int],
 ) -> dict[str, list[tuple[float, float, float]]]:
   """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
-  (index,) = config.forget.classes
+  (index,) = resolve(config.forget.classes, dataset.class_names)
   rows: dict[str, list[tuple[float, float, float]]] = {}
 
   def add(name: str, model: Trained, params: Any) -> None:
@@ -95,7 +102,7 @@ def one_class(
     model = trained(runs["codes"] / str(seed), dataset, seeded)
     add("Before", model, model.params)
     for strength in strengths:
-      result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
+      result = mj.forget(model.logits_fn, model.params, model.codes, [index], method=strength)
       add(
         "Mnemonic code" + (f" {shown(strength)}" if len(strengths) > 1 else ""),
         model,
@@ -111,23 +118,20 @@ def one_class(
   return rows
 
 
-def strength_of(config: Config) -> mj.Strength:
-  """The strength of a config."""
-  return mj.Strength(config.forget.settings["lambda1"], config.forget.settings["lambda2"])
-
-
-def shown(strength: mj.Strength) -> str:
+def shown(strength: mj.Perturbation) -> str:
   """A strength in a table."""
   return f"({strength.lambda1:g}, {strength.lambda2:g})"
 
 
-def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list[dict[str, float]]:
+def every_class(
+  model: Trained, dataset: Dataset, strength: mj.Perturbation
+) -> list[dict[str, float]]:
   """Each class forgotten alone from one model."""
   rows = []
-  seen = predict(model.logits_fn, model.params, dataset.test, dataset.preprocess)
-  for index in range(len(dataset.class_names)):
-    result = mj.forget(model.logits_fn, model.params, model.codes, [index], strength=strength)
-    before = scores_of(seen, [index])
+  seen, num_classes = answers(model, model.params, dataset), len(dataset.class_names)
+  for index in range(num_classes):
+    result = mj.forget(model.logits_fn, model.params, model.codes, [index], method=strength)
+    before = scores_of(seen, num_classes, [index])
     after = score(model, result.params, dataset, [index])
     hidden = score(model, head_edit(model.params, model.model.head, [index]), dataset, [index])
     rows.append(
@@ -137,7 +141,7 @@ def every_class(model: Trained, dataset: Dataset, strength: mj.Strength) -> list
         "retain_after": after.retain_accuracy,
         "forget_error": after.forget_error,
         "head_edit_retain": hidden.retain_accuracy,
-        "sign": result.sign,
+        "sign": result.info["sign"],
       }
     )
   return rows
@@ -180,8 +184,8 @@ def main() -> None:
   folder = arguments.runs or pathlib.Path("runs") / name
   kinds = ("codes", "retrain", "plain") if arguments.plain else ("codes", "retrain")
   runs = {kind: folder / kind for kind in kinds}
-  strengths = [strength_of(config)]
-  strengths += [mj.Strength(*arguments.also)] if arguments.also else []
+  strengths = [configs.make_method(config.forget)]
+  strengths += [mj.Perturbation(*arguments.also)] if arguments.also else []
   if len(set(map(shown, strengths))) < len(strengths):
     parser.error(
       f"--also: got {shown(strengths[0])}, the strength of the config; expected another one."

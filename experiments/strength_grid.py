@@ -21,6 +21,7 @@ import mnemonic_jax as mj
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.classes import resolve
 
 LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LAMBDA2 = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)
@@ -44,7 +45,7 @@ def main() -> None:
   model = paper_tables.trained(folder / "codes" / "0", dataset, config)
   judged = Split(dataset.train.images[:JUDGED], dataset.train.labels[:JUDGED])
   on_training = dataclasses.replace(dataset, test=judged)
-  (index,) = config.forget.classes
+  (index,) = resolve(config.forget.classes, dataset.class_names)
   forget = jnp.zeros(len(dataset.class_names), bool).at[index].set(True)
   step = jax.jit(
     lambda strength: mj.forget_step(
@@ -54,14 +55,16 @@ def main() -> None:
   rows = []
   print("| lambda1 | lambda2 | A_R % | E_F % |\n|---|---|---|---|")
   for lambda1, lambda2 in itertools.product(LAMBDA1, LAMBDA2):
-    scores = paper_tables.score(model, step(mj.Strength(lambda1, lambda2)), on_training, [index])
+    scores = paper_tables.score(
+      model, step(mj.Perturbation(lambda1, lambda2)), on_training, [index]
+    )
     rows.append({"lambda1": lambda1, "lambda2": lambda2, **scores._asdict()})
     print(
       f"| {lambda1:g} | {lambda2:g} | {scores.retain_accuracy:.2f} | {scores.forget_error:.2f} |",
       flush=True,
     )
   best = max(rows, key=lambda row: row["retain_accuracy"] + row["forget_error"])
-  params = step(mj.Strength(best["lambda1"], best["lambda2"]))
+  params = step(mj.Perturbation(best["lambda1"], best["lambda2"]))
   test = paper_tables.score(model, params, dataset, [index])
   probe = float(paper_tables.probe(model, params, dataset)[index])
   print(f"\nbest: ({best['lambda1']:g}, {best['lambda2']:g}); on test data A_R {test.retain_accuracy:.2f}, "

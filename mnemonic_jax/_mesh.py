@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,37 +28,68 @@ class Spread(NamedTuple):
     )
 
 
-def spread_of(shardings: tuple[Any, ...] | None) -> Spread | None:
-  """How examples and sums lie on the mesh of these; None without a mesh, on an explicit one, and on one device."""
-  if not shardings or shardings[0].mesh.explicit_axes or shardings[0].mesh.size == 1:
-    return None
-  mesh, entries = (
-    shardings[0].mesh,
-    [entry for sharding in shardings for entry in sharding.spec if entry],
-  )
-  split = {name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))}
-  return Spread(mesh, tuple(name for name in mesh.axis_names if name in split))
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Where the params of a computation lie, and so where everything else goes; static under jit.
+
+  Attributes:
+    platform: "cpu", "gpu" or "tpu", where it can be told.
+    shardings: a NamedSharding for each leaf of params on a mesh; None elsewhere.
+  """
+
+  platform: str | None = None
+  shardings: tuple[NamedSharding, ...] | None = None
+
+  @staticmethod
+  def of(params: PyTree, others: PyTree, shardings: tuple[NamedSharding, ...] | None) -> Placement:
+    """Read the placement off concrete params, unless `shardings` says it for traced ones."""
+    leaves = jax.tree.leaves(params)
+    if shardings is not None and len(shardings) != len(leaves):
+      raise ValueError(
+        f"execution.shardings: got {len(shardings)} for {len(leaves)} leaves of params; expected "
+        "one for each."
+      )
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    if not arrays or not _checks.is_concrete(params):
+      return Placement(None, shardings)
+    platform = next(iter(arrays[0].devices())).platform
+    found = [getattr(leaf, "sharding", None) for leaf in leaves]
+    meshes = {sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)}
+    if shardings is not None or len(meshes) != 1 or not _checks.is_concrete(others):
+      return Placement(platform, shardings)
+    copied = NamedSharding(meshes.pop(), PartitionSpec())
+    placed = (sharding if isinstance(sharding, NamedSharding) else copied for sharding in found)
+    return Placement(platform, tuple(placed))
+
+  @property
+  def spread(self) -> Spread | None:
+    """How examples and sums are spread; None without a mesh, on an explicit one, on one device."""
+    if not self.shardings or self.mesh.explicit_axes or self.mesh.size == 1:
+      return None
+    entries = [entry for sharding in self.shardings for entry in sharding.spec if entry]
+    split = {
+      name for entry in entries for name in (entry if isinstance(entry, tuple) else (entry,))
+    }
+    return Spread(self.mesh, tuple(name for name in self.mesh.axis_names if name in split))
+
+  @property
+  def mesh(self) -> Any:
+    """The mesh that the params lie on."""
+    return self.shardings[0].mesh if self.shardings else None
+
+  def of_sums(self, mask: tuple[bool, ...]) -> list[NamedSharding] | None:
+    """Where the sums of each leaf under a mask go: like it, with the axis of groups in front."""
+    if self.shardings is None:
+      return None
+    grouped = lambda p: NamedSharding(p.mesh, PartitionSpec(None, *p.spec))
+    return [grouped(p) for p, kept in zip(self.shardings, mask, strict=False) if kept]
 
 
-def placements_of(
-  shardings: tuple[Any, ...] | None, chosen: tuple[bool, ...]
-) -> tuple[Any, ...] | None:
-  """Where the sums of each leaf that takes part go: like the leaf, with the axis of groups in front."""
-  if shardings is None:
-    return None
-  grouped = lambda p: NamedSharding(p.mesh, PartitionSpec(None, *p.spec))
-  return tuple(grouped(p) for p, c in zip(shardings, chosen, strict=True) if c)
-
-
-def platform_of(tree: PyTree) -> str | None:
-  """Where concrete arrays are ("cpu", "gpu", "tpu"), if that can be told."""
-  arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
-  if not arrays or not _checks.is_concrete(tree):
-    return None
-  return next(iter(arrays[0].devices())).platform
+NOWHERE = Placement()  # where nothing is known
 
 
 def on_one_device(tree: PyTree) -> bool:
+  """Whether no array of a tree is spread over several devices."""
   arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
   return all(isinstance(array.sharding, jax.sharding.SingleDeviceSharding) for array in arrays)
 

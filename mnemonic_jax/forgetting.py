@@ -269,9 +269,9 @@ def compile_seconds() -> Iterator[Callable[[], float]]:
   spans: list[tuple[float, float]] = []
   thread = threading.get_ident()
 
-  def listen(event: str, start: float, end: float, **_: Any) -> None:
+  def listen(event: str, start_time: float, end_time: float, **_: Any) -> None:
     if event.startswith("/jax/core/compile") and threading.get_ident() == thread:
-      spans.append((start, end))
+      spans.append((start_time, end_time))
 
   def total() -> float:
     seconds, until = 0.0, float("-inf")

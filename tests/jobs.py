@@ -38,7 +38,7 @@ def start_job(
   return processes
 
 
-def finish_job(processes: Sequence[subprocess.Popen[str]], seconds: float = 100) -> list[Outcome]:
+def finish_job(processes: Sequence[subprocess.Popen[str]], seconds: float = 400) -> list[Outcome]:
   """Wait for all of them; none outlives this."""
   try:
     ends = [process.communicate(timeout=seconds) for process in processes]

@@ -537,7 +537,9 @@ def test_a_data_set_that_is_missing_is_not_downloaded(tmp_path, monkeypatch):
   folder.mkdir()
   outcome = call("train", "mnist_mlp", "--data-dir", folder, "--out", tmp_path / "run")
   message = outcome.refusal()
-  assert "'mnist': not found, or not complete, at" in message and "download_and_prepare()" in message
+  assert (
+    "'mnist': not found, or not complete, at" in message and "download_and_prepare()" in message
+  )
   assert "network" not in message and list(folder.iterdir()) == []
   # The same folder serves the next command.
   assert call(*train(tmp_path / "run")).json["epochs"] == 3

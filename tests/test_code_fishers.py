@@ -134,18 +134,41 @@ def test_half_precision_logits_and_params(dtype):
     )
 
 
-def test_residuals_beyond_what_a_power_of_two_undoes():
-  """Brought down by 2**-100, residuals of 2**60 ask for a factor below the normal range: the largest one is taken."""
-  loss = lambda logits, labels: 2.0**60 * logits[:, 0]
+@pytest.mark.parametrize("size", [2.0**60, 2.0**-100])
+def test_residuals_of_any_size_come_back_in_units(size):
+  loss = lambda logits, labels: size * logits[:, 0]
   objective = passes.Objective(lambda w, x, y: x @ w, (True,), "highest", loss)
   batch, weights = (jnp.full((2, 3), 2.0**20), jnp.zeros(2, jnp.int32)), jnp.full((1, 2), 0.5)
-  (sums,), exponent = passes.squared_gradients(
-    objective, jnp.ones((3, 2)), batch, weights, None, shift=-100
+  found = passes.squared_gradients(objective, jnp.ones((3, 2)), batch, weights, None)
+  (sums,), unit = found.sums, np.asarray(found.units[0], np.float64)
+  np.testing.assert_allclose(np.float64(sums[0, :, 0]) * 4.0**unit, (size * 2.0**20) ** 2)
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_traced_calls_have_the_same_range(microbatch):
+  """Layers whose gradients are 1e-33 to 1e30 of the logits' are right inside a trace too."""
+  sizes = {"a": 1e-33, "b": 1e-15, "c": 1.0, "d": 1e12, "e": 1e30}
+  codes = jax.random.normal(jax.random.key(0), (CLASSES, 1, 5))
+  params = {name: jnp.zeros((5, CLASSES)) for name in sizes}
+  logits_fn = lambda p, x: sum((x @ p[name]) * size for name, size in sizes.items())
+  execution, method = mj.Execution(microbatch), mj.Perturbation(1e-3, 10.0)
+  step = lambda params, side: mj.forget_step(
+    logits_fn, params, codes, side, ~side, method, execution=execution
   )
-  np.testing.assert_allclose(sums[0, :, 0], 2.0 ** (2 * (20 + 60 - int(exponent))))
+  moved, _ = jax.jit(step)(params, jnp.arange(CLASSES) == 0)
+  plain, _ = mj.forget_step(
+    lambda p, x: x @ p, params["c"], codes, *sides(), mj.Perturbation(1e-3, 10.0)
+  )
+  for name in sizes:
+    np.testing.assert_allclose(np.abs(moved[name]), np.abs(plain), rtol=1e-3)
 
 
-def test_traced_calls_share_one_power_of_two():
+def sides():
+  forget = np.arange(CLASSES) == 0
+  return forget, ~forget
+
+
+def test_traced_calls_give_what_concrete_ones_give():
   params, codes = confident([60.0, 59.5, 60.25, 60.0]), jnp.eye(CLASSES)[:, None]
   step = jax.jit(
     lambda side: mj.forget_step(regression, params, codes, side, ~side, mj.Perturbation(1.0, 10.0))

@@ -6,15 +6,20 @@ import concurrent.futures
 import json
 import pathlib
 import socket
+import threading
+import time
+import types
 from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 
 import pytest
 from jobs import finish_job, free_address, start_job
-from peers import GROWTH
+from peers import GROWTH, stuck_file
 from running import snapshot, wait_for
 
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost import roll_call as roll_calls
+from mnemonic_jax.multihost import watchdog as watchdogs
 from mnemonic_jax.multihost.roll_call import roll_call
 from mnemonic_jax.multihost.watchdog import Watchdog
 
@@ -75,11 +80,12 @@ def test_two_processes_share_a_run_and_one_resumes_it(tmp_path):
   ],
 )
 def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tmp_path):
-  processes = start_long(tmp_path / "run", 3, "--peer-timeout", 3)
+  processes = start_long(tmp_path / "run", 3)
   processes[lost].send_signal(signum)
+  stuck_file(tmp_path / "run").touch()
   others = [process for index, process in enumerate(processes) if index != lost]
   try:
-    for outcome in finish_job(others, seconds=20):
+    for outcome in finish_job(others):
       assert outcome.code == 1
       assert (
         "another process is dead or stuck" in (message := ours(outcome))
@@ -94,17 +100,17 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, tm
   ("where", "said"),
   [
     pytest.param(
-      "start-up", "start-up did not end within 9 s (--startup-timeout)", marks=pytest.mark.long
+      "start-up", "start-up did not end within 60 s (--startup-timeout)", marks=pytest.mark.long
     ),
-    ("checkpoint", "the checkpoint of step 4 did not end within 9 s (--startup-timeout)"),
+    ("checkpoint", "the checkpoint of step 4 did not end within 60 s (--startup-timeout)"),
   ],
   ids=["start-up", "checkpoint"],
 )
 def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeout(
   where, said, tmp_path
 ):
-  processes = start(tmp_path / "run", 2, "--stuck", where, "--startup-timeout", 9)
-  for outcome in finish_job(processes, seconds=40):
+  processes = start(tmp_path / "run", 2, "--stuck", where)
+  for outcome in finish_job(processes):
     assert outcome.code == 1
     assert (
       said in (message := ours(outcome))
@@ -115,12 +121,10 @@ def test_a_process_stuck_outside_of_the_steps_ends_all_within_the_startup_timeou
 
 @pytest.mark.long
 def test_a_process_without_input_says_so_and_the_others_that_it_may_be_that(tmp_path):
-  waiting, stuck = finish_job(
-    start(tmp_path / "run", 2, "--stuck", "input", "--peer-timeout", 3), seconds=40
-  )
+  waiting, stuck = finish_job(start(tmp_path / "run", 2, "--stuck", "input"))
   for outcome in (waiting, stuck):
     assert outcome.code == 1
-    assert "no step finished for 3 s after step 1 (--peer-timeout)" in ours(outcome)
+    assert "no step finished for 60 s after step 1 (--peer-timeout)" in ours(outcome)
     assert "with a larger --peer-timeout if all was well and only slow" in ours(outcome)
   assert "another process is dead or stuck, or waits for its input; its own log says more" in ours(
     waiting
@@ -167,11 +171,11 @@ def test_what_process_0_cannot_do_fails_on_all(tmp_path):
 
 
 def test_what_one_process_cannot_read_fails_on_all(tmp_path):
-  for outcome in finish_job(start(tmp_path / "run", 2, "--fails", 1), seconds=40):
+  for outcome in finish_job(start(tmp_path / "run", 2, "--fails", 1)):
     assert outcome.code == 1 and ours(outcome) == "mnemonic: file: no such file on host 1"
 
 
-def meet(*counts_and_ids, timeout=20.0):
+def meet(*counts_and_ids, timeout=200.0):
   """The errors of a roll call of threads, by process; None where all is well."""
   address = free_address()
 
@@ -195,18 +199,36 @@ def test_a_roll_call_finds_all():
     ([(0, 2), (1, 3)], "process 1 was started with --num-processes 3, process 0 with 2"),
     ([(0, 3), (1, 2)], "process 1 was started with --num-processes 2, process 0 with 3"),
     ([(0, 3), (1, 3), (1, 3)], "two processes were started with --process-id 1"),
-    ([(0, 4), (2, 4)], "of 4 processes, 1, 3 did not come within 1 s"),
   ],
 )
 def test_a_roll_call_that_does_not_fit_fails_on_all_with_the_numbers(started, expected):
-  for message in meet(*started, timeout=1.0 if len(started) == 2 and "come" in expected else 20.0):
+  for message in meet(*started):
     assert expected in message, message
+
+
+def test_who_did_not_come_to_a_roll_call_is_told_to_all(monkeypatch):
+  """The time is over as soon as process 2 is there."""
+  there, read = threading.Event(), roll_calls._read_line
+
+  def read_line(connection):
+    line = read(connection)
+    if line == "2 4":
+      there.set()
+    return line
+
+  clock = types.SimpleNamespace(
+    monotonic=lambda: time.monotonic() + 1000 * there.is_set(), sleep=time.sleep
+  )
+  monkeypatch.setattr(roll_calls, "_read_line", read_line)
+  monkeypatch.setattr(roll_calls, "time", clock)
+  for message in meet((0, 4), (2, 4)):
+    assert "of 4 processes, 1, 3 did not come within 200 s" in message, message
 
 
 def test_a_roll_call_ignores_strangers():
   address = free_address()
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    first = pool.submit(roll_call, address, 0, 2, 20.0)
+    first = pool.submit(roll_call, address, 0, 2, 200.0)
     host, port = address.split(":")
     while True:
       try:
@@ -215,7 +237,7 @@ def test_a_roll_call_ignores_strangers():
         break
       except OSError:
         continue
-    pool.submit(roll_call, address, 1, 2, 20.0).result()
+    pool.submit(roll_call, address, 1, 2, 200.0).result()
     assert first.result() is None
 
 
@@ -270,34 +292,53 @@ def test_alone_nothing_is_needed(capfd):
     Watchdog(1, -1)
 
 
+class Clock:
+  """A clock that a test sets; it knows when a watchdog has looked at it."""
+
+  def __init__(self):
+    self.now, self._looks, self._looked = 0.0, 0, threading.Condition()
+
+  def monotonic(self):
+    with self._looked:
+      self._looks += 1
+      self._looked.notify_all()
+      return self.now
+
+  def sleep(self, seconds):
+    pass
+
+  def advance(self, seconds):
+    """Set the clock, and return when the watchdog has acted on it."""
+    self.now += seconds
+    with self._looked:
+      seen = self._looks  # the look after the next one begins when the next one is acted on
+      assert self._looked.wait_for(lambda: self._looks >= seen + 2, timeout=100)
+
+
 @pytest.fixture
 def watchdog(monkeypatch):
-  """One that waits 0.1 s for a step and 1 s for all else, and writes down what it would end the process with."""
-  said = []
+  """One with a clock of its own, which writes down what it would end the process with."""
+  said, clock = [], Clock()
   monkeypatch.setattr(processes, "several", lambda: True)
-
-  def end(code, *, last, message):
-    said.append(message)
-    watchdog._over.set()
-
-  monkeypatch.setattr(processes, "end", end)
+  monkeypatch.setattr(processes, "end", lambda code, *, last, message: said.append(message))
+  monkeypatch.setattr(watchdogs, "time", clock)
   watchdog = Watchdog(0.1, startup_timeout=1.0)
-  watchdog.said = said
+  watchdog.said, watchdog.clock = said, clock
   return watchdog
 
 
 def test_the_watchdog_gives_each_phase_its_time_and_each_batch_of_an_evaluation(watchdog):
   with watchdog:
-    watchdog._over.wait(0.5)  # compiling
+    watchdog.clock.advance(0.9)  # compiling
     watchdog.beat(1)
     watchdog.phase("the checkpoint of step 1")
-    watchdog._over.wait(0.5)
+    watchdog.clock.advance(0.9)
     for number in range(6):
       watchdog.phase(f"batch {number} of an evaluation")
-      watchdog._over.wait(0.25)
+      watchdog.clock.advance(0.9)
     assert not watchdog.said
-    watchdog._over.wait(5)
-  (message,) = watchdog.said
+    watchdog.clock.advance(0.2)
+  message = watchdog.said[0]
   assert (
     "batch 5 of an evaluation did not end within 1 s (--startup-timeout): another process is"
     in message
@@ -307,6 +348,7 @@ def test_the_watchdog_gives_each_phase_its_time_and_each_batch_of_an_evaluation(
 def test_the_watchdog_waits_less_for_a_step(watchdog):
   with watchdog:
     watchdog.beat(7)
-    watchdog._over.wait(0.8)
-  (message,) = watchdog.said
-  assert "no step finished for 0.1 s after step 7 (--peer-timeout)" in message
+    watchdog.clock.advance(0.09)
+    assert not watchdog.said
+    watchdog.clock.advance(0.02)
+  assert "no step finished for 0.1 s after step 7 (--peer-timeout)" in watchdog.said[0]

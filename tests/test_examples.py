@@ -77,7 +77,7 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits", "--forget.classes", "3", "5"])
   with pytest.raises(SystemExit):
     study.main()
-  assert "--forget.classes: got [3, 5]; expected one class" in capsys.readouterr().err
+  assert "--forget.classes: got ['3', '5']; expected one class" in capsys.readouterr().err
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mnemonic_jax as mj
-from mnemonic_jax.fisher import contractions
+from mnemonic_jax.fisher import sums
 
 X = jax.ShapeDtypeStruct((6, 5, 4), jnp.float32)  # examples, positions, features
 Y = jax.ShapeDtypeStruct((6,), jnp.int32)
@@ -27,9 +27,14 @@ def test_a_product_over_positions_is_contracted_and_holds_one_gradient():
   assert row == ("['w']", (4, 3), "product", "", 2 * 12 * (5 + 1), 12 * 4, 0)
 
 
-def test_a_product_at_one_position_holds_no_gradient():
+def test_a_product_at_one_position_holds_no_gradient_but_one_side_of_it_weighed():
   row = explain(lambda p, x, y: (x[:, 0] @ p).sum(1), shaped(4, 3))[""]
-  assert (row.rule, row.flops, row.bytes, row.bytes_per_example) == ("product", 2 * 12 * 2, 0, 0)
+  assert (row.rule, row.flops, row.bytes, row.bytes_per_example) == (
+    "product",
+    2 * 12 * 2,
+    0,
+    3 * 4,
+  )
 
 
 def test_a_convolution():
@@ -37,13 +42,13 @@ def test_a_convolution():
     x, p, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
   ).sum((1, 2))
   row = explain(loss, shaped(3, 4, 2))[""]
-  assert (row.rule, row.flops, row.bytes) == ("convolution", 2 * 24 * (5 + 1), 24 * 4)
+  assert (row.rule, row.flops, row.bytes) == ("convolution", 2 * 24 * (5 + 1), (24 + 5 * 3 * 4) * 4)
 
 
 def test_a_lookup():
   ids = shaped(6, 7, dtype=jnp.int32)
   row = explain(lambda p, x, y: p[x].sum((1, 2)), shaped(50, 3), ids)[""]
-  assert (row.rule, row.bytes, row.bytes_per_example) == ("lookup", 0, 0)
+  assert (row.rule, row.bytes, row.bytes_per_example) == ("lookup", 3 * 7 * 3 * 4, 0)
 
 
 @pytest.mark.parametrize(
@@ -121,8 +126,8 @@ def test_the_table_is_what_the_engine_does(monkeypatch):
   def noting(name, function):
     return lambda *args: (made.append(name), function(*args))[1]
 
-  monkeypatch.setattr(contractions, "copies", noting("per example", contractions.copies))
-  monkeypatch.setattr(contractions, "tap", noting("contracted", contractions.tap))
+  monkeypatch.setattr(sums, "copies", noting("per example", sums.copies))
+  monkeypatch.setattr(sums, "tap", noting("contracted", sums.tap))
 
   def loss(p, x, y):
     hidden = jnp.tanh(x @ p["w"] + p["b"][None, None])

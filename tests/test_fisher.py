@@ -107,8 +107,8 @@ def test_a_small_leaf_and_many_examples_take_little_memory():
   objective = passes.Objective(
     lambda w, x, y: jnp.sum((x @ w) ** 2, axis=1), (True,), "highest", disjoint=True
   )
-  arguments = shape(wide, 10), (shape(many, wide), shape(many)), shape(groups, many), 0
-  memory = passes.jitted_program.lower(objective, many, *arguments).compile().memory_analysis()
+  arguments = shape(wide, 10), (shape(many, wide), shape(many)), shape(groups, many)
+  memory = passes.fisher_program.lower(objective, many, *arguments).compile().memory_analysis()
   assert memory.temp_size_in_bytes < 4 * (
     4 * many * wide
   )  # four times the inputs, whatever the number of groups

@@ -9,8 +9,7 @@ import pytest
 from toys import assert_trees_close, cpu_mesh, host, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import _mesh
-from mnemonic_jax.fisher import contractions
+from mnemonic_jax.fisher import sums
 
 P = jax.sharding.PartitionSpec
 
@@ -149,11 +148,11 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
     )
 
   params = {name: params[name] for name in ("patch", "position", "head")}
-  strength = mj.Strength(1e-2, 10.0)
-  single = mj.forget(logits_fn, params, codes, [3], strength=strength)
+  method = mj.Perturbation(1e-2, 10.0)
+  single = mj.forget(logits_fn, params, codes, [3], method=method)
   placed = sharded_like(params, cpu_mesh(4))
-  made = mj.forget(logits_fn, placed, codes, [3], strength=strength)
-  assert made.sign == single.sign
+  made = mj.forget(logits_fn, placed, codes, [3], method=method)
+  assert made.info == single.info
   assert_trees_close(made.params, host(single.params), 1e-4, 1e-6)
   assert {n: x.sharding for n, x in made.params.items()} == {
     n: x.sharding for n, x in placed.items()
@@ -164,8 +163,9 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
 def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
   """What GPUs and TPUs are given, run here: several examples at a time, the last chunk filled up."""
   params, images, labels, weights, single = problem()
-  monkeypatch.setattr(_mesh, "platform_of", lambda tree: "gpu")
-  monkeypatch.setattr(contractions, "_CHUNK_BYTES", chunk_bytes)
+  on_gpu = lambda groups, cpu, default, data, g: default(data, g, groups)
+  monkeypatch.setattr(sums, "on_platform", on_gpu)
+  monkeypatch.setattr(sums, "CHUNK_BYTES", chunk_bytes)
   jax.clear_caches()
   try:
     made = mj.diagonal_fisher(loss_fn, params, images, labels, weights)

@@ -1,4 +1,4 @@
-"""experiments/imagenet_vit on 8 CPU devices: any mesh trains, measures and forgets the same, in less memory per device."""
+"""Training and experiments/imagenet_vit on 8 CPU devices: any mesh trains and forgets the same."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import pretrained, vit
 from mnemonic_jax.multihost import sharding
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import setup
+from mnemonic_jax.runs import program, setup
 
 pytest_plugins = ["stream_fixtures"]
 
@@ -36,7 +37,6 @@ SCRIPTS = pathlib.Path(__file__).parents[1] / "experiments" / "imagenet_vit"
 sys.path.insert(0, str(SCRIPTS))
 import forget as forget_script  # noqa: E402
 import job as jobs  # noqa: E402
-import train as train_script  # noqa: E402
 
 CLASSES, BATCH, SIDE = 10, 16, 32
 MESHES = [(8, 1), (4, 2), (2, 4), (1, 8)]
@@ -66,7 +66,6 @@ CONFIG = configs.build("tiny", TABLES)
 class Found(NamedTuple):
   losses: list
   trained: dict
-  fishers: tuple
   forgotten: dict
   info: mj.ForgetInfo
 
@@ -81,27 +80,24 @@ def synthetic():
 
 
 def train_and_forget(mesh, steps=20):
-  """Train, measure the codes, search a strength and forget."""
-  dataset = synthetic()
-  with jax.set_mesh(mesh):
-    program = train_script.make_program(CONFIG, dataset, mesh)
-    state, codes = program.init()
+  """Train, search a strength and forget."""
+  dataset, layout = synthetic(), Layout(mesh)
+  with layout.used():
+    planned = program.make_program(CONFIG, dataset, layout)
+    state, codes = program.first_state(CONFIG, planned)
     losses = []
     for step in range(steps):
-      rows = (np.arange(BATCH) + step * BATCH) % dataset.train.num_examples
-      batch = (dataset.train.images[rows], dataset.train.labels[rows], rows.astype(np.int32))
-      placed = jax.device_put(batch, sharding.batch_sharding(mesh))
-      state, metrics = program.step(state, codes, *placed, np.int32(step // 3))
+      rows = ((np.arange(BATCH) + step * BATCH) % dataset.train.num_examples).astype(np.int32)
+      batch = (dataset.train.images[rows], dataset.train.labels[rows], rows)
+      images, labels, placed_rows = layout.place(batch)
+      state, metrics = planned.step(state, images, labels, codes, placed_rows, np.int32(step // 3))
       losses.append(float(metrics["loss"]))
     forgetting = forget_script.make_program(CONFIG, dataset, mesh)
     chosen = np.arange(CLASSES) == 3
     codes = forget_script.place_codes(np.asarray(codes), forgetting)
-    arguments = (state.params, state.model_state, codes, chosen, ~chosen)
-    fishers = forgetting.fishers(*arguments)
-    kept = host(fishers)
-    grid = mj.Strength(np.float32([1e-5, 1e-4, 1e-3, 1e-2]), np.float32([1.0, 1.0, 1.0, 1.0]))
-    params, info = forgetting.update(*arguments, fishers, grid)
-  return Found(losses, state.params, kept, params, jax.device_get(info))
+    grid = mj.Perturbation(np.float32([1e-5, 1e-4, 1e-3, 1e-2]), np.float32([1.0] * 4))
+    params, info = forgetting.step(state.params, state.model_state, codes, chosen, ~chosen, grid)
+  return Found(losses, state.params, params, jax.device_get(info))
 
 
 @pytest.fixture(scope="module")
@@ -117,36 +113,22 @@ def test_any_mesh_trains_and_forgets_the_same(shape, alone):
   found = train_and_forget(mesh)
   np.testing.assert_allclose(found.losses, alone.losses, rtol=1e-5)
   assert_trees_close(host(found.trained), host(alone.trained), 0, 5e-5)
-  for side in (0, 1):
-    relative = lambda tree: jax.tree.map(lambda leaf: leaf[side] / leaf[side].max(), tree)  # noqa: B023
-    assert_trees_close(
-      relative(found.fishers), relative(alone.fishers), 0, 1e-4
-    )  # the unit is any power of two
-  assert int(found.info.sign) == int(alone.info.sign)
-  assert float(found.info.strength.lambda1) == float(alone.info.strength.lambda1) < 1e-2
-  # lambda2 = 1 moves the weights by up to 1; where two Fishers are rounding alone, so is their ratio.
+  assert int(found.info.info["sign"]) == int(alone.info.info["sign"])
+  assert float(found.info.method.lambda1) == float(alone.info.method.lambda1) < 1e-2
+  # lambda2 = 1 moves weights by up to 1; where two Fishers are rounding alone, so is their ratio.
   assert_trees_close(host(found.forgotten), host(alone.forgotten), 0, 1e-2)
-  for leaf, placed in zip(
-    *map(jax.tree.leaves, (found.forgotten, sharding.tree_shardings(mesh, found.trained))),
-    strict=True,
-  ):
-    assert leaf.sharding.is_equivalent_to(placed, leaf.ndim)
-  assert not np.allclose(
-    found.forgotten["head"]["kernel"], found.trained["head"]["kernel"], atol=1e-3
-  )
+  placed = sharding.tree_shardings(mesh, found.trained)
+  for leaf, wanted in zip(*map(jax.tree.leaves, (found.forgotten, placed)), strict=True):
+    assert leaf.sharding.is_equivalent_to(wanted, leaf.ndim)
+  kernels = [tree["head"]["kernel"] for tree in (found.forgotten, found.trained)]
+  assert not np.allclose(*kernels, atol=1e-3)
 
 
 def share(mesh):
-  """Bytes of params, optimizer state and Fishers on each device."""
-  dataset = synthetic()
-  train, forget = (
-    script.make_program(CONFIG, dataset, mesh) for script in (train_script, forget_script)
-  )
+  """Bytes of params and of the optimizer's state on each device."""
+  state = program.make_program(CONFIG, synthetic(), Layout(mesh)).state
   size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * 4
-  return [
-    sum(map(size, jax.tree.leaves(tree)))
-    for tree in (train.state.params, train.state.optimizer_state, forget.fisher)
-  ]
+  return [sum(map(size, jax.tree.leaves(tree))) for tree in (state.params, state.optimizer_state)]
 
 
 def test_each_device_has_less_the_longer_the_axis_fsdp():
@@ -154,15 +136,20 @@ def test_each_device_has_less_the_longer_the_axis_fsdp():
   assert np.all(shares[1] < 0.27 * shares[0]) and np.all(shares[2] < 0.52 * shares[1])
 
 
-def memory(function, *arguments):
-  return function.lower(*arguments).compile().memory_analysis()
-
-
-def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered():
+@pytest.fixture(scope="module")
+def compiled_forget():
+  """On 1 x 8 devices, in two passes over the codes."""
   mesh = sharding.make_mesh(1, 8)
+  config = configs.build("tiny", TABLES, {"execution.microbatch": 8})
+  number = jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh))
   with jax.set_mesh(mesh):
-    program = forget_script.make_program(CONFIG, synthetic(), mesh)
-    text = program.fishers.lower(*program.arguments).compile().as_text()
+    planned = forget_script.make_program(config, synthetic(), mesh)
+    method = mj.Perturbation(number, number)
+    return planned, planned.step.lower(*planned.arguments, method).compile()
+
+
+def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(compiled_forget):
+  text = compiled_forget[1].as_text()
   found = {
     kind: [
       int(np.prod([int(n) for n in shape.split(",") if n]))
@@ -173,70 +160,47 @@ def test_sums_over_devices_go_to_the_shards_and_one_layer_at_a_time_is_gathered(
   }
   width = 192
   shard = 2 * width * 4 * width // 8  # of a kernel of a layer's feed-forward, both sides
-  assert (
-    found["reduce-scatter"].count(shard) == 3
-  )  # two of the feed-forward, and the patches' kernel
+  # Two of the feed-forward, and the patches' kernel.
+  assert found["reduce-scatter"].count(shard) == 3
   assert max(found["all-reduce"]) == shard  # along the copies
   assert max(found["all-gather"]) == 4 * width * width  # one kernel of one layer
 
 
-def test_a_forget_fits_into_five_shares_of_the_params():
-  """And three gathered layers, and the activations of one microbatch, which are those of a batch gradient."""
-  mesh = sharding.make_mesh(1, 8)
-  dataset = synthetic()
-  with jax.set_mesh(mesh):
-    config = configs.build("tiny", TABLES, {"execution.microbatch": 8})  # two passes over the codes
-    program = forget_script.make_program(config, dataset, mesh)
-    grid = mj.Strength(
-      *(
-        jax.ShapeDtypeStruct((4,), np.float32, sharding=sharding.replicated(mesh)) for _ in range(2)
-      )
-    )
-    halves = [
-      memory(program.fishers, *program.arguments),
-      memory(program.update, *program.arguments, program.fisher, grid),
-    ]
+def test_a_forget_fits_into_five_shares_of_the_params(compiled_forget):
+  """Beside them three gathered layers, and the activations of one microbatch's batch gradient."""
+  planned, compiled = compiled_forget
   params, model_state = (
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for t in program.arguments[:2]
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), t) for t in planned.arguments[:2]
   )
-  logits_fn = program.model.logits_fn(model_state)
-  inputs = jax.ShapeDtypeStruct((-(-CLASSES // mesh.size), *dataset.shape), np.float32)
+  logits_fn = planned.model.logits_fn(model_state)
+  inputs = jax.ShapeDtypeStruct((-(-CLASSES // 8), SIDE, SIDE, 3), np.float32)
   gradient = jax.jit(
     jax.grad(lambda p, x: mj.softmax_cross_entropy(logits_fn(p, x), np.zeros(len(x), int)).sum())
   )
-  activations = memory(gradient, params, inputs).temp_size_in_bytes
-  one_share = sum(4 * x.size for x in jax.tree.leaves(params)) / mesh.size
+  activations = gradient.lower(params, inputs).compile().memory_analysis().temp_size_in_bytes
+  one_share = sum(4 * x.size for x in jax.tree.leaves(params)) / 8
   layer = sum(4 * x.size for x in jax.tree.leaves(params["blocks"])) / 12
-  for found in halves:
-    used = (
-      found.argument_size_in_bytes
-      + found.output_size_in_bytes
-      + found.temp_size_in_bytes
-      - found.alias_size_in_bytes
-    )
-    assert used <= 5 * one_share + 3 * layer + activations
+  found = compiled.memory_analysis()
+  used = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+  assert used - found.alias_size_in_bytes <= 5 * one_share + 3 * layer + activations
 
 
 def test_a_forget_that_ends_in_nan_is_refused_there_too():
-  """With stand-ins for the compiled halves, which `mnemonic_jax.forgetting` tests."""
-  info = mj.ForgetInfo(
-    np.int32(1), mj.Strength(np.float32(1e-5), np.float32(1e4)), np.float32(np.nan), np.float32(1)
-  )
+  """With a stand-in for the compiled program, which `mnemonic_jax.forgetting` tests."""
+  method = mj.Perturbation(1e-5, 1e4)
+  info = mj.ForgetInfo(method, np.float32(np.nan), np.float32(1), {"sign": np.int32(1)})
 
   class Compiled:
     lower = compile = lambda self, *_: self
     __call__ = lambda self, *_: ({"w": jnp.ones(2)}, info)
 
   mesh = sharding.make_mesh(1, 8)
-  config = configs.build("tiny", TABLES, {"forget.lambda1": 1e-5, "forget.lambda2": 1e4})
   codes = jax.ShapeDtypeStruct((8, 1, 2), jnp.float32, sharding=sharding.batch_sharding(mesh))
-  program = types.SimpleNamespace(
-    fishers=Compiled(), update=Compiled(), fisher=None, arguments=(None, None, codes, None, None)
-  )
-  job = jobs.Job(config, types.SimpleNamespace(class_names=("a", "b")), mesh, None)
+  planned = types.SimpleNamespace(step=Compiled(), arguments=(None, None, codes, None, None))
+  job = jobs.Job(CONFIG, types.SimpleNamespace(class_names=("a", "b")), mesh, None)
   trained = types.SimpleNamespace(model_state={}, codes=np.zeros((2, 1, 2), np.float32))
-  with pytest.raises(MnemonicError, match=r"\(1e-05, 10000\.0\) drives .* NaN or inf"):
-    forget_script._one_shot(job, program, trained, {}, [0])
+  with pytest.raises(MnemonicError, match=r"lambda1=1e-05.* drives .* NaN or inf"):
+    forget_script._one_shot(job, planned, trained, {}, [0], method)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +221,7 @@ def test_a_mesh_that_does_not_fit_the_batch():
   with pytest.raises(
     ValueError, match=r"train\.batch_size: got 12 for 8 devices; expected a multiple of 8"
   ):
-    train_script.make_program(config, synthetic(), sharding.make_mesh(1, 8))
+    program.make_program(config, synthetic(), Layout(sharding.make_mesh(1, 8)))
 
 
 def test_more_fsdp_than_a_leaf_allows():
@@ -331,19 +295,17 @@ def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
       "input_seconds",
       "checkpoint_seconds",
     } <= set(ours)
-  on_mesh = script(
-    "forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, devices=4
-  )
-  on_one = command(
-    "forget", tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets, "--json"
-  ).json
+  words = (tmp_path / "whole", "--classes", 1, "--data-dir", prepared_sets)
+  words += ("--forget.method", "perturbation", "--forget.settings.lambda1", 1e-3)
+  words += ("--forget.settings.lambda2", 10.0)
+  on_mesh = script("forget", *words, devices=4)
+  on_one = command("forget", *words, "--json").json
   assert on_mesh["params_sha256_before"] == on_one["params_sha256_before"]
   same = (
     "classes",
     "codes_sha256",
-    "lambda1",
-    "lambda2",
-    "sign",
+    "method",
+    "info",
     "retain_accuracy_after",
     "forget_error_after",
   )
@@ -370,7 +332,7 @@ def weights_file(tmp_path, monkeypatch):
 def program_from(weights_file, mesh, changed):
   """A config that starts from a file, and its program."""
   config = configs.build("tiny", TABLES, {"model.pretrained": str(weights_file)} | changed)
-  return config, train_script.make_program(config, synthetic(), mesh)
+  return config, program.make_program(config, synthetic(), Layout(mesh))
 
 
 def assert_same_bits(ours, theirs):
@@ -386,8 +348,8 @@ def first_state_from(weights_file, changed):
   """That of train.py on eight devices, and the shards that all of it has by the table of rules."""
   mesh = sharding.make_mesh(2, 4)
   with jax.set_mesh(mesh):
-    config, program = program_from(weights_file, mesh, changed)
-    state, codes = train_script.first_state(config, program)
+    config, planned = program_from(weights_file, mesh, changed)
+    state, codes = program.first_state(config, planned)
   assert_placed(state, sharding.tree_shardings(mesh, state))
   assert_same_bits(training.ema_params(state), state.params)
   return config, state, codes
@@ -404,14 +366,12 @@ def test_a_file_goes_to_the_shards_as_to_one_device(weights_file):
 @pytest.mark.long
 def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
   config, state, codes = first_state_from(weights_file, {"model.new_head": True})
-  fresh = setup.make(config, synthetic())
-  assert_same_bits(
-    state.params,
-    pretrained.load(weights_file, "vit_ti16", fresh.state.params, {}, new_head=True)[0],
-  )
-  assert_same_bits(state.params["head"], fresh.state.params["head"])
-  assert_same_bits(codes, fresh.codes)
-  assert_same_bits(*(jax.random.key_data(s.key) for s in (state, fresh.state)))
+  fresh, fresh_codes = program.make_program(config, synthetic()).init()
+  wanted = pretrained.load(weights_file, "vit_ti16", fresh.params, {}, new_head=True)[0]
+  assert_same_bits(state.params, wanted)
+  assert_same_bits(state.params["head"], fresh.params["head"])
+  assert_same_bits(codes, fresh_codes)
+  assert_same_bits(*(jax.random.key_data(s.key) for s in (state, fresh)))
   assert int(state.step) == 0
 
 
@@ -424,7 +384,7 @@ def test_shapes_that_say_where_they_lie_are_enough_and_no_device_passes_weights_
     "vit_ti16", shape=(SIDE, SIDE, 3), num_classes=CLASSES, pool="mean", scan=scan
   )
   shapes, _ = jax.eval_shape(model.init, jax.random.key(0))
-  placed = jobs.abstract(shapes, sharding.tree_shardings(mesh, shapes))
+  placed = Layout(mesh).abstract(shapes)
   with jax.transfer_guard_device_to_device(
     "disallow_explicit"
   ):  # straight from the host to the shards
@@ -455,12 +415,12 @@ def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(
 ):
   """And before anything is compiled, where its names alone tell it."""
   mesh = sharding.make_mesh(1, 8)
-  config, program = program_from(weights_file, mesh, changed)
+  config, planned = program_from(weights_file, mesh, changed)
   shapes = lambda: (
-    (program.state, program.codes) if compiled else pytest.fail("the first state was made")
+    (planned.state, planned.codes) if compiled else pytest.fail("the first state was made")
   )
   with jax.set_mesh(mesh), pytest.raises(MnemonicError, match=said):
-    train_script.first_state(config, program._replace(init=shapes))
+    program.first_state(config, planned._replace(init=shapes))
 
 
 @pytest.mark.long

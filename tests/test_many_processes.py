@@ -1,4 +1,4 @@
-"""experiments/imagenet_vit as several processes on this machine: the same training, whatever is killed and restarted."""
+"""`mnemonic train` as several processes: the same training, whatever is killed and restarted."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mnemonic_jax import _trees, models
 from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 
 pytest_plugins = ["stream_fixtures"]
-pytestmark = pytest.mark.long
 
+TRAIN = ("-c", "import sys; from mnemonic_jax.cli import main; sys.exit(main())", "train", "--json")
 SCRIPTS = ROOT / "experiments" / "imagenet_vit"
 STEPS, DEVICES = 12, 4
 CONFIG = f"""
@@ -45,32 +45,49 @@ checkpoint_steps = 4
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+def start_on(devices, words, count):
+  """Start `count` processes of one command, which share so many devices."""
+  flags = f"{FAST} --xla_force_host_platform_device_count={devices // count}"
+  return start_job(words, count, XLA_FLAGS=flags)
+
+
+def test_two_processes_train_a_stored_set_as_one_device_does(tmp_path):
+  """The digits, without epochs in one call: each process places its rows of each batch."""
+  words = ("digits", "--model.hidden", 32, "--train.epochs", 2, "--log-every", 20)
+  found = []
+  for devices, count in ((1, 1), (4, 2)):
+    out = tmp_path / f"{devices} devices"
+    first, *others = finish_job(start_on(devices, (*TRAIN, *words, "--out", out), count))
+    assert first.json["processes"] == count and [other.out for other in others] == [""] * len(
+      others
+    )
+    assert (first.json["mesh"] is None) == (devices == 1)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [20, 40, 44, 60, 80, 88]
+    found.append((first.json, [line["loss"] for line in lines]))
+  (alone, losses), (together, same_losses) = found
+  np.testing.assert_allclose(same_losses, losses, rtol=1e-4)
+  assert together["codes_sha256"] == alone["codes_sha256"]
+  assert together["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=0.006)
+
+
 class Lab(NamedTuple):
   config: pathlib.Path
   data: pathlib.Path
   folder: pathlib.Path
 
-  def start(self, script, count, *arguments):
-    """Start a script as `count` processes, four devices in all, all of them in the axis fsdp."""
-    flags = f"{FAST} --xla_force_host_platform_device_count={DEVICES // count}"
+  def start(self, words, count, *arguments):
+    """Start a command as `count` processes, four devices in all, all of them in the axis fsdp."""
     settings = ("--data-dir", self.data, "--execution.fsdp", DEVICES)
-    return start_job((SCRIPTS / f"{script}.py", *arguments, *settings), count, XLA_FLAGS=flags)
+    return start_on(DEVICES, (*words, *arguments, *settings), count)
 
-  def start_training(self, name, count):
+  def start_training(self, name, count, *more):
     return self.start(
-      "train",
-      count,
-      self.config,
-      "--out",
-      self.folder / name,
-      "--log-every",
-      1,
-      "--peer-timeout",
-      20,
+      TRAIN, count, self.config, "--out", self.folder / name, "--log-every", 1, *more
     )
 
   def train(self, name, count):
-    outcomes = finish_job(self.start_training(name, count), seconds=400)
+    outcomes = finish_job(self.start_training(name, count))
     assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
     assert [outcome.out for outcome in outcomes[1:]] == [""] * (count - 1)
     assert json.loads(outcomes[0].out)["processes"] == count
@@ -86,7 +103,7 @@ class Lab(NamedTuple):
       )
       processes[victim].send_signal(signum)
     finally:
-      outcomes = finish_job(processes, seconds=100)
+      outcomes = finish_job(processes)
     return outcomes
 
   def found(self, name):
@@ -121,6 +138,7 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found[1][path], leaf, rtol=0, atol=5e-5, err_msg=path)
 
 
+@pytest.mark.long
 def test_two_processes_train_as_one_and_as_if_none_had_been_killed(lab, alone):
   losses, params = lab.train("two", 2)
   assert_same((losses, params), alone)
@@ -135,6 +153,7 @@ def test_two_processes_train_as_one_and_as_if_none_had_been_killed(lab, alone):
     np.testing.assert_array_equal(restarted[path], leaf)
 
 
+@pytest.mark.long
 def test_four_processes_stop_together_and_two_go_on(lab, alone):
   outcomes = lab.stopped("four", 4, SIGTERM, 2)
   assert [outcome.code for outcome in outcomes] == [143] * 4, outcomes
@@ -145,10 +164,11 @@ def test_four_processes_stop_together_and_two_go_on(lab, alone):
     if line.startswith("mnemonic:")
   }
   (message,) = messages
-  assert f"of {STEPS}; the checkpoint is written. Resume with the same command." in message
+  assert "; the checkpoint is written. Resume with the same command." in message
   assert_same(lab.train("four", 2), alone)
 
 
+@pytest.mark.long
 def test_two_processes_start_from_a_file_as_one(lab):
   model = models.make("vit_ti16", shape=(32, 32, 3), num_classes=5, pool="mean")
   file, rng = lab.folder / "augreg.npz", np.random.default_rng(0)
@@ -167,23 +187,24 @@ def test_two_processes_start_from_a_file_as_one(lab):
   losses = []
   for count in (1, 2):
     run = lab.folder / f"from a file, {count}"
-    outcomes = finish_job(lab.start("train", count, lab.config, "--out", run, *flags), seconds=400)
+    outcomes = finish_job(lab.start(TRAIN, count, lab.config, "--out", run, *flags))
     assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
     losses.append(json.loads((run / "metrics.jsonl").read_text())["loss"])
   assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-  flags = ("--model.pretrained", lab.folder / "absent.npz", "--peer-timeout", 20)
-  for outcome in finish_job(
-    lab.start("train", 2, lab.config, "--out", lab.folder / "refused", *flags)
-  ):
+  flags = ("--out", lab.folder / "refused", "--model.pretrained", lab.folder / "absent.npz")
+  for outcome in finish_job(lab.start(TRAIN, 2, lab.config, *flags)):
     assert outcome.code == 1 and "absent.npz: no such file" in outcome.err
 
 
+@pytest.mark.long
 def test_two_processes_forget_as_one(lab, alone):
   run = lab.folder / "alone"
   before = snapshot(run / "checkpoints")
   reports, params = [], []
   for count in (2, 1):
-    outcomes = finish_job(lab.start("forget", count, run, "--classes", 1), seconds=400)
+    words = (SCRIPTS / "forget.py", run, "--classes", 1, "--forget.method", "perturbation")
+    numbers = ("--forget.settings.lambda1", 1e-3, "--forget.settings.lambda2", 10.0)
+    outcomes = finish_job(lab.start(words, count, *numbers))
     assert [outcome.code for outcome in outcomes] == [0] * count, outcomes
     folder = run / "forgets" / f"{len(reports) + 1:04d}"
     assert {path.name for path in folder.iterdir()} == {
@@ -199,7 +220,7 @@ def test_two_processes_forget_as_one(lab, alone):
   assert snapshot(run / "checkpoints") == before
   for key in (
     "classes",
-    "sign",
+    "info",
     "params_sha256_before",
     "codes_sha256",
     "retain_accuracy_after",

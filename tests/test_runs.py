@@ -554,7 +554,7 @@ def test_a_model_that_answers_nan_names_no_class(trained_once):
   dataset = data.load("digits")
   model = trained_run.restore(run, dataset)
   broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params)
-  seen = inference.predict(model.logits_fn, broken, dataset.test, dataset.preprocess)
+  (seen,) = inference.predict_each(model.logits_fn, [broken], dataset.test, dataset.preprocess)
   assert set(seen.predictions.tolist()) == {-1}
   predict = lambda candidates, split: inference.predict_each(
     model.logits_fn, candidates, split, dataset.preprocess

@@ -147,9 +147,7 @@ def test_a_gradient_in_parts_is_the_same_gradient(parts):
     return regression(params, inputs), {"examples": model_state["examples"] + len(inputs)}
 
   optimizer, codes, (images, labels) = optax.sgd(0.3), make_codes(), make_batch(examples=8)
-  make = lambda accumulate: mj.make_train_step(
-    counting, optimizer, rate=0.5, accumulate=accumulate
-  )
+  make = lambda accumulate: mj.make_train_step(counting, optimizer, rate=0.5, accumulate=accumulate)
   state = make_state(optimizer, model_state={"examples": jnp.int32(0)})
   whole, metrics = jax.jit(make(1))(state, images, labels, codes)
   ours, our_metrics = jax.jit(make(parts))(state, images, labels, codes)

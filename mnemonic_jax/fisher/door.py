@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax.fisher import loss_checks, passes
@@ -107,27 +107,24 @@ def diagonal_fisher(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2; Kunstner, Balles, Hennig (2019) on "empirical".
   """
   _checks.require_callable("loss_fn", loss_fn, "(params, inputs, labels) -> (N,) losses")
-  chosen = _trees.mask_leaves(mask, params)
+  mask_of_leaves = _trees.mask_leaves(mask, params)
   execution = require_execution(execution)
   num_examples = loss_checks.num_examples_of(inputs, labels)
   group_weights, squeeze = _group_weights(weights, num_examples)
   loss_checks.check_loss(loss_fn, params, inputs, labels, precision)
-  execution = on_mesh(execution, params, (inputs, labels, group_weights))
+  placement = _mesh.Placement.of(params, (inputs, labels, group_weights), execution.shardings)
   objective = passes.Objective(
     loss_fn,
-    chosen,
+    mask_of_leaves,
     precision,
     disjoint=_disjoint(weights, group_weights),
-    placements=_mesh.placements_of(execution.shardings, chosen),
-    platform=_mesh.platform_of(params),
-    weighed=_weighed(weights, group_weights),
+    placement=placement,
   )
-  sums = passes.squared_gradients(
-    objective, params, (inputs, labels), group_weights, execution.microbatch
-  ).sums
-  _, treedef = _trees.flatten(params)
+  batch = inputs, labels
+  found = passes.squared_gradients(objective, params, batch, group_weights, execution.microbatch)
+  sums = found.in_range()
   filled = iter(value[0] if squeeze else value for value in sums)
-  return treedef.unflatten([next(filled) if takes_part else None for takes_part in chosen])
+  return _trees.like(params, [next(filled) if kept else None for kept in mask_of_leaves])
 
 
 def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
@@ -139,13 +136,6 @@ def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
   return bool(np.all(np.count_nonzero(np.asarray(weights), axis=0) <= 1))
 
 
-def _weighed(weights: Any, group_weights: jax.Array) -> bool:
-  """Whether some example is known to have a weight; of the weights as given, as above."""
-  if weights is None:
-    return True
-  return _checks.is_concrete(weights) and bool(np.any(np.asarray(weights, group_weights.dtype)))
-
-
 def require_execution(execution: Execution | None) -> Execution:
   """Return `execution`, or the default one."""
   if execution is None:
@@ -155,24 +145,6 @@ def require_execution(execution: Execution | None) -> Execution:
       f"execution: got {execution!r}; expected mnemonic_jax.Execution(microbatch=...)."
     )
   return execution
-
-
-def on_mesh(execution: Execution, params: PyTree, others: PyTree) -> Execution:
-  """`execution` with the shardings of the params, where these lie on a mesh and all values are concrete."""
-  leaves = jax.tree.leaves(params)
-  if execution.shardings is not None and len(execution.shardings) != len(leaves):
-    raise ValueError(
-      f"execution.shardings: got {len(execution.shardings)} for {len(leaves)} leaves of params; expected one for each."
-    )
-  if execution.shardings is not None or not _checks.is_concrete((params, others)):
-    return execution
-  found = [getattr(leaf, "sharding", None) for leaf in leaves]
-  meshes = {sharding.mesh for sharding in found if isinstance(sharding, NamedSharding)}
-  if len(meshes) != 1:
-    return execution
-  copied = NamedSharding(meshes.pop(), PartitionSpec())
-  shardings = [sharding if isinstance(sharding, NamedSharding) else copied for sharding in found]
-  return dataclasses.replace(execution, shardings=shardings)
 
 
 def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:

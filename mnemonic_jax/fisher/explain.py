@@ -87,27 +87,24 @@ def explain_fisher(
   ['bias']    (3,)    per example            0.0  0.0         0.0  used in add
   ['kernel']  (4, 3)  per example            0.0  0.0         0.0  used more than once
   """
-  chosen = _trees.mask_leaves(mask, params)
+  leaves_mask = _trees.mask_leaves(mask, params)
   loss_checks.check_loss(loss_fn, params, inputs, labels, None)
-  uses = passes.uses_of(passes.Objective(loss_fn, chosen, None), params, (inputs, labels))
+  uses = passes.uses_of(loss_fn, leaves_mask, params, (inputs, labels))
   plans = []
   for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
-    if not chosen[index]:
+    if not leaves_mask[index]:
       continue
     own = [use for use in uses if index in use.leaves]
-    copied = [use.bytes for use in own if use.rule == "per example"]
-    contracted = [use.bytes for use in own if use.rule != "per example"]
+    reasons = dict.fromkeys(use.reason for use in own if use.reason)
     plans.append(
       LeafPlan(
         path=jax.tree_util.keystr(path),
         shape=tuple(leaf.shape),
         rule=" + ".join(dict.fromkeys(use.rule for use in own)) or "unused",
-        reason="; ".join(dict.fromkeys(use.reason for use in own if use.reason))
-        if own
-        else "does not reach the loss",
+        reason="; ".join(reasons) if own else "does not reach the loss",
         flops=sum(use.flops for use in own),
-        bytes=max(contracted, default=0),
-        bytes_per_example=sum(copied),
+        bytes=max((use.bytes for use in own), default=0),
+        bytes_per_example=sum(use.bytes_each for use in own),
       )
     )
   return FisherPlan(tuple(plans))

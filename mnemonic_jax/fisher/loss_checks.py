@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import _checks, _mesh
+from mnemonic_jax.fisher.jaxprs import equations_in
 
 PyTree = Any
 # (params, inputs, labels) -> (N,) losses.
@@ -101,7 +102,7 @@ def check_loss(
 
 def require_losses(name: str, losses: Any, num_examples: int) -> None:
   """Refuse what a loss returned, or its shape, if it is not one floating number per example."""
-  shape, dtype = getattr(losses, "shape", None), getattr(losses, "dtype", None)
+  shape, dtype = getattr(losses, "shape", None), getattr(losses, "dtype", np.dtype(object))
   if shape != (num_examples,) or not jnp.issubdtype(dtype, jnp.floating):
     got = f"shape {shape} and dtype {dtype}" if shape is not None else type(losses).__name__
     raise ValueError(
@@ -162,14 +163,3 @@ def _dependence(
   return _mesh.with_automatic_axes(
     largest_difference, (inputs, labels), params, rows, out_specs=specs
   )
-
-
-def equations_in(jaxpr: Any) -> Iterator[Any]:
-  """Every equation of a jaxpr and of the jaxprs inside it."""
-  for equation in jaxpr.eqns:
-    yield equation
-    for value in equation.params.values():
-      for inner in value if isinstance(value, (tuple, list)) else (value,):
-        inner = getattr(inner, "jaxpr", inner)
-        if hasattr(inner, "eqns"):
-          yield from equations_in(inner)

@@ -1,26 +1,27 @@
-"""Backward passes over microbatches: where they run, how much memory they take, and in what range their squares are."""
+"""Backward passes over microbatches: where they run, how much memory they take, in what range."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial, reduce
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mnemonic_jax import _checks, _mesh, _trees
-from mnemonic_jax.fisher import loss_checks, taps, uses
+from mnemonic_jax.fisher import evaluate, loss_checks, plan, sums
+from mnemonic_jax.fisher.jaxprs import activation_bytes, equations_in
 
 PyTree = Any
 Function = Callable[[PyTree, PyTree, PyTree], jax.Array]
+Batch = tuple[PyTree, PyTree]  # inputs and labels
 
-# Bytes that one backward pass may take when no microbatch is given and the device does not tell its memory.
+# Bytes that one backward pass may take when no microbatch is given and the device does not tell.
 _PASS_BYTES = 2**31
-# The largest cotangent of the logits is brought to about 2**this (float16 logits or params: the second number) before
-# it is pulled back, so that squares of gradients stay in range.
+# The largest cotangent of the logits is brought to about 2**this (float16 logits or params: the
+# second number) before it is pulled back, so that gradients stay in range.
 _TARGET_EXPONENTS = (30, 6)
 # Cotangents below 2**this are not brought up further, lest the scale itself overflow.
 _LOWEST_EXPONENT = -126
@@ -28,130 +29,119 @@ _LOWEST_EXPONENT = -126
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-  """What is differentiated, per example: `function`, or a `loss` of what it returns. Static under jit.
+  """What is differentiated, per example: `function`, or a `loss` of what it returns. Static in jit.
 
-  With a `loss`, the cotangents of `function` are brought into range by a power of two before they are pulled back.
+  With a `loss`, the cotangents of `function` are brought into range by a power of two before they
+  are pulled back.
   """
 
   function: Function  # (params, inputs, labels) -> (N,) losses, or (N, ...) values
-  chosen: tuple[bool, ...]  # one per leaf of params: whether it takes part
+  mask: tuple[bool, ...]  # one per leaf of params: whether it takes part
   precision: str | None
   loss: Callable[[jax.Array, PyTree], jax.Array] | None = None  # (values, labels) -> (N,)
-  disjoint: bool = False  # whether each example has a weight in one group at most
-  placements: tuple[Any, ...] | None = (
-    None  # for the sums: a NamedSharding per leaf that takes part, or none at all
-  )
-  platform: str | None = None  # where it runs, if that is known while tracing; see `platform_of`
-  weighed: bool = False  # whether some example is known to have a weight
-
-  @property
-  def spread(self) -> _mesh.Spread | None:
-    """How examples and sums lie on a mesh."""
-    return _mesh.spread_of(self.placements)
+  disjoint: bool = False  # whether each example is known to have a weight in one group at most
+  placement: _mesh.Placement = _mesh.NOWHERE
 
 
 class SquaredGradients(NamedTuple):
-  """Sums of squared gradients, one (G, *leaf.shape) per leaf that takes part, in units of 2**exponent."""
+  """Sums of squared gradients, one (G, *leaf.shape) per leaf under the mask, in units of 4**e."""
 
   sums: list[jax.Array]  # float32 at least
-  exponent: jax.Array  # (), int32
+  units: list[jax.Array]  # e, int32, for each slice of a leaf's first axis
+
+  def in_range(self) -> list[jax.Array]:
+    """The sums themselves, which may leave the range of their dtype."""
+
+    def plain(total: jax.Array, unit: jax.Array) -> jax.Array:
+      lowest, highest = jnp.finfo(total.dtype).minexp, jnp.finfo(total.dtype).maxexp - 1
+      half = _along(jnp.clip(unit, 2 * lowest, 2 * highest), total)
+      for part in (half // 2, half - half // 2):
+        factor = _trees.power_of_two(jnp.clip(part, lowest, highest), total.dtype)
+        total = total * factor * factor
+      return total
+
+    return [plain(*pair) for pair in zip(self.sums, self.units, strict=True)]
 
 
 def squared_gradients(
-  objective: Objective,
-  params: PyTree,
-  batch: tuple[PyTree, PyTree],
-  weights: jax.Array,
-  microbatch: int | None,
-  *,
-  shift: jax.Array | int = 0,
-  one_pass: Callable[..., SquaredGradients] | None = None,
+  objective: Objective, params: PyTree, batch: Batch, weights: jax.Array, microbatch: int | None
 ) -> SquaredGradients:
-  """The engine behind `diagonal_fisher` and `forget`: weights (G, N), no checks, a microbatch at a time.
-
-  Args:
-    shift: with a loss, the cotangents are brought 2**shift higher than usual.
-    one_pass: `jitted_program` compiled for one microbatch; concrete calls only.
-  """
+  """The engine behind `diagonal_fisher` and `forget`: weights (G, N), a microbatch at a time."""
   num_examples = weights.shape[-1]
   microbatch = examples_at_once(objective, params, batch, weights, microbatch)
-  if one_pass is None:
-    concrete = _checks.is_concrete((params, batch, weights, shift))
-    one_program = jitted_program if concrete else _program
-    if microbatch == num_examples or not (concrete and _mesh.on_one_device((params, batch))):
-      return one_program(objective, microbatch, params, batch, weights, shift)
-    one_pass = partial(jitted_program, objective, microbatch)
+  whole = microbatch == num_examples
+  concrete = _checks.is_concrete((params, batch, weights))
+  if whole or not (concrete and _mesh.on_one_device((params, batch))):
+    return fisher_program(objective, microbatch, params, batch, weights)
   # A step a call, from Python: on CPU a convolution inside a loop of XLA's is many times slower.
-  starts: Sequence[int] = range(0, num_examples, microbatch)
-  if objective.weighed:  # the others have no say, and their values may be anything
-    active = np.any(np.asarray(weights), axis=0)
-    starts = [start for start in starts if np.any(active[start : start + microbatch])]
-  parts = (one_pass(params, *take(batch, weights, start, microbatch), shift) for start in starts)
-  return reduce(_jitted_add, parts)
+  parts = (_take(batch, weights, at, microbatch) for at in range(0, num_examples, microbatch))
+  one_pass = partial(fisher_program, objective, microbatch, params)
+  return reduce(_jitted_add, (one_pass(*part) for part in parts))
 
 
-def _program(
-  objective: Objective,
-  microbatch: int,
-  params: PyTree,
-  batch: tuple[PyTree, PyTree],
-  weights: jax.Array,
-  shift: jax.Array | int,
+@partial(jax.jit, static_argnums=(0, 1))
+def fisher_program(
+  objective: Objective, microbatch: int, params: PyTree, batch: Batch, weights: jax.Array
 ) -> SquaredGradients:
   """All microbatches in one program, placed as the objective says."""
-  placements, spread = objective.placements, objective.spread
+  spread = objective.placement.spread
+  placed = objective.placement.of_sums(objective.mask)
 
-  def passes(batch: Any, params: PyTree, weights: jax.Array, shift: jax.Array) -> SquaredGradients:
+  def passes(batch: Batch, params: PyTree, weights: jax.Array) -> SquaredGradients:
     count = -(-weights.shape[-1] // microbatch)
     if spread is None:
-      part_of = lambda index: take(batch, weights, index * microbatch, microbatch)
+      part_of = lambda index: _take(batch, weights, index * microbatch, microbatch)
     else:
-      parts, part_weights = dealt(batch, count, spread), dealt_weights(weights, count, spread)
+      parts, part_weights = dealt(batch, count, spread), _dealt_weights(weights, count, spread)
       part_of = lambda index: (part(parts, index, spread), part_weights[:, :, index])
-    weighed = objective.weighed and count == 1  # of several parts, some may have none
-    one_pass = lambda index: _one_pass(objective, params, *part_of(index), shift, weighed)
+    one_pass = lambda index: _one_pass(objective, params, *part_of(index))
     if count == 1:
       return one_pass(0)
-    empty = jax.tree.map(lambda x: _mesh.zeros(x.shape, x.dtype, x), jax.eval_shape(one_pass, 0))
-    empty = empty._replace(exponent=empty.exponent + _LOWEST_EXPONENT)
-    return jax.lax.scan(
-      lambda total, index: (_add(total, one_pass(index)), None), empty, jnp.arange(count)
-    )[0]
+    shapes = jax.eval_shape(one_pass, 0)
+    empty = SquaredGradients(
+      [_mesh.zeros(x.shape, x.dtype, x) for x in shapes.sums],
+      [_mesh.zeros(x.shape, x.dtype, x) + sums.LOWEST_UNIT for x in shapes.units],
+    )
+    add = lambda total, index: (_add(total, one_pass(index)), None)
+    return jax.lax.scan(add, empty, jnp.arange(count))[0]
 
-  if placements is None:
-    specs: Any = jax.sharding.PartitionSpec()
-  else:
-    specs = SquaredGradients([p.spec for p in placements], jax.sharding.PartitionSpec())  # type: ignore[arg-type]
-  sums, exponent = _mesh.with_automatic_axes(
-    passes, batch, params, weights, jnp.asarray(shift), out_specs=specs
-  )
-  if placements is not None and not placements[0].mesh.explicit_axes:
-    sums = [jax.lax.with_sharding_constraint(x, p) for x, p in zip(sums, placements, strict=True)]
-  return SquaredGradients(sums, exponent)
-
-
-jitted_program = jax.jit(_program, static_argnums=(0, 1))
+  everywhere = jax.sharding.PartitionSpec()
+  specs: Any = everywhere
+  if placed is not None:
+    units: list[Any] = [everywhere] * len(placed)
+    totals: list[Any] = [p.spec for p in placed]
+    specs = SquaredGradients(totals, units)
+  found = _mesh.with_automatic_axes(passes, batch, params, weights, out_specs=specs)
+  if placed is None or objective.placement.mesh.explicit_axes:
+    return found
+  pairs = zip(found.sums, placed, strict=True)
+  return found._replace(sums=[jax.lax.with_sharding_constraint(x, p) for x, p in pairs])
 
 
 def _add(a: SquaredGradients, b: SquaredGradients) -> SquaredGradients:
-  """The sum of two, in units of the larger of their powers of two."""
-  exponent = jnp.maximum(a.exponent, b.exponent)
+  """The sum of two, each leaf in the larger of its units."""
+  units = [jnp.maximum(*pair) for pair in zip(a.units, b.units, strict=True)]
 
-  def shrunk(x: jax.Array, by: jax.Array) -> jax.Array:
-    factor = _trees.power_of_two(jnp.maximum(by, jnp.finfo(x.dtype).minexp), x.dtype)
+  def shrunk(x: jax.Array, unit: jax.Array, to: jax.Array) -> jax.Array:
+    by = jnp.maximum(unit - to, jnp.finfo(x.dtype).minexp)
+    factor = _trees.power_of_two(_along(by, x), x.dtype)
     return x * factor * factor
 
-  sums = [
-    shrunk(x, a.exponent - exponent) + shrunk(y, b.exponent - exponent)
-    for x, y in zip(a.sums, b.sums, strict=True)
+  both = [
+    [shrunk(*parts) for parts in zip(one.sums, one.units, units, strict=True)] for one in (a, b)
   ]
-  return SquaredGradients(sums, exponent)
+  return SquaredGradients([x + y for x, y in zip(*both, strict=True)], units)
 
 
 _jitted_add = jax.jit(_add, donate_argnums=0)
 
 
-def take(batch: PyTree, weights: jax.Array, start: Any, size: int) -> tuple[PyTree, jax.Array]:
+def _along(unit: jax.Array, total: jax.Array) -> jax.Array:
+  """A unit for each slice of a leaf's first axis, as it broadcasts to sums (G, *leaf.shape)."""
+  return unit.reshape(1, *unit.shape, *(1,) * (total.ndim - 1 - unit.ndim))
+
+
+def _take(batch: Batch, weights: jax.Array, start: Any, size: int) -> tuple[Batch, jax.Array]:
   """`size` examples and their weights; those beyond the end repeat the last one at weight zero."""
   num_examples = weights.shape[-1]
   if size == num_examples:
@@ -162,9 +152,9 @@ def take(batch: PyTree, weights: jax.Array, start: Any, size: int) -> tuple[PyTr
 
 
 def dealt(batch: PyTree, count: int, spread: _mesh.Spread) -> PyTree:
-  """Arrays (N, ...) as (size, count, ...): `count` parts of equal size, to which every device deals its own examples.
+  """Arrays (N, ...) as (size, count, ...), to which every device deals its own examples.
 
-  Filled up by repeating the last example.
+  These are `count` parts of equal size, filled up by repeating the last example.
   """
 
   def deal(x: jax.Array) -> jax.Array:
@@ -175,7 +165,7 @@ def dealt(batch: PyTree, count: int, spread: _mesh.Spread) -> PyTree:
   return jax.tree.map(deal, batch)
 
 
-def dealt_weights(weights: jax.Array, count: int, spread: _mesh.Spread) -> jax.Array:
+def _dealt_weights(weights: jax.Array, count: int, spread: _mesh.Spread) -> jax.Array:
   """Weights (G, N) as (G, size, count), zero for what `dealt` filled up."""
   missing = _part_size(weights.shape[1], count, spread) * count - weights.shape[1]
   return jnp.pad(weights, ((0, 0), (0, missing))).reshape(len(weights), -1, count)
@@ -191,109 +181,86 @@ def _part_size(num_examples: int, count: int, spread: _mesh.Spread) -> int:
 
 
 def _one_pass(
-  objective: Objective,
-  params: PyTree,
-  batch: tuple[PyTree, PyTree],
-  weights: jax.Array,
-  shift: jax.Array,
-  weighed: bool,
+  objective: Objective, params: PyTree, batch: Batch, weights: jax.Array
 ) -> SquaredGradients:
-  """All examples of a batch at once; `weighed`: some of these are known to have a weight."""
+  """All examples of a batch at once."""
   leaves, treedef = _trees.flatten(params)
-  chosen = objective.chosen
-  # What the function closes over may vary along more axes than its arguments do.
-  axes = _mesh.varying_axes((weights, params, jax.eval_shape(objective.function, params, *batch)))
-  live = [
-    _mesh.varying(leaf, axes) for leaf, takes_part in zip(leaves, chosen, strict=True) if takes_part
-  ]
-  weights = _mesh.varying(weights, axes)
-  # An example that no group weighs is replaced by one that some group does: nothing of it can reach the result.
-  active = jnp.any(weights != 0, axis=0)
-  stand_in = jnp.argmax(active)
-  along = lambda mask, x: mask.reshape(-1, *(1,) * (x.ndim - 1))
+  mask, placement = objective.mask, objective.placement
 
-  def pick(x: jax.Array) -> jax.Array:
-    if objective.spread is None:
-      taken = x[stand_in]
-    else:  # a sum, for a row at a traced place would bring all examples to every device
-      taken = jnp.sum(
-        jnp.where(along(jnp.arange(len(x)) == stand_in, x), x, 0), axis=0, dtype=x.dtype
-      )
-    return jnp.where(along(active, x), x, taken)
+  def function(live: list[jax.Array], example: Batch) -> jax.Array:
+    replacements = iter(live)
+    pairs = zip(mask, leaves, strict=True)
+    params = treedef.unflatten([next(replacements) if kept else leaf for kept, leaf in pairs])
+    one = jax.tree.map(lambda x: x[None], example)
+    return loss_checks.of_one(objective.function, params, *one)[0]
 
-  batch = jax.tree.map(pick, batch)
-
-  def function(live_leaves: list[jax.Array], example: PyTree) -> jax.Array:
-    replacements = iter(live_leaves)
-    params = treedef.unflatten(
-      [next(replacements) if c else leaf for c, leaf in zip(chosen, leaves, strict=True)]
-    )
-    return loss_checks.of_one(
-      objective.function, params, *jax.tree.map(lambda x: x[None], example)
-    )[0]
-
-  def cotangents(values: jax.Array) -> tuple[jax.Array, jax.Array]:
-    if objective.loss is None:
-      return jnp.ones_like(values), _mesh.varying(jnp.int32(0), axes)
-    loss = objective.loss
-    residuals = jax.vmap(jax.grad(lambda value, label: loss(value[None], label)[0]))(
-      values, jax.tree.map(lambda x: x[:, None], batch[1])
-    )
-    half = any(x.dtype == jnp.float16 for x in (*live, values))
-    target = jnp.asarray(_TARGET_EXPONENTS[half] + shift, jnp.int32)
-    wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
-    largest = jnp.max(jnp.abs(wide), initial=0.0)
-    exponent = jnp.where(jnp.isfinite(largest), jnp.frexp(largest)[1], 0) - target
-    exponent = jnp.where(
-      largest == 0, _LOWEST_EXPONENT, jnp.clip(exponent, _LOWEST_EXPONENT, -_LOWEST_EXPONENT)
-    )
-    return (wide * _trees.power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
-
+  live = [leaf for leaf, kept in zip(leaves, mask, strict=True) if kept]
+  one = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), batch)
   with loss_checks.matmul_precision(objective.precision):
-    sums, exponent = taps.squared_gradients(
-      function,
-      cotangents,
-      live,
-      batch,
-      weights,
-      disjoint=objective.disjoint,
-      platform=objective.platform,
-      spread=objective.spread,
+    axes = _mesh.varying_axes((weights, params, batch))
+    if jax.sharding.get_abstract_mesh().manual_axes:
+      # What the function closes over may vary along more axes than its arguments do.
+      axes |= _mesh.varying_axes(jax.eval_shape(objective.function, params, *batch))
+    live = [_mesh.varying(leaf, axes) for leaf in live]
+    weights, by = _at_most_one(_mesh.varying(weights, axes))
+    closed = jax.make_jaxpr(function)(live, one)
+    cotangents = partial(_cotangents, objective.loss, batch[1], live, axes)
+    settings = {"platform": placement.platform, "spread": placement.spread}
+    groups = sums.Groups.make(weights, objective.disjoint, **settings)
+    totals, units, exponent = evaluate.squared_gradients(
+      closed, cotangents, live, jax.tree.leaves(batch), groups
     )
-  if weighed:
-    return SquaredGradients(sums, exponent)
-  # Where all are without weight there is none to stand in: neither their values nor their range may count.
-  some = jnp.any(active)
-  return SquaredGradients(
-    [jnp.where(some, x, 0) for x in sums], jnp.where(some, exponent, _LOWEST_EXPONENT)
-  )
+  # A part without any weight has no say, whatever the range of its values.
+  some = jnp.any(weights != 0)
+  in_all = lambda unit: jnp.maximum(unit + exponent + by, sums.LOWEST_UNIT)
+  units = [jnp.where(some, in_all(unit), sums.LOWEST_UNIT) for unit in units]
+  return SquaredGradients([jnp.where(some, x, 0) for x in totals], units)
+
+
+def _at_most_one(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Weights in units of 4**e, so that the largest is near 1; and e."""
+  largest = jnp.max(jnp.abs(weights)).astype(_trees.at_least_float32(weights.dtype))
+  by = jnp.clip(_trees.exponent(largest) // 2, -62, 62)
+  wide = weights.astype(largest.dtype)
+  return wide * jnp.square(_trees.power_of_two(-by, wide.dtype)), by
+
+
+def _cotangents(
+  loss: Any, labels: PyTree, live: list[jax.Array], axes: frozenset[str], values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What to pull back, (N, ...), in units of 2**exponent, and that exponent."""
+  if loss is None:
+    return jnp.ones_like(values), _mesh.varying(jnp.int32(0), axes)
+  of_one = lambda value, label: loss(value[None], label)[0]
+  residuals = jax.vmap(jax.grad(of_one))(values, jax.tree.map(lambda x: x[:, None], labels))
+  half = any(x.dtype == jnp.float16 for x in (*live, values))
+  wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
+  size = jnp.abs(wide)
+  largest = jnp.max(jnp.where(jnp.isfinite(size), size, 0), initial=0.0)
+  exponent = jnp.frexp(largest)[1] - _TARGET_EXPONENTS[half]
+  exponent = jnp.clip(exponent, _LOWEST_EXPONENT, -_LOWEST_EXPONENT)
+  exponent = jnp.where(largest == 0, _LOWEST_EXPONENT, exponent)
+  return (wide * _trees.power_of_two(-exponent, wide.dtype)).astype(residuals.dtype), exponent
 
 
 def examples_at_once(
-  objective: Objective,
-  params: PyTree,
-  batch: tuple[PyTree, PyTree],
-  weights: jax.Array,
-  microbatch: int | None,
+  objective: Objective, params: PyTree, batch: Batch, weights: jax.Array, microbatch: int | None
 ) -> int:
   """The microbatch: the one asked for, or one that keeps a pass within the memory it may take."""
-  num_examples = weights.shape[-1]
+  num_groups, num_examples = weights.shape
   if microbatch is not None:
     return min(microbatch, num_examples)
   shapes, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, batch)))
-  activations, copies, convolves = _bytes_per_example(
-    objective.function, objective.chosen, tuple(shapes), treedef
-  )
-  if (
-    convolves
-    and jax.default_backend() == "cpu"
-    and not _checks.is_concrete((params, batch, weights))
-  ):
+  cost = objective.function, objective.mask, tuple(shapes), treedef, num_groups
+  held, each, convolves = _bytes_of_a_pass(*cost)
+  concrete = _checks.is_concrete((params, batch, weights))
+  if convolves and jax.default_backend() == "cpu" and not concrete:
     return num_examples
   stats = jax.devices()[0].memory_stats() or {}
   allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
-  allowed *= 1 if objective.spread is None else objective.spread.mesh.size
-  most = max(1, min(num_examples, allowed // max(activations + copies, 1)))
+  spread = objective.placement.spread
+  allowed = max(allowed - held, 0) * (1 if spread is None else spread.mesh.size)
+  most = max(1, min(num_examples, allowed // max(each, 1)))
   passes = -(-num_examples // most)
   return -(-num_examples // passes)  # passes of equal size, for the last one is filled up
 
@@ -303,37 +270,32 @@ def _abstract(x: Any) -> jax.ShapeDtypeStruct:
 
 
 @lru_cache(maxsize=64)
-def _bytes_per_example(
-  function: Function, chosen: tuple[bool, ...], shapes: tuple[Any, ...], treedef: Any
+def _bytes_of_a_pass(
+  function: Function, mask: tuple[bool, ...], shapes: tuple[Any, ...], treedef: Any, groups: int
 ) -> tuple[int, int, bool]:
-  """What a pass holds for each example, about: activations, gradients of leaves that are not contracted; convolutions?"""
+  """What a pass holds, about: whatever its examples, for each example; whether it convolves."""
   params, batch = treedef.unflatten(shapes)
   closed = _trace_one(function, params, batch)
-  convolves = any(
-    equation.primitive.name == "conv_general_dilated"
-    for equation in loss_checks.equations_in(closed.jaxpr)
-  )
-  copies = sum(use.bytes for use in _uses_in(closed, chosen) if use.rule == "per example")
+  names = {equation.primitive.name for equation in equations_in(closed.jaxpr)}
+  uses = _uses_in(closed, mask, groups)
+  held = max((use.bytes for use in uses), default=0)
   # XLA fuses about half of what the equations compute, or more, and never stores it.
-  return uses.activation_bytes(closed.jaxpr) // 2, copies, convolves
+  each = activation_bytes(closed.jaxpr) // 2 + sum(use.bytes_each for use in uses)
+  return held, each, "conv_general_dilated" in names
 
 
-def uses_of(objective: Objective, params: PyTree, batch: tuple[PyTree, PyTree]) -> list[uses.Use]:
-  """How the function of one example uses the leaves that take part; arrays may be abstract."""
-  return _uses_in(_trace_one(objective.function, params, batch), objective.chosen)
+def uses_of(function: Function, mask: tuple[bool, ...], params: PyTree, batch: Batch) -> list[Any]:
+  """How the function of one example uses the leaves under the mask; arrays may be abstract."""
+  return _uses_in(_trace_one(function, params, batch), mask, 1)
 
 
-def _uses_in(closed: Any, chosen: tuple[bool, ...]) -> list[uses.Use]:
-  kinds: list[Any] = [
-    frozenset([index]) if takes_part else "const" for index, takes_part in enumerate(chosen)
-  ]
-  return uses.survey(
-    closed.jaxpr, closed.consts, kinds + ["data"] * (len(closed.jaxpr.invars) - len(kinds))
-  )
+def _uses_in(closed: Any, mask: tuple[bool, ...], groups: int) -> list[plan.Use]:
+  kinds: list[Any] = [frozenset([index]) if kept else "const" for index, kept in enumerate(mask)]
+  kinds += ["data"] * (len(closed.jaxpr.invars) - len(kinds))
+  return plan.survey(closed.jaxpr, closed.consts, kinds, groups)
 
 
-def _trace_one(function: Function, params: PyTree, batch: tuple[PyTree, PyTree]) -> Any:
-  example = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x)), batch
-  )
+def _trace_one(function: Function, params: PyTree, batch: Batch) -> Any:
+  shape_of_one = lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x))
+  example = jax.tree.map(shape_of_one, batch)
   return jax.make_jaxpr(partial(loss_checks.of_one, function))(params, *example)

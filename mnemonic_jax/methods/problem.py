@@ -19,7 +19,7 @@ import numpy as np
 from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax._functions import Static
 from mnemonic_jax._types import PerExampleLoss
-from mnemonic_jax.fisher import Execution, loss_checks, passes
+from mnemonic_jax.fisher import loss_checks, passes
 
 PyTree = Any
 
@@ -48,7 +48,8 @@ class Request:
   mask: tuple[bool, ...]  # one per leaf of params: whether it may change
   layer_axes: tuple[int | None, ...]  # one per leaf of params
   precision: str | None
-  execution: Execution
+  microbatch: int | None
+  placement: _mesh.Placement
 
 
 @jax.tree_util.register_dataclass
@@ -104,8 +105,8 @@ class Problem:
     known = groups is None and _checks.is_concrete((self.forget, self.remain))
     sides = (self.forget, self.remain) if groups is None else tuple(groups)
     weights = _mean_weights(sides, self.codes.shape[1])
-    objective = dataclasses.replace(self._objective, disjoint=known, weighed=known)
-    batch, microbatch = (self.inputs, jnp.asarray(self.labels)), self.request.execution.microbatch
+    objective = dataclasses.replace(self._objective, disjoint=known)
+    batch, microbatch = (self.inputs, jnp.asarray(self.labels)), self.request.microbatch
     whole = self.params, self.constants
     squares = passes.squared_gradients(objective, whole, batch, weights, microbatch)
     return self._of_changing(squares.sums)
@@ -118,7 +119,7 @@ class Problem:
     inputs = self.inputs if inputs is None else inputs
     size = self._codes_at_once(params)
     program = partial(logits_program, self.request)
-    if size >= len(inputs) or _mesh.spread_of(self.request.execution.shardings) is not None:
+    if size >= len(inputs) or self.request.placement.spread is not None:
       return program(min(size, len(inputs)), self.constants, params, inputs)
     if not _checks.is_concrete((params, self.codes)):
       return program(size, self.constants, params, inputs)
@@ -144,7 +145,7 @@ class Problem:
     is many times slower.
     """
     count = len(jax.tree.leaves(xs)[0])
-    on_mesh = _mesh.spread_of(self.request.execution.shardings) is not None
+    on_mesh = self.request.placement.spread is not None
     if not _checks.is_concrete((self, xs)) and (on_mesh or count > _FEW):
       return jax.lax.map(function, xs)
     found = [function(jax.tree.map(lambda x, i=i: x[i], xs)) for i in range(count)]
@@ -160,13 +161,12 @@ class Problem:
       request.mask + frozen,
       request.precision,
       request.loss,
-      placements=_mesh.placements_of(request.execution.shardings, request.mask),
-      platform=_mesh.platform_of(self.params),
+      placement=request.placement,
     )
 
   def _codes_at_once(self, params: PyTree) -> int:
-    microbatch = self.request.execution.microbatch
-    if _mesh.spread_of(self.request.execution.shardings) is not None or _is_split(self.codes):
+    microbatch = self.request.microbatch
+    if self.request.placement.spread is not None or _is_split(self.codes):
       return microbatch or len(self.inputs)
     weights = _mean_weights((self.forget, self.remain), self.codes.shape[1])
     batch = self.inputs, jnp.asarray(self.labels)
@@ -195,7 +195,7 @@ def logits_program(
   request: Request, size: int, constants: PyTree, params: PyTree, inputs: jax.Array
 ) -> jax.Array:
   """The program of `Problem.logits`: (N, *shape) -> (N, C), `size` examples at a time."""
-  spread = _mesh.spread_of(request.execution.shardings)
+  spread = request.placement.spread
   count = -(-len(inputs) // size)
 
   def logits_of(inputs: jax.Array) -> jax.Array:
@@ -215,7 +215,7 @@ def logits_program(
 
 
 def _require_logits(logits: Any, wanted: tuple[int, int]) -> None:
-  shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", None)
+  shape, dtype = getattr(logits, "shape", None), getattr(logits, "dtype", np.dtype(object))
   if shape != wanted or not jnp.issubdtype(dtype, jnp.floating):
     got = f"shape {shape} and dtype {dtype}" if shape is not None else type(logits).__name__
     raise WrongLogits(f"logits_fn: returned {got}; expected floating logits {wanted}")

@@ -83,7 +83,7 @@ def method(cls: _Class) -> _Class:
     return children, tuple(getattr(self, name) for name in static)
 
   def unflatten(settings: Any, children: Any) -> Any:
-    made = object.__new__(cls)
+    made: Any = object.__new__(cls)
     for name, value in zip((*numbers, *static), (*children, *settings), strict=True):
       object.__setattr__(made, name, value)
     return made

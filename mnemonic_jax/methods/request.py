@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _checks, _functions, _trees, losses
+from mnemonic_jax import _checks, _functions, _mesh, _trees, losses
 from mnemonic_jax._types import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution, door, loss_checks
 from mnemonic_jax.methods.problem import Problem, Request, WrongLogits, logits_program
@@ -42,6 +42,7 @@ def resolve(
   sides = _check_masks(*sides, codes.shape[0])
   if loss is not None:
     _checks.require_callable("loss", loss, "(logits, labels) -> (N,) losses")
+  execution = door.require_execution(execution)
   function, constants = _functions.split(logits_fn)
   request = Request(
     function,
@@ -50,7 +51,8 @@ def resolve(
     _trees.mask_leaves(mask, params),
     _trees.axis_leaves(layer_axis, params),
     precision,
-    door.on_mesh(door.require_execution(execution), params, (codes, sides)),
+    execution.microbatch,
+    _mesh.Placement.of(params, (codes, sides), execution.shardings),
   )
   problem = Problem(request, constants, params, _beside(jnp.asarray(codes), params), *sides)
   _check_functions(problem)

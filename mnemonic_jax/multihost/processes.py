@@ -81,6 +81,8 @@ def initialize(
         return  # no cluster: a single process
       raise MnemonicError(f"jax.distributed.initialize: {error}") from error
     except RuntimeError as error:
+      if coordinator is None and "must be called before" in str(error):
+        return  # JAX runs already, as in a notebook: this is no process of a job
       raise MnemonicError(
         f"jax.distributed.initialize: {error} Pass --coordinator, --process-id and --num-processes by hand; on one machine "
         "alone, --num-processes 1."
