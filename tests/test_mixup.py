@@ -128,7 +128,6 @@ def test_a_sharded_batch_is_mixed_up_the_same(function, axis_type):
   "function", [mixup.mixup, pytest.param(mixup.cutmix, marks=pytest.mark.long)]
 )
 def test_an_example_alone_stays_and_dtypes_do(function):
-  """A mean computed in bfloat16 would round the pixels differently."""
   images, targets = digits(1)
   images = images.astype(jnp.bfloat16)
   alone, weights = function(jax.random.key(0), images, targets, 1.0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import pathlib
 import pickle
-import shutil
 
 import chex
 import jax
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 from toys import cpu_mesh, place
 
 import mnemonic_jax as mj
-from mnemonic_jax import _trees, models
+from mnemonic_jax import _trees, data, models
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import pretrained
 from mnemonic_jax.rivals.head_edit import head_edit
@@ -232,35 +231,39 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[pathlib.Path, tuple]:
-  """A folder with a run in "run" and its vectors in "text.npy"; the settings that it took."""
+def forgotten(tmp_path_factory) -> tuple[pathlib.Path, tuple, dict]:
+  """A run that forgot a class while the file of its vectors was away, its settings, all JSON."""
   folder = tmp_path_factory.mktemp("text")
-  np.save(folder / "text.npy", vectors(10, 16))
-  settings = ("--model.text_embeddings", folder / "text.npy", "--model.hidden", 8)
-  call("train", "digits", "--out", folder / "run", *settings, "--train.epochs", 1)
-  return folder, settings
+  text, away = folder / "text.npy", folder / "away.npy"
+  np.save(text, vectors(10, 16))
+  settings = ("--model.text_embeddings", text, "--model.hidden", 8)
+  said = {}
 
+  def say(name, *words) -> None:
+    said[name] = call(*words, "--json").json
 
-def test_its_file_may_be_gone_when_a_class_is_forgotten(trained, tmp_path):
-  """The vectors that the model was trained against are in its checkpoints."""
-  folder, settings = trained
-  run = tmp_path / "run"
-  shutil.copytree(folder / "run", run)
-  checkpoint = newest(run / "checkpoints")
-  plain = ("--config", "digits", *settings, "--classes", 3, "--json")
-  (folder / "text.npy").rename(folder / "elsewhere.npy")
-  try:
-    of_run = call("forget", run, "--classes", 3, "--json").json
-    of_plain = call("forget", checkpoint, *plain, "--out", tmp_path / "gone").json
-    evaluated = call("evaluate", run, "--json").json
-    refused = call("train", "digits", "--out", tmp_path / "new", *settings).refusal()
-  finally:
-    (folder / "elsewhere.npy").rename(folder / "text.npy")
-  expected = call("forget", checkpoint, *plain, "--out", tmp_path / "there").json
-  for name in ("params_sha256_after", "retain_accuracy_after", "forget_error_after"):
-    assert of_run[name] == of_plain[name] == expected[name]
-  assert evaluated["forgotten"]["forget_error"] == expected["forget_error_after"]
+  run = folder / "run"
+  say("train", "train", "digits", "--out", run, *settings, "--train.epochs", 1)
+  text.rename(away)
+  say("forget", "forget", run, "--classes", 3)
+  plain = ("--config", "digits", *settings, "--classes", 3, "--out", folder / "plain")
+  say("plain", "forget", newest(run / "checkpoints"), *plain)
+  say("evaluate", "evaluate", run)
+  refused = call("train", "digits", "--out", folder / "new", *settings).refusal()
   assert "text.npy: no such file" in refused
+  away.rename(text)
+  return run, settings, said
+
+
+def test_its_file_may_be_gone_when_a_class_is_forgotten(forgotten):
+  """The vectors that the model was trained against are in its checkpoints."""
+  _, _, said = forgotten
+  for name in ("params_sha256_after", "retain_accuracy_after", "forget_error_after"):
+    assert said["forget"][name] == said["plain"][name]
+  counts = np.bincount(data.load("digits").test.labels)
+  before = np.average(said["forget"]["per_class_accuracy_before"], weights=counts)
+  assert before == pytest.approx(said["train"]["test_accuracy"])
+  assert said["evaluate"]["forgotten"]["forget_error"] == said["forget"]["forget_error_after"]
 
 
 def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
@@ -270,17 +273,15 @@ def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
   assert "text.npy: has shape (9, 6); expected (10, E)" in refused
 
 
-def test_an_export_with_it_is_a_start_for_training(trained, tmp_path):
-  folder, settings = trained
+def test_an_export_with_it_is_a_start_for_training(forgotten, tmp_path):
+  run, settings, said = forgotten
   file = tmp_path / "exported.safetensors"
-  shutil.copytree(folder / "run", tmp_path / "run")
-  forgotten = call("forget", tmp_path / "run", "--classes", 3, "--json").json
-  call("export", tmp_path / "run", "--out", file)
+  assert call("export", run, "--out", file).code == 0
   still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
   short = ("--train.epochs", 1, "--model.pretrained", file)
   start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *short, *more)
   again = start("again", *settings, *still, "--json").json
-  assert again["params_sha256"] == forgotten["params_sha256_after"]
+  assert again["params_sha256"] == said["forget"]["params_sha256_after"]
   linear = start("linear", "--model.hidden", 8).refusal()
   assert "scores against text embeddings; pass them as model.text_embeddings" in linear
   np.save(tmp_path / "text.npy", vectors(10, 16)[::-1])
