@@ -45,9 +45,7 @@ def made(function, arguments, index, draw):
   closed = jax.make_jaxpr(function)(*one)
   jaxpr, consts = without_jits(closed.jaxpr, closed.consts)
   (at,) = (
-    at
-    for at, equation in enumerate(jaxpr.eqns)
-    if equation.primitive.name in rules.BY_PRIMITIVE
+    at for at, equation in enumerate(jaxpr.eqns) if equation.primitive.name in rules.BY_PRIMITIVE
   )
   equation = jaxpr.eqns[at]
   before = jaxpr.replace(eqns=jaxpr.eqns[:at], outvars=[equation.invars[1 - index]])
