@@ -75,7 +75,7 @@ def check_loss(
   """
   num_examples = num_examples_of(inputs, labels)
   with matmul_precision(precision):
-    jaxpr, shape = jax.make_jaxpr(loss_fn, return_shape=True)(params, inputs, labels)
+    jaxpr, shape = _traced(loss_fn, params, inputs, labels)
   require_losses("loss_fn", shape, num_examples)
   refuse_collectives("loss_fn", jaxpr)
   operations = list(equations_in(jaxpr.jaxpr))
@@ -98,6 +98,19 @@ def check_loss(
         "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
         "inside the loss."
       )
+
+
+def _traced(loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree) -> tuple[Any, Any]:
+  """A loss as a closed jaxpr and the shape of what it returns; explicit axes are automatic in it."""
+  found = []
+
+  def trace(batch: PyTree, params: PyTree) -> jax.Array:
+    found.append(jax.make_jaxpr(loss_fn, return_shape=True)(params, *batch))
+    return jnp.zeros(())
+
+  automatic = partial(_mesh.with_automatic_axes, out_specs=jax.sharding.PartitionSpec())
+  jax.eval_shape(partial(automatic, trace), (inputs, labels), params)
+  return found[0]
 
 
 def require_losses(name: str, losses: Any, num_examples: int) -> None:
