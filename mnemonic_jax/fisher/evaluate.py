@@ -25,10 +25,9 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mnemonic_jax import _mesh
-from mnemonic_jax.fisher import per_example, sums
-from mnemonic_jax.fisher.jaxprs import REMAT, mutates, runner, stretch, without_jits
-from mnemonic_jax.fisher.plan import IDENTITIES, REARRANGING, plan
-from mnemonic_jax.fisher.rules import contractor
+from mnemonic_jax.fisher import per_example, plan, sums
+from mnemonic_jax.fisher.jaxprs import runner, stretch
+from mnemonic_jax.fisher.plan import Plan, Step
 from mnemonic_jax.fisher.sums import Groups
 
 
@@ -38,8 +37,6 @@ class Param(NamedTuple):
   value: Any  # (*shape)
   squares: Any  # (G, *shape), the dummy
   unit: Any  # the dummy of its power of two, one for each slice of a stacked leaf; None: fixed at 0
-  leaves: frozenset[int] = frozenset()
-  rearranged: bool = False  # so that the first axis may no longer be that of `unit`
 
 
 class Data(NamedTuple):
@@ -48,13 +45,8 @@ class Data(NamedTuple):
   value: Any  # (N, *shape)
 
 
-jax.tree_util.register_pytree_node(
-  Param, lambda param: (param[:3], param[3:]), lambda aux, children: Param(*children, *aux)
-)
-
-
 def squared_gradients(
-  closed: Any,
+  planned: Plan,
   cotangents: Callable[[jax.Array], tuple[jax.Array, Any]],
   leaves: Sequence[jax.Array],
   examples: Sequence[jax.Array],
@@ -63,9 +55,9 @@ def squared_gradients(
   """Per leaf, sum_n w_n (d function_n / d leaf . cotangent_n)^2, and its power of two.
 
   Args:
-    closed: the closed jaxpr of the function of one example; inputs are leaves, then the example's.
+    planned: the plan of the function of one example; inputs are leaves, then the example's.
     cotangents: the function's values (N, ...) -> (the cotangents (N, ...) to pull back, anything).
-    leaves: floating arrays.
+    leaves: the leaves of params, in order; those that the plan takes for constants have no sum.
     examples: arrays with leading axis N.
     groups: weights (G, N), and where this runs.
 
@@ -73,46 +65,42 @@ def squared_gradients(
     sums (G, *leaf.shape); units e, int32 for each slice of a leaf's first axis, the sums being in
     units of 4**e; and what `cotangents` says.
   """
-  dummies = [sums.dummies(leaf, groups.weights) for leaf in leaves]
-  engine = _Engine(groups)
+  fixed = planned.fixed
+  under_mask = [index for index, _ in enumerate(leaves) if planned.inputs[index] != "const"]
+  dummies = {index: sums.dummies(leaves[index], groups.weights) for index in under_mask}
 
   def outputs(dummies: Any) -> jax.Array:
-    params = [
-      Param(leaf, squares, unit, frozenset([index]))
-      for index, (leaf, (squares, unit)) in enumerate(zip(leaves, dummies, strict=True))
-    ]
-    (out,) = engine.evaluate(closed.jaxpr, closed.consts, [*params, *map(Data, examples)])
-    return engine.batched(out)
+    args: list[Any] = [*leaves, *map(Data, examples)]
+    for index, (squares, unit) in dummies.items():
+      args[index] = Param(leaves[index], squares, None if index in fixed else unit)
+    (out,) = _Engine(groups).evaluate_all(planned, *args)
+    return out
 
   values, pull_back = jax.vjp(outputs, dummies)
   pulled, aux = cotangents(values)
   pairs = pull_back(pulled)[0]
 
-  def unit_of(index: int, unit: jax.Array) -> jax.Array:
-    # A leaf that is read in parts says nothing there, though a branch of a cond may read it whole.
-    unsaid = 0 if index in engine.fixed else sums.LOWEST_UNIT
-    return jnp.where(unit == 0, unsaid, unit.astype(jnp.int32) + sums.LOWEST_UNIT)
+  def unit_of(index: int) -> jax.Array:
+    unit = pairs[index][1].astype(jnp.int32)
+    return unit if index in fixed else unit + sums.LOWEST_UNIT
 
-  units = [unit_of(index, unit) for index, (_, unit) in enumerate(pairs)]
-  return [total for total, _ in pairs], units, aux
+  return [pairs[index][0] for index in under_mask], [unit_of(index) for index in under_mask], aux
 
 
 class _Engine:
-  """Evaluates the jaxpr of one example on all of them."""
+  """Evaluates the plan of one example on all of them."""
 
   def __init__(self, groups: Groups) -> None:
     self.groups = groups
-    self.fixed: set[int] = set()  # leaves that are read in parts, whose unit is 0
 
-  def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+  def evaluate(self, planned: Plan, args: Sequence[Any]) -> list[Any]:
     """Args and results are Param, Data, or plain where all examples agree."""
-    jaxpr, consts = without_jits(jaxpr, consts)
-    copied = plan(jaxpr, [_kind(arg) for arg in args])
-    env: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
+    jaxpr = planned.jaxpr
+    env: dict[Any, Any] = dict(zip(jaxpr.constvars, planned.consts, strict=True))
     for index, (var, arg) in enumerate(zip(jaxpr.invars, args, strict=True)):
-      env[var] = self.copied(arg) if index in copied else arg
-    if mutates(jaxpr):
-      whole = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, consts))
+      env[var] = self.copied(arg) if index in planned.copied else arg
+    if planned.steps is None:
+      whole = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, planned.consts))
       return _on_batch(whole, [env[var] for var in jaxpr.invars])
     read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
     waiting: list[Any] = []  # equations of data alone, which are mapped over the examples together
@@ -123,111 +111,81 @@ class _Engine:
         env.update(zip(writes, _on_batch(run, [env[var] for var in reads]), strict=True))
         waiting.clear()
 
-    for equation in jaxpr.eqns:
-      atoms = [atom for atom in equation.invars if not isinstance(atom, jex.Literal)]
-      kinds = {_kind(env[atom]) if atom in env else "data" for atom in atoms}
-      if "data" in kinds and "param" not in kinds:
-        waiting.append(equation)
+    for step in planned.steps:
+      if "data" in step.kinds and not step.params:
+        waiting.append(step.equation)
         continue
-      if "data" in kinds:
+      if "data" in step.kinds:
         catch_up()
-      outs = self.equation(jaxpr, equation, [read(atom) for atom in equation.invars])
-      env.update(zip(equation.outvars, outs, strict=True))
+      run, operands = runner(jaxpr, step.equation), [read(atom) for atom in step.equation.invars]
+      env.update(zip(step.equation.outvars, self.follow(step, run, operands), strict=True))
     catch_up()
     return [read(atom) for atom in jaxpr.outvars]
 
-  def equation(self, jaxpr: Any, equation: Any, args: list[Any]) -> list[Any]:
-    """Evaluate one equation, which has params among its operands or only constants."""
-    name, run = equation.primitive.name, runner(jaxpr, equation)
-    params = [arg for arg in args if isinstance(arg, Param)]
-    if not params or name == "stop_gradient":
-      return _on_batch(run, args)
-    if name in IDENTITIES:
-      return [params[0]._replace(value=run(params[0].value)[0])]
-    if name in REARRANGING or name == "broadcast_in_dim":
-      return self.rearranged(equation, run, params)
-    if name in ("mul", "div") and not any(isinstance(arg, Data) for arg in args):
-      (value,) = run(*(arg.value if isinstance(arg, Param) else arg for arg in args))
-      factor = float(next(arg for arg in args if not isinstance(arg, Param))) ** 2
-      factor = factor if name == "mul" else 1 / factor
-      return [params[0]._replace(value=value, squares=params[0].squares * factor)]
-    if name == "scan":
-      return self.scan(equation, args)
-    if name == "cond":
-      branches = equation.params["branches"]
-      whole = [partial(self.evaluate_all, branch.jaxpr, branch.consts) for branch in branches]
-      return list(map(Data, jax.lax.switch(args[0], whole, *args[1:])))
-    if name in REMAT:
-      inner = equation.params["jaxpr"]
-      again = partial(
-        self.evaluate_all, getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
-      )
-      settings = {key: equation.params[key] for key in ("prevent_cse", "policy")}
-      return list(map(Data, jax.checkpoint(again, **settings)(*args)))
-    return [self.contracted(equation, run, args)]
+  def evaluate_all(self, planned: Plan, *args: Any) -> list[jax.Array]:
+    """As `evaluate`, every result with its axis of examples."""
+    return [self.batched(out) for out in self.evaluate(planned, args)]
+
+  def follow(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+    """Evaluate one equation in the way of the plan; `run` evaluates it for one example."""
+    ways = {
+      plan.SAME: _same,
+      plan.REARRANGED: _rearranged,
+      plan.SCALED: _scaled,
+      plan.CONTRACTED: self.contracted,
+      plan.SCAN: self.scan,
+      plan.COND: self.cond,
+      plan.REMATERIALISED: self.rematerialised,
+    }
+    return ways[step.how](step, run, args) if step.how in ways else _on_batch(run, args)
 
   def copied(self, param: Param) -> Data:
     """Give every example a copy of its own of a param."""
-    contract = partial(per_example.contract, tuple(param.value.shape))
-    ready = self._ready(contract, param)
-    unit = self._unit(param)
+    ready, unit = self._ready(partial(per_example.contract, tuple(param.value.shape)), param)
     return Data(sums.copies(ready, param.value, param.squares, unit, self.groups))
 
-  def rearranged(self, equation: Any, run: Callable[..., Any], params: list[Param]) -> list[Any]:
-    """Rearrange params and their dummies alike."""
-    wide = max((param.squares.dtype for param in params), key=lambda dtype: dtype.itemsize)
-    squares = jax.vmap(_bind(equation))(*(param.squares.astype(wide) for param in params))
-    values = run(*(param.value for param in params))
-    unit, leaves = params[0].unit, frozenset().union(*(param.leaves for param in params))
-    if equation.primitive.name in ("slice", "split", "concatenate"):
-      self.fixed |= leaves
-      unit = None
-    pairs = zip(values, squares, strict=True)
-    return [Param(value, square, unit, leaves, True) for value, square in pairs]
-
-  def contracted(self, equation: Any, run: Callable[..., Any], args: list[Any]) -> Data:
+  def contracted(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
     """Evaluate the one operation on a param and data, with its tap."""
-    index = next(index for index, arg in enumerate(args) if isinstance(arg, Param))
-    rule, param = contractor(equation, index), args[index]
-    data = args[rule.data_index].value
+    rule = step.rule
+    param, data = args[rule.index], args[rule.data_index].value
     (output,) = _on_batch(run, args)
     if 0 in (data.size, output.value.size, *param.value.shape):
-      return output  # without a tap, the dummy's cotangent is zero
-    ready = self._ready(rule.contract, param)
-    unit = self._unit(param)
-    tapped = sums.tap(ready, output.value, rule.data_of(data), param.squares, unit, self.groups)
-    return Data(tapped)
+      return [output]  # without a tap, the dummy's cotangent is zero
+    ready, unit = self._ready(rule.contract, param)
+    data = rule.data_of(data)
+    return [Data(sums.tap(ready, output.value, data, param.squares, unit, self.groups))]
 
-  def _unit(self, param: Param) -> Any:
-    return _mesh.zeros((), jnp.float32, param.squares) if param.unit is None else param.unit
-
-  def _ready(self, contract: Any, param: Param) -> Any:
-    """A contraction in range, wherever the examples lie."""
+  def _ready(self, contract: Any, param: Param) -> tuple[Any, Any]:
+    """A contraction in range, wherever the examples lie; and the dummy of its unit."""
     ready = sums.in_range(contract, fixed=param.unit is None)
-    return partial(sums.summed, ready, param.squares.shape)
+    unit = _mesh.zeros((), jnp.float32, param.squares) if param.unit is None else param.unit
+    return partial(sums.summed, ready, param.squares.shape), unit
 
-  def evaluate_all(self, jaxpr: Any, consts: Sequence[Any], *args: Any) -> list[jax.Array]:
-    """As `evaluate`, every result with its axis of examples."""
-    return [self.batched(out) for out in self.evaluate(jaxpr, consts, args)]
+  def cond(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
+    """Evaluate a cond on constants."""
+    branches = [partial(self.evaluate_all, inner) for inner in step.inner]
+    return list(map(Data, jax.lax.switch(args[0], branches, *args[1:])))
 
-  def scan(self, equation: Any, args: list[Any]) -> list[Any]:
+  def rematerialised(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
+    """Evaluate a `jax.checkpoint` as one."""
+    settings = {key: step.equation.params[key] for key in ("prevent_cse", "policy")}
+    again = jax.checkpoint(partial(self.evaluate_all, step.inner[0]), **settings)
+    return list(map(Data, again(*args)))
+
+  def scan(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
     """A scan whose stacked params are scanned with their dummies; carries have an examples' axis."""
-    params = equation.params
-    inner, num_consts, num_carry = params["jaxpr"], params["num_consts"], params["num_carry"]
+    params = step.equation.params
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, rest = args[:num_consts], args[num_consts:]
     carry, xs = rest[:num_carry], rest[num_carry:]
 
     def scanned_axis_first(x: Any) -> Any:
       if isinstance(x, Param):
-        unit = x.unit
-        if unit is None or x.rearranged or unit.ndim == 0:
-          self.fixed |= x.leaves
-          unit = None
-        return x._replace(squares=jnp.moveaxis(x.squares, 1, 0), unit=unit)
+        return x._replace(squares=jnp.moveaxis(x.squares, 1, 0))
       return Data(jnp.moveaxis(x.value, 1, 0)) if isinstance(x, Data) else x
 
     def body(carry: list[jax.Array], x: list[Any]) -> tuple[list[jax.Array], list[jax.Array]]:
-      outs = self.evaluate_all(inner.jaxpr, inner.consts, *consts, *map(Data, carry), *x)
+      outs = self.evaluate_all(step.inner[0], *consts, *map(Data, carry), *x)
       return outs[:num_carry], outs[num_carry:]
 
     names = ("length", "reverse", "unroll", "_split_transpose")
@@ -243,8 +201,27 @@ class _Engine:
     return jnp.broadcast_to(value, (self.groups.weights.shape[1], *jnp.shape(value)))
 
 
-def _kind(value: Any) -> str:
-  return "param" if isinstance(value, Param) else "data" if isinstance(value, Data) else "const"
+def _same(_: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+  """The identity, to a squared gradient."""
+  (param,) = args
+  return [param._replace(value=run(param.value)[0])]
+
+
+def _rearranged(step: Step, run: Callable[..., Any], params: list[Any]) -> list[Any]:
+  """Rearrange params and their dummies alike."""
+  wide = max((param.squares.dtype for param in params), key=lambda dtype: dtype.itemsize)
+  squares = jax.vmap(_bind(step.equation))(*(param.squares.astype(wide) for param in params))
+  pairs = zip(run(*(param.value for param in params)), squares, strict=True)
+  return [Param(value, square, params[0].unit) for value, square in pairs]
+
+
+def _scaled(step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+  """Multiply a param by a number, or divide it."""
+  (param,) = (arg for arg in args if isinstance(arg, Param))
+  (factor,) = (float(arg) for arg in args if not isinstance(arg, Param))
+  squared = factor**2 if step.equation.primitive.name == "mul" else 1 / factor**2
+  (value,) = run(*(arg.value if isinstance(arg, Param) else arg for arg in args))
+  return [param._replace(value=value, squares=param.squares * squared)]
 
 
 def _on_batch(run: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:

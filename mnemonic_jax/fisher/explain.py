@@ -89,7 +89,7 @@ def explain_fisher(
   """
   leaves_mask = _trees.mask_leaves(mask, params)
   loss_checks.check_loss(loss_fn, params, inputs, labels, None)
-  uses = passes.uses_of(loss_fn, leaves_mask, params, (inputs, labels))
+  uses = list(passes.plan_of(loss_fn, leaves_mask, params, (inputs, labels)).uses())
   plans = []
   for index, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
     if not leaves_mask[index]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core as jex
 
 from mnemonic_jax import _checks, _mesh
 from mnemonic_jax.fisher.jaxprs import equations_in
@@ -154,6 +155,17 @@ def of_one(
   return values
 
 
+def traced_on_one(
+  function: Callable[..., Any], params: PyTree, inputs: PyTree, labels: PyTree
+) -> Any:
+  """The closed jaxpr of `of_one`; the function runs once for all calls on the same shapes."""
+  closed = jax.make_jaxpr(of_one, static_argnums=0)(function, params, inputs, labels)
+  # JAX remembers a jaxpr together with the tracers that the function closed over at the time.
+  if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+    return jax.make_jaxpr(partial(of_one, function))(params, inputs, labels)
+  return closed
+
+
 @partial(jax.jit, static_argnums=0)
 def _dependence(
   loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, rows: jax.Array, absolute: float
@@ -163,9 +175,11 @@ def _dependence(
   def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
     inputs, labels = jax.tree.map(lambda x: x[rows], batch)
     together = loss_fn(params, inputs, labels)
-    alone = jax.vmap(
-      lambda x, y: of_one(loss_fn, params, *jax.tree.map(lambda z: z[None], (x, y)))[0]
-    )(inputs, labels)
+    shapes = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[:1], x), (inputs, labels))
+    one = jex.jaxpr_as_fun(traced_on_one(loss_fn, params, *shapes))
+    rows_of = [jnp.expand_dims(x, 1) for x in jax.tree.leaves((inputs, labels))]
+    (alone,) = jax.vmap(partial(one, *jax.tree.leaves(params)))(*rows_of)
+    alone = alone[:, 0]
     larger = jnp.maximum(jnp.abs(together), jnp.abs(alone))
     beyond = jnp.abs(together - alone) - absolute
     relative = jnp.where(larger > jnp.finfo(larger.dtype).tiny, beyond / larger, 0)

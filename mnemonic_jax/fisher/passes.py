@@ -184,31 +184,24 @@ def _one_pass(
   objective: Objective, params: PyTree, batch: Batch, weights: jax.Array
 ) -> SquaredGradients:
   """All examples of a batch at once."""
-  leaves, treedef = _trees.flatten(params)
   mask, placement = objective.mask, objective.placement
-
-  def function(live: list[jax.Array], example: Batch) -> jax.Array:
-    replacements = iter(live)
-    pairs = zip(mask, leaves, strict=True)
-    params = treedef.unflatten([next(replacements) if kept else leaf for kept, leaf in pairs])
-    one = jax.tree.map(lambda x: x[None], example)
-    return loss_checks.of_one(objective.function, params, *one)[0]
-
-  live = [leaf for leaf, kept in zip(leaves, mask, strict=True) if kept]
-  one = jax.tree.map(lambda x: jax.eval_shape(lambda x: x[0], x), batch)
+  leaves, treedef = _trees.flatten(params)
   with loss_checks.matmul_precision(objective.precision):
     axes = _mesh.varying_axes((weights, params, batch))
     if jax.sharding.get_abstract_mesh().manual_axes:
       # What the function closes over may vary along more axes than its arguments do.
       axes |= _mesh.varying_axes(jax.eval_shape(objective.function, params, *batch))
-    live = [_mesh.varying(leaf, axes) for leaf in live]
+    pairs = zip(leaves, mask, strict=True)
+    leaves = [_mesh.varying(leaf, axes) if kept else leaf for leaf, kept in pairs]
     weights, by = _at_most_one(_mesh.varying(weights, axes))
-    closed = jax.make_jaxpr(function)(live, one)
+    planned = plan_of(objective.function, mask, treedef.unflatten(leaves), batch)
+    live = [leaf for leaf, kept in zip(leaves, mask, strict=True) if kept]
     cotangents = partial(_cotangents, objective.loss, batch[1], live, axes)
     settings = {"platform": placement.platform, "spread": placement.spread}
     groups = sums.Groups.make(weights, objective.disjoint, **settings)
+    examples = [jnp.expand_dims(x, 1) for x in jax.tree.leaves(batch)]
     totals, units, exponent = evaluate.squared_gradients(
-      closed, cotangents, live, jax.tree.leaves(batch), groups
+      planned, cotangents, leaves, examples, groups
     )
   # A part without any weight sums to 0; its range has no say either.
   unit_of_all = jnp.where(jnp.any(weights != 0), exponent + by, 2 * sums.LOWEST_UNIT)
@@ -227,10 +220,10 @@ def _at_most_one(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _cotangents(
   loss: Any, labels: PyTree, live: list[jax.Array], axes: frozenset[str], values: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """What to pull back, (N, ...), in units of 2**exponent, and that exponent."""
+  """What to pull back from values (N, 1, ...), in units of 2**exponent, and that exponent."""
   if loss is None:
     return jnp.ones_like(values), _mesh.varying(jnp.int32(0), axes)
-  of_one = lambda value, label: loss(value[None], label)[0]
+  of_one = lambda value, label: loss(value, label)[0]
   residuals = jax.vmap(jax.grad(of_one))(values, jax.tree.map(lambda x: x[:, None], labels))
   half = any(x.dtype == jnp.float16 for x in (*live, values))
   wide = residuals.astype(_trees.at_least_float32(residuals.dtype))
@@ -250,8 +243,8 @@ def examples_at_once(
   if microbatch is not None:
     return min(microbatch, num_examples)
   shapes, treedef = jax.tree.flatten(jax.tree.map(_abstract, (params, batch)))
-  cost = objective.function, objective.mask, tuple(shapes), treedef, num_groups
-  held, each, convolves = _bytes_of_a_pass(*cost)
+  what = Objective(objective.function, objective.mask, objective.precision)
+  held, each, convolves = _bytes_of_a_pass(what, tuple(shapes), treedef, num_groups)
   concrete = _checks.is_concrete((params, batch, weights))
   if convolves and jax.default_backend() == "cpu" and not concrete:
     return num_examples
@@ -265,36 +258,31 @@ def examples_at_once(
 
 
 def _abstract(x: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x))
+  aval = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+  return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
 
 
 @lru_cache(maxsize=64)
 def _bytes_of_a_pass(
-  function: Function, mask: tuple[bool, ...], shapes: tuple[Any, ...], treedef: Any, groups: int
+  objective: Objective, shapes: tuple[Any, ...], treedef: Any, groups: int
 ) -> tuple[int, int, bool]:
   """What a pass holds, about: whatever its examples, for each example; whether it convolves."""
   params, batch = treedef.unflatten(shapes)
-  closed = _trace_one(function, params, batch)
-  names = {equation.primitive.name for equation in equations_in(closed.jaxpr)}
-  uses = _uses_in(closed, mask, groups)
+  with loss_checks.matmul_precision(objective.precision):
+    planned = plan_of(objective.function, objective.mask, params, batch)
+  names = {equation.primitive.name for equation in equations_in(planned.jaxpr)}
+  uses = list(planned.uses(groups))
   held = max((use.bytes for use in uses), default=0)
   # XLA fuses about half of what the equations compute, or more, and never stores it.
-  each = activation_bytes(closed.jaxpr) // 2 + sum(use.bytes_each for use in uses)
+  each = activation_bytes(planned.jaxpr) // 2 + sum(use.bytes_each for use in uses)
   return held, each, "conv_general_dilated" in names
 
 
-def uses_of(function: Function, mask: tuple[bool, ...], params: PyTree, batch: Batch) -> list[Any]:
-  """How the function of one example uses the leaves under the mask; arrays may be abstract."""
-  return _uses_in(_trace_one(function, params, batch), mask, 1)
-
-
-def _uses_in(closed: Any, mask: tuple[bool, ...], groups: int) -> list[plan.Use]:
-  kinds: list[Any] = [frozenset([index]) if kept else "const" for index, kept in enumerate(mask)]
+def plan_of(function: Function, mask: tuple[bool, ...], params: PyTree, batch: Batch) -> plan.Plan:
+  """Plan the function of a batch of one example; arrays may be abstract."""
+  of_one = lambda x: jax.eval_shape(lambda x: x[:1], x)
+  closed = loss_checks.traced_on_one(function, params, *jax.tree.map(of_one, batch))
+  leaf = lambda index: plan.Params(frozenset([index]))
+  kinds: list[plan.Kind] = [leaf(index) if kept else "const" for index, kept in enumerate(mask)]
   kinds += ["data"] * (len(closed.jaxpr.invars) - len(kinds))
-  return plan.survey(closed.jaxpr, closed.consts, kinds, groups)
-
-
-def _trace_one(function: Function, params: PyTree, batch: Batch) -> Any:
-  shape_of_one = lambda x: jax.ShapeDtypeStruct((1, *jnp.shape(x)[1:]), jnp.result_type(x))
-  example = jax.tree.map(shape_of_one, batch)
-  return jax.make_jaxpr(partial(loss_checks.of_one, function))(params, *example)
+  return plan.make(closed.jaxpr, closed.consts, kinds)

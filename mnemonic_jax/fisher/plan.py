@@ -1,39 +1,86 @@
-"""Which way each leaf of params goes: contracted where it meets data, or copied for every example."""
+"""The plan of the jaxpr of one example: what becomes of each equation that a param is in.
+
+`make` is the only place that decides it. `evaluate` follows the plan, and `Plan.uses` counts what
+that costs.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mnemonic_jax.fisher import per_example
-from mnemonic_jax.fisher.jaxprs import (
-  REMAT,
-  can_be_rebuilt,
-  mutates,
-  without_jits,
-)
-from mnemonic_jax.fisher.rules import BY_PRIMITIVE, contractor
+from mnemonic_jax.fisher.jaxprs import REMAT, can_be_rebuilt, mutates, without_jits
+from mnemonic_jax.fisher.rules import BY_PRIMITIVE, Contractor, contractor
 
-# Of an atom: "data", "const" (the same for all examples), or the leaves that it rearranges.
-Kind = str | frozenset[int]
+
+class Params(NamedTuple):
+  """What an atom of a jaxpr is that rearranges params."""
+
+  indices: frozenset[int]  # among the leaves of params; inside a plan, among its inputs
+  whole: bool = True  # whether its first axis is that of a leaf, which has a unit for each slice
+
+
+# Of an atom: "data" (each example has its own), "const" (the same for all), or params.
+Kind = str | Params
+
 # Each element of the result is one element of an operand, and none is there twice.
-REARRANGING = frozenset(
-  {
-    *("reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "concatenate"),
-    *("copy", "copy_p"),
-  }
+_REARRANGING = frozenset(
+  {"reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "concatenate"}
+  | {"copy", "copy_p"}
 )
+_IN_PARTS = ("slice", "split", "concatenate")
 # These are the identity to a squared gradient; the dummies keep their own sign and precision.
-IDENTITIES = frozenset(
+_IDENTITIES = frozenset(
   {"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"}
 )
 # Factors beyond these, or not known while tracing, could take squares out of range that the gradient
 # itself is in.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-16, 2.0**16
+
+# What becomes of an equation. MAPPED evaluates it on all examples, with params as constants; the next
+# three give params again; in CONTRACTED a param meets data; the others have plans inside.
+MAPPED, SAME, REARRANGED, SCALED, CONTRACTED = (
+  "mapped",
+  "same",
+  "rearranged",
+  "scaled",
+  "contracted",
+)
+SCAN, COND, REMATERIALISED = "scan", "cond", "rematerialised"
+
+
+class Step(NamedTuple):
+  """An equation, and what becomes of it."""
+
+  equation: Any
+  kinds: tuple[Kind, ...]  # of its operands
+  how: str
+  inner: tuple[Plan, ...] = ()
+
+  @property
+  def params(self) -> frozenset[int]:
+    """The params among its operands."""
+    return _params_of(self.kinds)
+
+  @property
+  def rule(self) -> Contractor:
+    """The contraction of its param."""
+    return contractor(self.equation, [isinstance(kind, Params) for kind in self.kinds].index(True))
+
+  @property
+  def read_in_parts(self) -> frozenset[int]:
+    """The params that it cuts up, or scans along an axis for which they have no units."""
+    if self.how == REARRANGED and self.equation.primitive.name in _IN_PARTS:
+      return self.params
+    if self.how == SCAN:
+      return _params_of(kind for kind in self.kinds if isinstance(kind, Params) and not kind.whole)
+    return frozenset()
 
 
 class Use(NamedTuple):
@@ -47,88 +94,169 @@ class Use(NamedTuple):
   bytes_each: int  # held for each example of the microbatch
 
 
-def plan(jaxpr: Any, kinds: Sequence[str]) -> dict[int, str]:
-  """Index of each input of kind "param" that every example must have its own copy of, and why."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Plan:
+  """A jaxpr, which of its inputs each example has a copy of, and why, and what becomes of the rest."""
+
+  jaxpr: Any
+  consts: Sequence[Any]
+  inputs: Sequence[Kind]
+  copied: dict[int, str]  # index among the inputs -> why
+  steps: Sequence[Step] | None  # None: mutable arrays, beside which equations are not taken alone
+
+  def leaves(self, params: Iterable[int]) -> frozenset[int]:
+    """The leaves of params that some inputs are."""
+    return _params_of(self.inputs[index] for index in params)
+
+  @property
+  def fixed(self) -> frozenset[int]:
+    """The leaves that are somewhere read in parts, whose unit is 0."""
+    steps = self.steps or ()
+    here = self.leaves(index for step in steps for index in step.read_in_parts)
+    return here.union(*(inner.fixed for step in steps for inner in step.inner))
+
+  def uses(self, num_groups: int = 1) -> Iterator[Use]:
+    """How leaves are used, and what that costs."""
+    for index, why in self.copied.items():
+      var = self.jaxpr.invars[index]
+      shape, leaves = tuple(var.aval.shape), self.leaves([index])
+      held = per_example.held_each(shape) * _wide_bytes(var)
+      yield Use(leaves, per_example.NAME, why, per_example.flops(shape), 0, held)
+    for step in self.steps or ():
+      if step.how == CONTRACTED:
+        rule = step.rule
+        size = _wide_bytes(step.equation.invars[rule.index])
+        held, each = rule.held * size, rule.held_each(num_groups) * size
+        yield Use(self.leaves(step.params), rule.name, "", rule.flops, held, each)
+      times = step.equation.params["length"] if step.how == SCAN else 1
+      for use in (use for inner in step.inner for use in inner.uses(num_groups)):
+        yield use._replace(flops=use.flops * times)
+
+
+def make(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Kind]) -> Plan:
+  """Plan the jaxpr of one example, whose inputs are data, constants or leaves of params."""
+  jaxpr, consts = without_jits(jaxpr, consts)
   if mutates(jaxpr):
-    params = (index for index, kind in enumerate(kinds) if kind == "param")
-    return dict.fromkeys(params, "used beside mutable arrays")
+    params = (index for index, kind in enumerate(inputs) if isinstance(kind, Params))
+    return Plan(jaxpr, consts, inputs, dict.fromkeys(params, "used beside mutable arrays"), None)
   copied: dict[int, str] = {}
-  while more := _conflicts(jaxpr, kinds, copied):  # a copy is data, which may free or bind others
-    copied.update(more)
-  return copied
+  while True:  # a copied param is data, which may free or bind others
+    steps, conflicts = _walk(jaxpr, inputs, copied)
+    if not conflicts:
+      break
+    copied |= conflicts
+  outside = Plan(jaxpr, consts, inputs, copied, None)
+  planned = [step._replace(inner=tuple(_plans_inside(outside, step))) for step in steps]
+  return dataclasses.replace(outside, steps=planned)
 
 
-def _conflicts(jaxpr: Any, kinds: Sequence[str], copied: dict[int, str]) -> dict[int, str]:
-  """The leaves that cannot be contracted if those in `copied` are not."""
+def _walk(
+  jaxpr: Any, inputs: Sequence[Kind], copied: dict[int, str]
+) -> tuple[list[Step], dict[int, str]]:
+  """What becomes of each equation; and the params that must be copied too, and why."""
   env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, "const")
-  for index, (var, kind) in enumerate(zip(jaxpr.invars, kinds, strict=True)):
-    env[var] = kind if kind != "param" else "data" if index in copied else frozenset([index])
+  for index, (var, kind) in enumerate(zip(jaxpr.invars, inputs, strict=True)):
+    if isinstance(kind, Params):
+      kind = "data" if index in copied else kind._replace(indices=frozenset([index]))
+    env[var] = kind
+  read = lambda atom: "const" if isinstance(atom, jex.Literal) else env[atom]
   windows: dict[Any, list[Any]] = {}
   found: dict[int, str] = {}
-  look = lambda atom: "const" if isinstance(atom, jex.Literal) else env[atom]
+  steps = []
 
-  def blame(leaves: Kind, why: str) -> None:
-    for leaf in leaves if isinstance(leaves, frozenset) else ():
-      found.setdefault(leaf, why)
+  def blame(params: Iterable[int], why: str) -> None:
+    for param in params:
+      found.setdefault(param, why)
 
   for equation in jaxpr.eqns:
-    operands = [look(atom) for atom in equation.invars]
-    leaves = leaves_of(operands)
-    out: Kind = "data" if leaves or "data" in operands else "const"
-    if leaves and equation.primitive.name == "stop_gradient":
-      env.update(dict.fromkeys(equation.outvars, "const"))
-      continue
-    if leaves:
-      if keeps_elements(equation, operands):
-        out = leaves
-      else:
-        blame(*_objection(equation, operands))
-      for atom, operand in zip(equation.invars, operands, strict=True):
-        if isinstance(operand, frozenset):
-          windows.setdefault(atom, []).append(_window(equation))
-    env.update(dict.fromkeys(equation.outvars, out))
+    operands = tuple(map(read, equation.invars))
+    how, objectors, why = _treatment(equation, operands)
+    step = Step(equation, operands, how)
+    steps.append(step)
+    blame(objectors, why)
+    env.update(dict.fromkeys(equation.outvars, _result(step)))
+    for atom, operand in zip(equation.invars, operands, strict=True):
+      if isinstance(operand, Params) and equation.primitive.name != "stop_gradient":
+        windows.setdefault(atom, []).append(_window(equation))
   for atom in jaxpr.outvars:
-    blame(look(atom), "returned as it is")
+    blame(_params_of([read(atom)]), "returned as it is")
   for var, seen in windows.items():
     if len(seen) > 1 and not _apart(seen):
-      blame(env[var], "used more than once")
-  return found
+      blame(_params_of([env[var]]), "used more than once")
+  return steps, found
 
 
-def keeps_elements(equation: Any, operands: Sequence[Kind]) -> bool:
-  """Whether each element of the result is one of a leaf, perhaps times a constant, none twice."""
-  name = equation.primitive.name
-  if name == "broadcast_in_dim":
-    return math.prod(equation.params["shape"]) == math.prod(equation.invars[0].aval.shape)
-  if name in IDENTITIES:
-    return bool(jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating))
-  if name in ("mul", "div"):
-    factor = equation.invars[0 if name == "mul" and isinstance(operands[1], frozenset) else 1]
-    if not isinstance(factor, jex.Literal) or jnp.shape(factor.val):
-      return False
-    return _SMALLEST_FACTOR <= abs(float(factor.val)) <= _LARGEST_FACTOR
-  return name in REARRANGING and all(isinstance(kind, frozenset) for kind in operands)
+def _result(step: Step) -> Kind:
+  """What the results of an equation are."""
+  if step.how in (SAME, REARRANGED, SCALED):
+    kinds = [kind for kind in step.kinds if isinstance(kind, Params)]
+    return Params(step.params, step.how != REARRANGED and kinds[0].whole)
+  if step.equation.primitive.name == "stop_gradient" and step.params:
+    return "const"
+  return "data" if step.params or "data" in step.kinds else "const"
 
 
-def _objection(equation: Any, operands: Sequence[Kind]) -> tuple[Kind, str]:
-  """The leaves that this equation cannot take as they are, and why; none if it can take all."""
-  name, everything = equation.primitive.name, leaves_of(operands)
+def _treatment(equation: Any, operands: Sequence[Kind]) -> tuple[str, frozenset[int], str]:
+  """What becomes of an equation; the params that it cannot take as they are, and why."""
+  name, everything, nothing = equation.primitive.name, _params_of(operands), frozenset[int]()
+  if not everything or name == "stop_gradient":
+    return MAPPED, nothing, ""
+  if how := _gives_params(equation, operands):
+    return how, nothing, ""
   if rule := BY_PRIMITIVE.get(name):
-    params = [index for index, kind in enumerate(operands) if isinstance(kind, frozenset)]
-    return ("const", "") if rule.fits(equation, params, operands) else (everything, rule.misfit)
+    params = [index for index, kind in enumerate(operands) if isinstance(kind, Params)]
+    fits = rule.fits(equation, params, operands)
+    return (CONTRACTED, nothing, "") if fits else (MAPPED, everything, rule.misfit)
   if name in ("scan", "cond", *REMAT) and not can_be_rebuilt(equation):
-    return everything, f"used in a {name} with unusual settings"
+    return MAPPED, everything, f"used in a {name} with unusual settings"
   if name == "scan":
     shared = equation.params["num_consts"] + equation.params["num_carry"]
-    return leaves_of(operands[:shared]), "shared by the iterations of a scan"
-  if name in REMAT or (name == "cond" and operands[0] == "const"):
-    return "const", ""
-  return everything, f"used in {name}"
+    return SCAN, _params_of(operands[:shared]), "shared by the iterations of a scan"
+  if name == "cond" and operands[0] == "const":
+    return COND, nothing, ""
+  if name in REMAT:
+    return REMATERIALISED, nothing, ""
+  return MAPPED, everything, f"used in {name}"
 
 
-def leaves_of(operands: Iterable[Kind]) -> frozenset[int]:
-  """All leaves among operands."""
-  return frozenset(leaf for kind in operands if isinstance(kind, frozenset) for leaf in kind)
+def _gives_params(equation: Any, operands: Sequence[Kind]) -> str | None:
+  """How each element of the result is one of a param, none there twice; None if it is not."""
+  name = equation.primitive.name
+  if name == "broadcast_in_dim":
+    same = math.prod(equation.params["shape"]) == math.prod(equation.invars[0].aval.shape)
+    return REARRANGED if same else None
+  if name in _IDENTITIES:
+    return SAME if jnp.issubdtype(equation.outvars[0].aval.dtype, jnp.floating) else None
+  if name in ("mul", "div"):
+    factor = equation.invars[0 if name == "mul" and isinstance(operands[1], Params) else 1]
+    if not isinstance(factor, jex.Literal) or jnp.shape(factor.val):
+      return None
+    return SCALED if _SMALLEST_FACTOR <= abs(float(factor.val)) <= _LARGEST_FACTOR else None
+  rearranges = name in _REARRANGING and all(isinstance(kind, Params) for kind in operands)
+  return REARRANGED if rearranges else None
+
+
+def _plans_inside(outside: Plan, step: Step) -> Iterator[Plan]:
+  """Plan the body of a scan or a remat, or the branches of a cond."""
+  params = step.equation.params
+  kinds: list[Kind] = [
+    Params(outside.leaves(kind.indices), kind.whole and step.how != SCAN)
+    if isinstance(kind, Params)
+    else kind
+    for kind in step.kinds
+  ]
+  if step.how == SCAN:
+    carry = slice(params["num_consts"], params["num_consts"] + params["num_carry"])
+    kinds[carry] = ["data"] * params["num_carry"]
+  if step.how in (SCAN, REMATERIALISED):
+    body = params["jaxpr"]
+    yield make(getattr(body, "jaxpr", body), getattr(body, "consts", ()), kinds)
+  elif step.how == COND:
+    yield from (make(branch.jaxpr, branch.consts, kinds[1:]) for branch in params["branches"])
+
+
+def _params_of(operands: Iterable[Kind]) -> frozenset[int]:
+  return frozenset().union(*(kind.indices for kind in operands if isinstance(kind, Params)))
 
 
 def _window(equation: Any) -> tuple[Sequence[int], Sequence[int]] | None:
@@ -143,59 +271,6 @@ def _apart(windows: Sequence[Any]) -> bool:
   below = lambda a, b: any(high <= low for high, low in zip(a[1], b[0], strict=True))
   pairs = ((a, b) for index, a in enumerate(windows) for b in windows[:index])
   return None not in windows and all(below(a, b) or below(b, a) for a, b in pairs)
-
-
-def survey(
-  jaxpr: Any, consts: Sequence[Any], operands: Sequence[Kind], num_groups: int = 1
-) -> list[Use]:
-  """How each leaf is used by the jaxpr of one example, and what that costs.
-
-  Inputs are "data", "const", or the leaves they are.
-  """
-  jaxpr, _ = without_jits(jaxpr, consts)
-  reasons = plan(jaxpr, ["param" if isinstance(kind, frozenset) else kind for kind in operands])
-  env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, "const")
-  found = []
-  for index, (var, kind) in enumerate(zip(jaxpr.invars, operands, strict=True)):
-    if index in reasons and isinstance(kind, frozenset):
-      shape = tuple(var.aval.shape)
-      held = per_example.held_each(shape) * _wide_bytes(var)
-      flops = per_example.flops(shape)
-      found.append(Use(kind, per_example.NAME, reasons[index], flops, 0, held))
-      kind = "data"
-    env[var] = kind
-  for equation in jaxpr.eqns:
-    kinds = ["const" if isinstance(atom, jex.Literal) else env[atom] for atom in equation.invars]
-    leaves, name = leaves_of(kinds), equation.primitive.name
-    out: Kind = "data" if leaves or "data" in kinds else "const"
-    if leaves and name == "stop_gradient":
-      out = "const"
-    elif leaves and keeps_elements(equation, kinds):
-      out = leaves
-    elif leaves and name in ("scan", "cond", *REMAT):
-      found += _survey_inner(equation, kinds, num_groups)
-    elif leaves:
-      index = next(i for i, kind in enumerate(kinds) if isinstance(kind, frozenset))
-      made, size = contractor(equation, index), _wide_bytes(equation.invars[index])
-      held, each = made.held * size, made.held_each(num_groups) * size
-      found.append(Use(leaves, made.name, "", made.flops, held, each))
-    env.update(dict.fromkeys(equation.outvars, out))
-  return found
-
-
-def _survey_inner(equation: Any, kinds: list[Kind], num_groups: int) -> list[Use]:
-  """The uses in the body of a scan (for all its iterations), a remat or the branches of a cond."""
-  params = equation.params
-  if equation.primitive.name == "scan":
-    carry = slice(params["num_consts"], params["num_consts"] + params["num_carry"])
-    kinds[carry] = ["data"] * params["num_carry"]
-    body = params["jaxpr"]
-    uses = survey(body.jaxpr, body.consts, kinds, num_groups)
-    return [use._replace(flops=use.flops * params["length"]) for use in uses]
-  bodies = params.get("branches", (params.get("jaxpr"),))
-  kinds = kinds[1:] if "branches" in params else kinds
-  closed = [(getattr(body, "jaxpr", body), getattr(body, "consts", ())) for body in bodies]
-  return [use for body in closed for use in survey(*body, kinds, num_groups)]
 
 
 def _wide_bytes(atom: Any) -> int:
