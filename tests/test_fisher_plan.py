@@ -127,3 +127,124 @@ def test_no_tracer_of_an_earlier_trace_comes_back():
 
   for scale in (2.0, 3.0):
     assert jax.jit(lambda scale: evaluated(scale))(scale) == 9 * scale
+
+
+ROWS, WIDTH, TOKENS = 11, 3, 4
+
+
+def embed_then_project(p, x):
+  return jnp.tanh(p["w"][x]) @ p["w"].T
+
+
+def embed_then_project_scaled(p, x):
+  return jnp.tanh(p["w"][x] * 2.0) @ (p["w"] * 0.5).T
+
+
+def project_then_embed(p, x):
+  h = jnp.einsum("btc,vc->btv", jnp.sin(x[..., None] + jnp.arange(WIDTH)), p["w"])
+  return h[..., :WIDTH] * p["w"][jnp.argmax(h, -1)]
+
+
+def negated_in_one_use(p, x):
+  return jnp.tanh(p["w"][x]) @ -p["w"].T
+
+
+def scaled_by_data(p, x):
+  return jnp.einsum("btc,bvc->btv", jnp.tanh(p["w"][x]), p["w"] * x[:, :1, None])
+
+
+def two_products(p, x):
+  h = jnp.sin(x[..., None] + jnp.arange(ROWS))
+  return jnp.tanh(h @ p["w"]) @ p["w"].T
+
+
+def two_products_at_one_position(p, x):
+  return jnp.tanh(jnp.sin(x[:, :1] + jnp.arange(ROWS)) @ p["w"]) @ p["w"].T
+
+
+def three_uses_rearranged(p, x):
+  h = jnp.tanh(p["w"][x])
+  return (h @ p["w"].T)[..., ::-1] @ p["w"].reshape(WIDTH, ROWS).T
+
+
+def parts_and_the_whole(p, x):
+  return jnp.tanh(p["w"][:5][x % 5]) @ p["w"].T
+
+
+def inside_remat(p, x):
+  return jax.checkpoint(lambda w: jnp.tanh(w[x]) @ w.T)(p["w"])
+
+
+TIED = {
+  embed_then_project: "lookup + product",
+  embed_then_project_scaled: "lookup + product",
+  project_then_embed: "product + lookup",
+  negated_in_one_use: "lookup + product",
+  scaled_by_data: "per example",
+  two_products: "product",
+  two_products_at_one_position: "product",
+  three_uses_rearranged: "lookup + product",
+  parts_and_the_whole: "lookup + product",
+  inside_remat: "lookup + product",
+}
+
+
+def tied_case(model):
+  def loss(p, x, y):
+    values = model(p, x).reshape(len(x), -1)
+    return jnp.sin(1.3 * values + jnp.arange(values.shape[1]) % 3 + y[:, None]).sum(1)
+
+  x = jnp.asarray(np.random.default_rng(1).integers(0, ROWS, (5, TOKENS)))
+  return loss, {"w": 0.6 * drawn(ROWS, WIDTH)}, x, drawn(5)
+
+
+@pytest.mark.parametrize("model", TIED)
+def test_a_tied_leaf_is_exact_and_has_no_copies(model):
+  case = tied_case(model)
+  assert_exact(*case)
+  (row,) = mj.explain_fisher(*case).leaves
+  assert row.rule == TIED[model]
+  if row.rule != "per example":
+    assert (row.reason, row.bytes_per_example) == ("", 0)
+
+
+def test_a_leaf_tied_within_each_layer():
+  def loss(p, x, y):
+    layer = lambda h, w: (h + jnp.tanh(h @ w) @ w.T, None)
+    return jax.lax.scan(layer, x, p)[0].sum((1, 2)) * y
+
+  case = loss, 0.5 * drawn(3, 4, 6), drawn(5, 2, 4), drawn(5)
+  assert rules(*case) == {"": "product"}
+  assert_exact(*case)
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+def test_groups_of_a_tied_leaf(disjoint):
+  loss, params, x, y = tied_case(embed_then_project)
+  weights = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.3 * (not disjoint), 0.0, 0.0, 0.7]])
+  each = [mj.diagonal_fisher(loss, params, x[n : n + 1], y[n : n + 1])["w"] for n in range(5)]
+  wanted = np.einsum("gn,nij->gij", weights, np.stack(each))
+  found = mj.diagonal_fisher(loss, params, x, y, weights.astype(np.float32))["w"]
+  np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+def test_gradients_far_from_one_stay_in_range(scale):
+  """Each example's uses are summed in one scale, whatever their own."""
+  loss, params, x, y = tied_case(embed_then_project)
+  scaled = lambda p, x, y: scale * loss(p, x, y)
+  plain, found = (mj.diagonal_fisher(f, params, x, y)["w"] for f in (loss, scaled))
+  np.testing.assert_allclose(found, np.float64(plain) * scale**2, rtol=1e-4)
+
+
+def test_a_tied_table_holds_no_gradient_per_example():
+  examples, tokens, rows, width = 64, 16, 2048, 64
+  shaped = jax.ShapeDtypeStruct
+  loss = lambda w, x, y: mj.softmax_cross_entropy(jnp.tanh(w[x]).mean(1) @ w.T, y)
+  arguments = shaped((rows, width), jnp.float32), shaped((examples, tokens), jnp.int32)
+  compiled = (
+    jax.jit(lambda *a: mj.diagonal_fisher(loss, *a))
+    .lower(*arguments, shaped((examples,), jnp.int32))
+    .compile()
+  )
+  assert compiled.memory_analysis().temp_size_in_bytes < 8 * 4 * rows * width

@@ -25,8 +25,8 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from mnemonic_jax import _mesh
-from mnemonic_jax.fisher import per_example, plan, sums
-from mnemonic_jax.fisher.jaxprs import runner, stretch
+from mnemonic_jax.fisher import per_example, plan, sums, tied
+from mnemonic_jax.fisher.jaxprs import bind, runner, stretch
 from mnemonic_jax.fisher.plan import Plan, Step
 from mnemonic_jax.fisher.sums import Groups
 
@@ -103,6 +103,7 @@ class _Engine:
       whole = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, planned.consts))
       return _on_batch(whole, [env[var] for var in jaxpr.invars])
     read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
+    ties = {index: _Tied(self, tie, args[index]) for index, tie in planned.tied.items()}
     waiting: list[Any] = []  # equations of data alone, which are mapped over the examples together
 
     def catch_up() -> None:
@@ -118,7 +119,8 @@ class _Engine:
       if "data" in step.kinds:
         catch_up()
       run, operands = runner(jaxpr, step.equation), [read(atom) for atom in step.equation.invars]
-      env.update(zip(step.equation.outvars, self.follow(step, run, operands), strict=True))
+      follow = ties[min(step.params)].use if step.how == plan.TIED else self.follow
+      env.update(zip(step.equation.outvars, follow(step, run, operands), strict=True))
     catch_up()
     return [read(atom) for atom in jaxpr.outvars]
 
@@ -141,7 +143,8 @@ class _Engine:
 
   def copied(self, param: Param) -> Data:
     """Give every example a copy of its own of a param."""
-    ready, unit = self._ready(partial(per_example.contract, tuple(param.value.shape)), param)
+    contract = partial(per_example.contract, tuple(param.value.shape))
+    ready, unit = self.ready(sums.in_range(contract, fixed=param.unit is None), param)
     return Data(sums.copies(ready, param.value, param.squares, unit, self.groups))
 
   def contracted(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
@@ -151,15 +154,14 @@ class _Engine:
     (output,) = _on_batch(run, args)
     if 0 in (data.size, output.value.size, *param.value.shape):
       return [output]  # without a tap, the dummy's cotangent is zero
-    ready, unit = self._ready(rule.contract, param)
+    ready, unit = self.ready(sums.in_range(rule.contract, fixed=param.unit is None), param)
     data = rule.data_of(data)
     return [Data(sums.tap(ready, output.value, data, param.squares, unit, self.groups))]
 
-  def _ready(self, contract: Any, param: Param) -> tuple[Any, Any]:
-    """A contraction in range, wherever the examples lie; and the dummy of its unit."""
-    ready = sums.in_range(contract, fixed=param.unit is None)
+  def ready(self, contract: Any, param: Param) -> tuple[Any, Any]:
+    """A contraction wherever the examples lie; and the dummy of its unit."""
     unit = _mesh.zeros((), jnp.float32, param.squares) if param.unit is None else param.unit
-    return partial(sums.summed, ready, param.squares.shape), unit
+    return partial(sums.summed, contract, param.squares.shape), unit
 
   def cond(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
     """Evaluate a cond on constants."""
@@ -201,6 +203,26 @@ class _Engine:
     return jnp.broadcast_to(value, (self.groups.weights.shape[1], *jnp.shape(value)))
 
 
+class _Tied:
+  """A param that is tied, while the equations of a plan are evaluated."""
+
+  def __init__(self, engine: _Engine, tie: tied.Tie, param: Param) -> None:
+    self.engine, self.tie, self.param = engine, tie, param
+    self.carriers: list[Any] | None = None
+
+  def use(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+    """Evaluate the operation on the param and data that is next."""
+    (output,) = _on_batch(run, args)
+    data = step.rule.data_of(args[step.rule.data_index].value)
+    if self.carriers is not None:
+      return [Data(tied.later(output.value, data, self.carriers.pop(0)))]
+    squares, fixed = self.param.squares, self.param.unit is None
+    ready, unit = self.engine.ready(partial(self.tie.contract, fixed), self.param)
+    tapped = tied.first(self.tie, ready, output.value, data, squares, unit, self.engine.groups)
+    self.carriers = tapped[1]
+    return [Data(tapped[0])]
+
+
 def _same(_: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
   """The identity, to a squared gradient."""
   (param,) = args
@@ -210,7 +232,7 @@ def _same(_: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
 def _rearranged(step: Step, run: Callable[..., Any], params: list[Any]) -> list[Any]:
   """Rearrange params and their dummies alike."""
   wide = max((param.squares.dtype for param in params), key=lambda dtype: dtype.itemsize)
-  squares = jax.vmap(_bind(step.equation))(*(param.squares.astype(wide) for param in params))
+  squares = jax.vmap(bind(step.equation))(*(param.squares.astype(wide) for param in params))
   pairs = zip(run(*(param.value for param in params)), squares, strict=True)
   return [Param(value, square, params[0].unit) for value, square in pairs]
 
@@ -229,13 +251,3 @@ def _on_batch(run: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
   values = [arg.value if isinstance(arg, (Data, Param)) else arg for arg in args]
   axes = tuple(0 if isinstance(arg, Data) else None for arg in args)
   return [Data(out) for out in jax.vmap(run, axes)(*values)] if 0 in axes else run(*values)
-
-
-def _bind(equation: Any) -> Callable[..., list[Any]]:
-  """Evaluate a rearranging equation on arrays of another dtype than it was traced with."""
-
-  def rearrange(*args: Any) -> list[Any]:
-    outs = equation.primitive.bind(*args, **equation.params)
-    return list(outs) if equation.primitive.multiple_results else [outs]
-
-  return rearrange

@@ -109,6 +109,16 @@ def runner(jaxpr: Any, equation: Any) -> Callable[..., list[Any]]:
   return run
 
 
+def bind(equation: Any) -> Callable[..., list[Any]]:
+  """Evaluate a rearranging equation on arrays of another dtype than it was traced with."""
+
+  def rearrange(*args: Any) -> list[Any]:
+    outs = equation.primitive.bind(*args, **equation.params)
+    return list(outs) if equation.primitive.multiple_results else [outs]
+
+  return rearrange
+
+
 def without_jits(jaxpr: Any, consts: Sequence[Any]) -> tuple[Any, Sequence[Any]]:
   """The same jaxpr with the equations of inner jits in their place."""
   if not any(equation.primitive.name in _JIT for equation in jaxpr.eqns):

@@ -17,6 +17,7 @@ from jax.extend import core as jex
 from mnemonic_jax.fisher import per_example
 from mnemonic_jax.fisher.jaxprs import REMAT, can_be_rebuilt, mutates, without_jits
 from mnemonic_jax.fisher.rules import BY_PRIMITIVE, Contractor, contractor
+from mnemonic_jax.fisher.tied import Contracting, Tie
 
 
 class Params(NamedTuple):
@@ -44,14 +45,10 @@ _IDENTITIES = frozenset(
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-16, 2.0**16
 
 # What becomes of an equation. MAPPED evaluates it on all examples, with params as constants; the next
-# three give params again; in CONTRACTED a param meets data; the others have plans inside.
-MAPPED, SAME, REARRANGED, SCALED, CONTRACTED = (
-  "mapped",
-  "same",
-  "rearranged",
-  "scaled",
-  "contracted",
-)
+# three give params again; in CONTRACTED a param meets data, in TIED as one of several times; the
+# others have plans inside.
+MAPPED, SAME, REARRANGED, SCALED = "mapped", "same", "rearranged", "scaled"
+CONTRACTED, TIED = "contracted", "tied"
 SCAN, COND, REMATERIALISED = "scan", "cond", "rematerialised"
 
 
@@ -102,6 +99,7 @@ class Plan:
   consts: Sequence[Any]
   inputs: Sequence[Kind]
   copied: dict[int, str]  # index among the inputs -> why
+  tied: dict[int, Tie]  # index among the inputs -> its contractions
   steps: Sequence[Step] | None  # None: mutable arrays, beside which equations are not taken alone
 
   def leaves(self, params: Iterable[int]) -> frozenset[int]:
@@ -128,6 +126,10 @@ class Plan:
         size = _wide_bytes(step.equation.invars[rule.index])
         held, each = rule.held * size, rule.held_each(num_groups) * size
         yield Use(self.leaves(step.params), rule.name, "", rule.flops, held, each)
+      if step.how == TIED:
+        tie, rule = self.tied[min(step.params)], step.rule
+        held = tie.held * _wide_bytes(tie.leaf)
+        yield Use(self.leaves(step.params), rule.name, "", rule.flops, held, 0)
       times = step.equation.params["length"] if step.how == SCAN else 1
       for use in (use for inner in step.inner for use in inner.uses(num_groups)):
         yield use._replace(flops=use.flops * times)
@@ -138,22 +140,41 @@ def make(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Kind]) -> Plan:
   jaxpr, consts = without_jits(jaxpr, consts)
   if mutates(jaxpr):
     params = (index for index, kind in enumerate(inputs) if isinstance(kind, Params))
-    return Plan(jaxpr, consts, inputs, dict.fromkeys(params, "used beside mutable arrays"), None)
+    why = dict.fromkeys(params, "used beside mutable arrays")
+    return Plan(jaxpr, consts, inputs, why, {}, None)
   copied: dict[int, str] = {}
   while True:  # a copied param is data, which may free or bind others
-    steps, conflicts = _walk(jaxpr, inputs, copied)
+    steps, conflicts, reused = _walk(jaxpr, inputs, copied)
+    found = {index: _tie(jaxpr.invars[index], index, steps) for index in reused - conflicts.keys()}
+    tied = {index: tie for index, tie in found.items() if tie}
+    conflicts |= dict.fromkeys(found.keys() - tied.keys(), "used more than once")
     if not conflicts:
       break
     copied |= conflicts
-  outside = Plan(jaxpr, consts, inputs, copied, None)
+  outside = Plan(jaxpr, consts, inputs, copied, tied, None)
   planned = [step._replace(inner=tuple(_plans_inside(outside, step))) for step in steps]
+  ties = lambda step: step.how == CONTRACTED and step.params <= tied.keys()
+  planned = [step._replace(how=TIED) if ties(step) else step for step in planned]
   return dataclasses.replace(outside, steps=planned)
+
+
+def _tie(var: Any, index: int, steps: Sequence[Step]) -> Tie | None:
+  """The contractions of a param that is used more than once, if there is nothing else."""
+  own = [step for step in steps if index in step.params]
+  own = [step for step in own if step.equation.primitive.name != "stop_gradient"]
+  uses = [Contracting(step.equation, step.rule) for step in own if step.how == CONTRACTED]
+  rearranging = [step.equation for step in own if step.how in (SAME, REARRANGED, SCALED)]
+  alone = all(sum(isinstance(kind, Params) for kind in step.kinds) == 1 for step in own)
+  alone = alone and all(step.params == {index} for step in own)
+  if not alone or len(own) > len(uses) + len(rearranging) or len(uses) < 2:
+    return None
+  return Tie(var, rearranging, uses) if all(use.is_carried for use in uses) else None
 
 
 def _walk(
   jaxpr: Any, inputs: Sequence[Kind], copied: dict[int, str]
-) -> tuple[list[Step], dict[int, str]]:
-  """What becomes of each equation; and the params that must be copied too, and why."""
+) -> tuple[list[Step], dict[int, str], set[int]]:
+  """What becomes of each equation; the params that must be copied too, and why; those used twice."""
   env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, "const")
   for index, (var, kind) in enumerate(zip(jaxpr.invars, inputs, strict=True)):
     if isinstance(kind, Params):
@@ -162,6 +183,7 @@ def _walk(
   read = lambda atom: "const" if isinstance(atom, jex.Literal) else env[atom]
   windows: dict[Any, list[Any]] = {}
   found: dict[int, str] = {}
+  reused: set[int] = set()
   steps = []
 
   def blame(params: Iterable[int], why: str) -> None:
@@ -182,8 +204,8 @@ def _walk(
     blame(_params_of([read(atom)]), "returned as it is")
   for var, seen in windows.items():
     if len(seen) > 1 and not _apart(seen):
-      blame(_params_of([env[var]]), "used more than once")
-  return steps, found
+      reused |= _params_of([env[var]])
+  return steps, found, reused
 
 
 def _result(step: Step) -> Kind:

@@ -103,23 +103,41 @@ def in_range(contract: Contraction, fixed: bool) -> Any:
   def scaled(data: jax.Array, g: jax.Array, groups: Groups) -> tuple[jax.Array, jax.Array]:
     if fixed:
       return contract(data, g, groups), jnp.zeros((), jnp.int32)
-    if jnp.issubdtype(data.dtype, jnp.floating):
-      g, unit = _brought_to(_TARGET // 2, g)
-      data, more = _brought_to(_TARGET // 2, data)
-      unit = unit + more
-    else:
-      g, unit = _brought_to(_TARGET, g)
-    active = jnp.any(groups.weights != 0, axis=0)
-    largest = jnp.max(jnp.where(active, unit, LOWEST_UNIT))
-    largest = jax.lax.pmax(largest, groups.axes) if groups.axes else largest
-    weights = groups.weights
-    lowest = jnp.finfo(weights.dtype).minexp // 2
-    by = unit - largest
-    factors = jnp.square(_trees.power_of_two(jnp.clip(by, lowest, 0), weights.dtype))
-    weights = weights * jnp.where(by < lowest, 0, factors)[None]
-    return contract(data, g, dataclasses.replace(groups, weights=weights)), largest
+    data, g, unit = brought(data, g)
+    groups, largest = weighed_in(groups, unit)
+    return contract(data, g, groups), largest
 
   return scaled
+
+
+def brought(data: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Bring each example's data and cotangent into the middle of the range; and the units (N,)."""
+  if not jnp.issubdtype(data.dtype, jnp.floating):
+    return data, *_brought_to(_TARGET, g)
+  g, unit = _brought_to(_TARGET // 2, g)
+  data, more = _brought_to(_TARGET // 2, data)
+  return data, g, unit + more
+
+
+def weighed_in(groups: Groups, unit: jax.Array) -> tuple[Groups, jax.Array]:
+  """Weigh examples whose gradients are in these units (N,) so that all are in the largest of them."""
+  active = jnp.any(groups.weights != 0, axis=0)
+  largest = jnp.max(jnp.where(active, unit, LOWEST_UNIT))
+  largest = jax.lax.pmax(largest, groups.axes) if groups.axes else largest
+  weights = groups.weights
+  factors = jnp.square(_factors(unit - largest, weights.dtype))
+  return dataclasses.replace(groups, weights=weights * factors[None]), largest
+
+
+def shrunk(x: jax.Array, by: jax.Array) -> jax.Array:
+  """Each example of x (N, ...) times 2**by, with by (N,) <= 0."""
+  return x * _factors(by, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def _factors(by: jax.Array, dtype: Any) -> jax.Array:
+  """2**by, and 0 where its square is out of range."""
+  lowest = jnp.finfo(dtype).minexp // 2
+  return jnp.where(by < lowest, 0, _trees.power_of_two(jnp.clip(by, lowest, 0), dtype))
 
 
 def _brought_to(exponent: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -189,13 +207,13 @@ def _tap_forward(
 def _tap_backward(contract: Any, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
   data, groups, shape = residuals
   sums, unit = contract(data, g, groups)
-  return g, None, sums, _as_cotangent(unit, shape, g), None
+  return g, None, sums, as_cotangent(unit, shape, g), None
 
 
 tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _as_cotangent(unit: jax.Array, shape: tuple[int, ...], g: jax.Array) -> jax.Array:
+def as_cotangent(unit: jax.Array, shape: tuple[int, ...], g: jax.Array) -> jax.Array:
   """The cotangent of a dummy `unit`, which is 0 for a leaf that nothing has reached."""
   above = jnp.broadcast_to(unit - LOWEST_UNIT, shape).astype(jnp.float32)
   return _mesh.varying(above, _mesh.varying_axes(g))
@@ -220,7 +238,7 @@ def _copies_forward(
 def _copies_backward(contract: Any, residuals: Any, g: jax.Array) -> tuple[Any, ...]:
   groups, shape = residuals
   sums, unit = contract(jnp.zeros(len(g), jnp.int32), g, groups)
-  return None, sums, _as_cotangent(unit, shape, g), None
+  return None, sums, as_cotangent(unit, shape, g), None
 
 
 copies.defvjp(_copies_forward, _copies_backward)
