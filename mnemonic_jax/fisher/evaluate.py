@@ -73,7 +73,7 @@ def squared_gradients(
     args: list[Any] = [*leaves, *map(Data, examples)]
     for index, (squares, unit) in dummies.items():
       args[index] = Param(leaves[index], squares, None if index in fixed else unit)
-    (out,) = _Engine(groups).evaluate_all(planned, *args)
+    (out,) = Engine(groups).evaluate_all(planned, *args)
     return out
 
   values, pull_back = jax.vjp(outputs, dummies)
@@ -87,7 +87,7 @@ def squared_gradients(
   return [pairs[index][0] for index in under_mask], [unit_of(index) for index in under_mask], aux
 
 
-class _Engine:
+class Engine:
   """Evaluates the plan of one example on all of them."""
 
   def __init__(self, groups: Groups) -> None:
@@ -101,15 +101,15 @@ class _Engine:
       env[var] = self.copied(arg) if index in planned.copied else arg
     if planned.steps is None:
       whole = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, planned.consts))
-      return _on_batch(whole, [env[var] for var in jaxpr.invars])
+      return on_batch(whole, [env[var] for var in jaxpr.invars])
     read = lambda atom: atom.val if isinstance(atom, jex.Literal) else env[atom]
-    ties = {index: _Tied(self, tie, args[index]) for index, tie in planned.tied.items()}
+    ties = {index: self.tie(tie, args[index]) for index, tie in planned.tied.items()}
     waiting: list[Any] = []  # equations of data alone, which are mapped over the examples together
 
     def catch_up() -> None:
       if waiting:
         reads, writes, run = stretch(jaxpr, waiting)
-        env.update(zip(writes, _on_batch(run, [env[var] for var in reads]), strict=True))
+        env.update(zip(writes, on_batch(run, [env[var] for var in reads]), strict=True))
         waiting.clear()
 
     for step in planned.steps:
@@ -139,9 +139,20 @@ class _Engine:
       plan.COND: self.cond,
       plan.REMATERIALISED: self.rematerialised,
     }
-    return ways[step.how](step, run, args) if step.how in ways else _on_batch(run, args)
+    return ways[step.how](step, run, args) if step.how in ways else on_batch(run, args)
 
-  def copied(self, param: Param) -> Data:
+  def tie(self, tie: tied.Tie, param: Param) -> Any:
+    """What evaluates the uses of a param that several contractions read."""
+    return _Tied(self, tie, param)
+
+  def harvest(self) -> Any:
+    """What an iteration of a scan has found, beside its results: nothing here."""
+    return ()
+
+  def keep(self, found: Any) -> None:
+    """Take what all iterations of a scan have found, along a first axis of iterations."""
+
+  def copied(self, param: Param) -> Any:
     """Give every example a copy of its own of a param."""
     contract = partial(per_example.contract, tuple(param.value.shape))
     ready, unit = self.ready(sums.in_range(contract, fixed=param.unit is None), param)
@@ -151,7 +162,7 @@ class _Engine:
     """Evaluate the one operation on a param and data, with its tap."""
     rule = step.rule
     param, data = args[rule.index], args[rule.data_index].value
-    (output,) = _on_batch(run, args)
+    (output,) = on_batch(run, args)
     if 0 in (data.size, output.value.size, *param.value.shape):
       return [output]  # without a tap, the dummy's cotangent is zero
     ready, unit = self.ready(sums.in_range(rule.contract, fixed=param.unit is None), param)
@@ -186,14 +197,16 @@ class _Engine:
         return x._replace(squares=jnp.moveaxis(x.squares, 1, 0))
       return Data(jnp.moveaxis(x.value, 1, 0)) if isinstance(x, Data) else x
 
-    def body(carry: list[jax.Array], x: list[Any]) -> tuple[list[jax.Array], list[jax.Array]]:
+    def body(carry: list[jax.Array], x: list[Any]) -> tuple[list[jax.Array], Any]:
       outs = self.evaluate_all(step.inner[0], *consts, *map(Data, carry), *x)
-      return outs[:num_carry], outs[num_carry:]
+      return outs[:num_carry], (outs[num_carry:], self.harvest())
 
     names = ("length", "reverse", "unroll", "_split_transpose")
     settings = {name: params[name] for name in names if name in params}
     start = [self.batched(value) for value in carry]
-    end, stacked = jax.lax.scan(body, start, [scanned_axis_first(x) for x in xs], **settings)
+    scanned = [scanned_axis_first(x) for x in xs]
+    end, (stacked, found) = jax.lax.scan(body, start, scanned, **settings)
+    self.keep(found)
     return [*map(Data, end), *(Data(jnp.moveaxis(y, 0, 1)) for y in stacked)]
 
   def batched(self, value: Any) -> jax.Array:
@@ -206,13 +219,13 @@ class _Engine:
 class _Tied:
   """A param that is tied, while the equations of a plan are evaluated."""
 
-  def __init__(self, engine: _Engine, tie: tied.Tie, param: Param) -> None:
+  def __init__(self, engine: Engine, tie: tied.Tie, param: Param) -> None:
     self.engine, self.tie, self.param = engine, tie, param
     self.carriers: list[Any] | None = None
 
   def use(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
     """Evaluate the operation on the param and data that is next."""
-    (output,) = _on_batch(run, args)
+    (output,) = on_batch(run, args)
     data = step.rule.data_of(args[step.rule.data_index].value)
     if self.carriers is not None:
       return [Data(tied.later(output.value, data, self.carriers.pop(0)))]
@@ -246,7 +259,7 @@ def _scaled(step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
   return [param._replace(value=value, squares=param.squares * squared)]
 
 
-def _on_batch(run: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
+def on_batch(run: Callable[..., list[Any]], args: Sequence[Any]) -> list[Any]:
   """Evaluate equations of one example on all of them; params count as constants."""
   values = [arg.value if isinstance(arg, (Data, Param)) else arg for arg in args]
   axes = tuple(0 if isinstance(arg, Data) else None for arg in args)

@@ -28,8 +28,12 @@ class Product:
     self.shape = tuple(equation.invars[index].aval.shape)
     self.precision = equation.params["precision"]
     contracted, batched = equation.params["dimension_numbers"]
-    self.read, self.data_batch = contracted[1 - index], batched[1 - index]
-    self._width_axes, self._batch_axes = contracted[index], batched[index]
+    # Contracted axes in the order of the leaf's, whatever that of the equation.
+    pairs = sorted(zip(contracted[index], contracted[1 - index], strict=True))
+    self._width_axes, self.read = (
+      (tuple(axes) for axes in zip(*pairs, strict=True)) if pairs else ((), ())
+    )
+    self._batch_axes, self.data_batch = batched[index], batched[1 - index]
     taken = (*self._width_axes, *self._batch_axes)
     self._free = [axis for axis in range(len(self.shape)) if axis not in taken]
     sizes = lambda axes: [self.shape[axis] for axis in axes]

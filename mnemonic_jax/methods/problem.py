@@ -19,7 +19,7 @@ import numpy as np
 from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax._functions import Static
 from mnemonic_jax._types import PerExampleLoss
-from mnemonic_jax.fisher import loss_checks, passes
+from mnemonic_jax.fisher import loss_checks, passes, sites
 
 PyTree = Any
 
@@ -36,6 +36,17 @@ class CodeScores(NamedTuple):
   retain_accuracy: jax.Array  # accuracy on the codes of the kept classes, in [0, 1]
   forget_error: jax.Array  # error on the codes of the forgotten classes, in [0, 1]
   loss_gap: jax.Array  # mean loss of the forget codes minus that of the remain codes
+
+
+class Site(NamedTuple):
+  """What one contraction reads and writes, on average over the codes of each class."""
+
+  paths: tuple[
+    str, ...
+  ]  # of its leaf, as `jax.tree_util.keystr` writes it; of a concatenation, all
+  rule: str  # "product" or "convolution"
+  reads: jax.Array  # (C, F), or (layers, C, F): several contracted axes are flattened into one
+  writes: jax.Array  # (C, O), or (layers, C, O)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +93,10 @@ class Problem:
     """The class of each code of the batch, (N,) int32."""
     num_classes, per_class = self.codes.shape[:2]
     return np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
+
+  @property
+  def _per_class(self) -> int:
+    return self.codes.shape[1]
 
   @property
   def layer_axes(self) -> tuple[int | None, ...]:
@@ -136,6 +151,31 @@ class Problem:
   def scores_of(self, logits: jax.Array, params: PyTree) -> CodeScores:
     """Score params by the logits (N, C) that they give on the codes."""
     return _scores(self.request.loss, logits, self.labels, self.forget, self.remain, params)
+
+  def sites(self, params: PyTree) -> list[Site]:
+    """Find what the contractions of the model read and write, on average over each class's codes.
+
+    Returns:
+      A `Site` for each leaf that may change and meets data in one product or convolution, in the
+      order of the data: `path`, `rule`, `reads` (C, F) and `writes` (C, O). In a scan over layers
+      both have a first axis of layers.
+    """
+    weights = _mean_weights(tuple(np.eye(self.request.num_classes, dtype=bool)), self._per_class)
+    size = self._codes_at_once(params)
+    whole = size >= len(self.inputs) or not _checks.is_concrete((params, self.codes))
+    size = len(self.inputs) if whole else size
+    starts = range(0, len(self.inputs), size)
+    arguments = self.request, self.constants, params
+    parts = [
+      sites_program(*arguments, self.inputs[at : at + size], weights[:, at : at + size])
+      for at in starts
+    ]
+    sums = jax.tree.map(lambda *found: sum(found[1:], found[0]), *parts)
+    paths = _trees.leaf_paths(self.params)
+    known = zip(_known_sites(*arguments, self.inputs), sums, strict=True)
+    return [
+      Site(tuple(paths[i] for i in sorted(leaves)), rule, *pair) for (leaves, rule), pair in known
+    ]
 
   def map(self, function: Callable[[Any], Any], xs: PyTree) -> Any:
     """Apply a function to each slice of `xs` along the first axis, one slice at a time.
@@ -219,6 +259,33 @@ def _require_logits(logits: Any, wanted: tuple[int, int]) -> None:
   if shape != wanted or not jnp.issubdtype(dtype, jnp.floating):
     got = f"shape {shape} and dtype {dtype}" if shape is not None else type(logits).__name__
     raise WrongLogits(f"logits_fn: returned {got}; expected floating logits {wanted}")
+
+
+@partial(jax.jit, static_argnums=0)
+def sites_program(
+  request: Request, constants: PyTree, params: PyTree, inputs: jax.Array, weights: jax.Array
+) -> list[tuple[jax.Array, jax.Array]]:
+  """The program of `Problem.sites`: for each site, the weighted sums of what it reads and writes."""
+  with loss_checks.matmul_precision(request.precision):
+    planned = _plan(request, constants, params, inputs)
+    leaves = jax.tree.leaves((params, constants))
+    examples = [jnp.expand_dims(x, 1) for x in (inputs, jnp.zeros(len(inputs), jnp.int32))]
+    found = sites.sites(planned, leaves, examples, weights)
+  return [(site.reads, site.writes) for site in found]
+
+
+def _known_sites(
+  request: Request, constants: PyTree, params: PyTree, inputs: jax.Array
+) -> list[tuple[frozenset[int], str]]:
+  """Leaves and rule of each site."""
+  return list(sites.known(_plan(request, constants, params, inputs)))
+
+
+def _plan(request: Request, constants: PyTree, params: PyTree, inputs: jax.Array) -> Any:
+  mask = request.mask + (False,) * len(constants)
+  labels = jax.ShapeDtypeStruct((len(inputs),), jnp.int32)
+  batch = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), labels
+  return passes.plan_of(_Values(request.function), mask, (params, constants), batch)
 
 
 @partial(jax.jit, static_argnums=0)
