@@ -5,11 +5,11 @@ leaves of params taken out of ordinary differentiation: where a leaf meets data,
 sum_n w_n (d / d leaf)^2 into the cotangent of a dummy. One backward pass to the dummies is the Fisher.
 
 A leaf goes one of two ways, and both are exact.
-  contracted: it reaches one product, convolution or lookup with data, once, through operations that
-    only rearrange or scale it. There the operation's input and its output's cotangent become the
-    sum of squares.
-  per example: any other use (broadcast, used twice, normalised, inside a custom rule). Each example
-    gets a copy of its own, and the copy's cotangent is that example's gradient.
+  contracted: it reaches products, convolutions or lookups with data through operations that only
+    rearrange or scale it. There the operation's input and its output's cotangent become the sum of
+    squares; those of several such operations meet in the first (see `tied`).
+  per example: any other use (broadcast, normalised, inside a custom rule, or beside such a use). Each
+    example gets a copy of its own, and the copy's cotangent is that example's gradient.
 In the body of a scan over layers the slice of a stacked leaf goes its own way in each iteration; in
 remat and cond too.
 """

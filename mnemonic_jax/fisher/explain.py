@@ -19,7 +19,7 @@ class LeafPlan(NamedTuple):
   path: str  # as `jax.tree_util.keystr` writes it
   shape: tuple[int, ...]
   rule: str  # "product", "convolution", "lookup", "per example", several with " + ", or "unused"
-  reason: str  # why it is per example or unused; empty where one operation contracts it
+  reason: str  # why it is per example or unused; empty where operations contract it
   flops: int  # of one example: its gradient in that operation (for "per example" the square alone), square and sum
   bytes: int  # of gradient held at a time, whatever the microbatch
   bytes_per_example: int  # of gradient held for each example of the microbatch
@@ -66,7 +66,7 @@ def explain_fisher(
 ) -> FisherPlan:
   """Tell for every leaf which way `diagonal_fisher` takes, why, and what that costs.
 
-  A leaf is contracted inside the one operation that meets data (a product, a convolution, a lookup), without a gradient
+  A leaf is contracted inside the operations in which it meets data (products, convolutions, lookups), without a gradient
   per example; any other use gives each example a copy of the leaf, whose gradient is held for the whole microbatch.
   Both are exact.
 
@@ -85,7 +85,7 @@ def explain_fisher(
   >>> print(explain_fisher(loss_fn, params, shaped(8, 4), shaped(8, 4)))
   leaf        shape   rule         kFLOP/example   kB  kB/example  why
   ['bias']    (3,)    per example            0.0  0.0         0.0  used in add
-  ['kernel']  (4, 3)  per example            0.0  0.0         0.0  used more than once
+  ['kernel']  (4, 3)  product                0.1  0.1         0.0
   """
   leaves_mask = _trees.mask_leaves(mask, params)
   loss_checks.check_loss(loss_fn, params, inputs, labels, None)

@@ -211,9 +211,8 @@ def _one_pass(
 
 def _at_most_one(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Weights in units of 4**e, so that the largest is near 1; and e."""
-  largest = jnp.max(jnp.abs(weights)).astype(_trees.at_least_float32(weights.dtype))
-  by = jnp.clip(_trees.exponent(largest) >> 1, -62, 62)
-  wide = weights.astype(largest.dtype)
+  wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  by = jnp.clip(_trees.exponent(jnp.max(jnp.abs(wide))) >> 1, -62, 62)
   return wide * jnp.square(_trees.power_of_two(-by, wide.dtype)), by
 
 
