@@ -1,6 +1,8 @@
-"""The Fisher of a model with convolutions, tokens, scanned layers and a tied leaf, on 1, 2, 4 and 8 devices."""
+"""The Fisher of a model with convolutions, tokens, scanned layers and a tied leaf, on a mesh."""
 
 from __future__ import annotations
+
+import contextlib
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +163,7 @@ def test_forget_on_a_mesh_keeps_the_shardings_and_the_result():
 
 @pytest.mark.parametrize("chunk_bytes", [1, pytest.param(2**13, marks=pytest.mark.long)])
 def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
-  """What GPUs and TPUs are given, run here: several examples at a time, the last chunk filled up."""
+  """What GPUs and TPUs are given, run here: some examples at a time, the last chunk filled up."""
   params, images, labels, weights, single = problem()
   on_gpu = lambda groups, cpu, default, data, g: default(data, g, groups)
   monkeypatch.setattr(sums, "on_platform", on_gpu)
@@ -180,3 +182,89 @@ def test_the_contraction_of_accelerators_is_the_same(chunk_bytes, monkeypatch):
     1e-4,
     1e-9,
   )
+
+
+# --- meshes as `jax.make_mesh` makes them, whose axes are explicit
+
+
+def lookup_loss(params, tokens, labels):
+  hidden = jnp.tanh(params["table"][tokens] @ params["w"]).mean(1)
+  hidden = hidden + jax.vmap(lambda one: params["kinds"][one])(labels)
+  return mj.softmax_cross_entropy(hidden @ params["head"], labels)
+
+
+def lookup_problem():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params = {"table": draw(12, 4), "w": draw(4, 4), "kinds": draw(8, 4), "head": draw(4, 8)}
+  tokens, labels = rng.integers(12, size=(16, 5)), rng.integers(8, size=16)
+  return params, jnp.asarray(tokens, jnp.int32), jnp.asarray(labels, jnp.int32)
+
+
+@pytest.mark.parametrize("microbatch", [None, 4])
+@pytest.mark.parametrize("how", ["concrete", "jit", "set_mesh"])
+@pytest.mark.parametrize("model", ["lookup", "everything else"])
+def test_replicated_params_and_a_batch_split_over_an_explicit_axis(model, how, microbatch):
+  if model == "lookup":
+    loss, (params, *batch) = lookup_loss, lookup_problem()
+  else:
+    loss, (params, *batch, _, _) = loss_fn, problem()
+  single = host(mj.diagonal_fisher(loss, params, *batch))
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4])
+  assert mesh.axis_types == (jax.sharding.AxisType.Explicit,)
+  arguments = place(params, mesh), *place(tuple(batch), mesh, "data")
+  execution = mj.Execution(microbatch)
+  run = lambda *arguments: mj.diagonal_fisher(loss, *arguments, execution=execution)
+  with jax.set_mesh(mesh) if how == "set_mesh" else contextlib.nullcontext():
+    made = (jax.jit(run) if how == "jit" else run)(*arguments)
+  assert_trees_close(made, single, 1e-4, 1e-9)
+  assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(made))
+
+
+def test_a_loss_on_an_explicit_mesh_is_checked_as_any_other():
+  params, tokens, labels = lookup_problem()
+  mesh = jax.make_mesh((4,), ("data",), devices=jax.devices("cpu")[:4])
+  arguments = place(params, mesh), *place((tokens, labels), mesh, "data")
+  mean = lambda *arguments: lookup_loss(*arguments).mean()
+  with pytest.raises(ValueError, match=r"loss_fn: returned shape \(\)"):
+    mj.diagonal_fisher(mean, *arguments)
+  coupled = lambda *arguments: lookup_loss(*arguments) * lookup_loss(*arguments).mean()
+  with pytest.raises(ValueError, match="examples depend on each other"):
+    mj.diagonal_fisher(coupled, *arguments)
+
+
+# --- programs of a call outside jit
+
+
+@contextlib.contextmanager
+def compiled_programs():
+  """The names of the programs that are compiled in the block."""
+  names = []
+
+  def listen(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(fun_name)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_call_outside_jit_runs_as_few_programs_whatever_the_leaves(weighted):
+  """All work on the leaves is in compiled programs: an operation alone would be one of its own."""
+  params, images, labels, weights, _ = problem()
+  mesh = cpu_mesh(4)
+  arguments = sharded_like(params, mesh), *place((images, labels), mesh, "data")
+  more = sharded_like(jax.tree.map(lambda leaf: leaf + 1, params), mesh), *arguments[1:]
+  run = lambda arguments: mj.diagonal_fisher(loss_fn, *arguments, *([weights] if weighted else []))
+  jax.clear_caches()
+  with compiled_programs() as names:
+    run(arguments)
+  assert len([name for name in names if "fisher_program" in name]) == 1
+  assert len(names) <= 8, names
+  with compiled_programs() as names:
+    run(more)
+  assert not names

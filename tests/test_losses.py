@@ -13,6 +13,12 @@ from hypothesis import strategies as st
 import mnemonic_jax as mj
 
 
+@pytest.fixture(autouse=True)
+def no_nan():
+  with jax.debug_nans(True):
+    yield
+
+
 def gradient(logits, label):
   total = lambda logits: mj.softmax_cross_entropy(logits[None], jnp.array([label]))[0]
   return np.asarray(jax.grad(total)(logits), np.float64)
@@ -97,3 +103,61 @@ def test_floating_labels_must_be_probabilities_of_every_class():
     ValueError, match=r"labels: got floating labels of shape \(2,\) for logits \(2, 4\)"
   ):
     mj.softmax_cross_entropy(jnp.zeros((2, 4)), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (3, 4), (), (4,)])
+def test_integer_labels_of_another_shape_are_refused(shape):
+  with pytest.raises(ValueError, match=r"labels: got integer.*expected.*\(3,\).*argmax.*\[:, 0\]"):
+    mj.softmax_cross_entropy(jnp.zeros((3, 4)), jnp.zeros(shape, jnp.int32))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 4)])
+@pytest.mark.parametrize("dtype", [jnp.bool_, jnp.complex64])
+def test_labels_that_are_no_numbers_of_classes_are_refused(shape, dtype):
+  with pytest.raises(TypeError, match=r"labels: got dtype .*expected integers.*argmax.*astype"):
+    mj.softmax_cross_entropy(jnp.zeros((3, 4)), jnp.zeros(shape, dtype))
+
+
+def test_labels_of_several_leading_axes_and_from_numpy():
+  logits = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+  labels = np.array([[0, 1, 2], [3, 3, 0]], np.uint8)
+  losses = mj.softmax_cross_entropy(jnp.asarray(logits), labels)
+  wanted = [[reference.cross_entropy(logits[i, j], labels[i, j]) for j in range(3)] for i in (0, 1)]
+  np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+
+
+MASKED = np.array([0.25, -np.inf, -1.0, 0.5])
+TARGETS = [0, [1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.7, 0.0, 0.2, 0.1]]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_a_class_masked_by_an_infinite_logit_takes_no_part(target):
+  """The loss is that of the classes that are left, and the gradient of the masked one is 0."""
+  left, soft = np.isfinite(MASKED), np.ndim(target) == 1
+  labels = jnp.asarray([target], jnp.float32 if soft else jnp.int32)
+  few = jnp.asarray([np.array(target)[left]], jnp.float32) if soft else labels
+  loss = lambda logits, labels: mj.softmax_cross_entropy(logits, labels)[0]
+  whole, part = (jnp.asarray([x], jnp.float32) for x in (MASKED, MASKED[left]))
+  value, found = jax.value_and_grad(loss)(whole, labels)
+  wanted, of_left = jax.value_and_grad(loss)(part, few)
+  np.testing.assert_allclose(value, wanted, rtol=1e-6)
+  np.testing.assert_allclose(found[0, left], of_left[0], rtol=1e-6)
+  assert found[0, 1] == 0
+
+
+@pytest.mark.parametrize("labels", [[1], [[0.0, 1.0, 0.0]]], ids=str)
+def test_the_one_class_that_is_left_has_loss_and_gradient_zero(labels):
+  total = lambda logits: mj.softmax_cross_entropy(logits, jnp.asarray(labels)).sum()
+  value, found = jax.value_and_grad(total)(jnp.array([[-jnp.inf, 2.0, -jnp.inf]]))
+  assert value == 0
+  np.testing.assert_array_equal(found, np.zeros((1, 3)))
+
+
+@pytest.mark.parametrize(
+  "labels", [[1], [[0.0, 1.0, 0.0]], [[0.3, 0.5, 0.2]], [[0.6, 0.4, 0.0]]], ids=str
+)
+def test_a_masked_class_that_is_wanted_has_an_infinite_loss(labels):
+  total = lambda logits: mj.softmax_cross_entropy(logits, jnp.asarray(labels)).sum()
+  value, found = jax.value_and_grad(total)(jnp.array([[0.5, -jnp.inf, 1.0]]))
+  assert value == np.inf
+  assert not np.any(np.isnan(found))

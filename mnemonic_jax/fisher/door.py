@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -122,9 +123,14 @@ def diagonal_fisher(
   )
   batch = inputs, labels
   found = passes.squared_gradients(objective, params, batch, group_weights, execution.microbatch)
-  sums = found.in_range()
-  filled = iter(value[0] if squeeze else value for value in sums)
+  filled = iter(_plain(found, squeeze))
   return _trees.like(params, [next(filled) if kept else None for kept in mask_of_leaves])
+
+
+@partial(jax.jit, static_argnums=1)
+def _plain(found: passes.SquaredGradients, squeeze: bool) -> list[jax.Array]:
+  """The sums as plain numbers, in one program: not in twenty for every leaf."""
+  return [value[0] if squeeze else value for value in found.in_range()]
 
 
 def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
