@@ -107,7 +107,7 @@ def forget(
 
   >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))  # 3 classes, a code of 8 numbers each
   >>> kernel = codes[:, 0].T  # a linear model that knows its codes by heart
-  >>> method = mnemonic_jax.Perturbation(lambda1=1.0, lambda2=10.0)
+  >>> method = mj.Perturbation(lambda1=1.0, lambda2=10.0)
   >>> result = forget(lambda kernel, x: x @ kernel, kernel, codes, [0], method=method)
   >>> result.info["sign"], result.code_retain_accuracy, result.code_forget_error
   (-1, 1.0, 1.0)
@@ -190,7 +190,7 @@ def forget_step(
     TypeError, ValueError: as `forget`, for what can be told without values.
 
   >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
-  >>> kernel, method = codes[:, 0].T, mnemonic_jax.Perturbation(1.0, 10.0)
+  >>> kernel, method = codes[:, 0].T, mj.Perturbation(1.0, 10.0)
   >>> step = lambda forget: forget_step(lambda w, x: x @ w, kernel, codes, forget, ~forget, method)
   >>> _, info = jax.jit(jax.vmap(step))(jnp.eye(3, dtype=bool))  # each class in turn, in one call
   >>> info.code_forget_error

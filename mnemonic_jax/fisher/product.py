@@ -30,9 +30,7 @@ class Product:
     contracted, batched = equation.params["dimension_numbers"]
     # Contracted axes in the order of the leaf's, whatever that of the equation.
     pairs = sorted(zip(contracted[index], contracted[1 - index], strict=True))
-    self._width_axes, self.read = (
-      (tuple(axes) for axes in zip(*pairs, strict=True)) if pairs else ((), ())
-    )
+    self._width_axes, self.read = [axis for axis, _ in pairs], [axis for _, axis in pairs]
     self._batch_axes, self.data_batch = batched[index], batched[1 - index]
     taken = (*self._width_axes, *self._batch_axes)
     self._free = [axis for axis in range(len(self.shape)) if axis not in taken]
@@ -112,7 +110,7 @@ class Product:
     return isinstance(other, Product) and vars(self) == vars(other)
 
   def __hash__(self) -> int:
-    return hash((self.shape, self.index, self.read, self._order))
+    return hash((self.shape, self.index, self._order))
 
 
 @partial(jax.jit, static_argnums=0)
