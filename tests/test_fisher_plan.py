@@ -237,6 +237,20 @@ def test_gradients_far_from_one_stay_in_range(scale):
   np.testing.assert_allclose(found, np.float64(plain) * scale**2, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_tied_leaf_in_half_precision(dtype):
+  def loss(p, x, y):
+    scores = jnp.tanh(p[x]) @ p.T
+    return jnp.sin(scores).astype(jnp.float32).sum((1, 2)) * y
+
+  w, (_, _, x, y) = (0.6 * drawn(ROWS, WIDTH)).astype(dtype), tied_case(embed_then_project)
+  wanted = squared_gradients_of_each(lambda p, x, y: loss(p, x, y).astype(p.dtype), w, x, y)
+  with jax.numpy_dtype_promotion("strict"):
+    found = mj.diagonal_fisher(loss, w, x, y)
+  assert found.dtype == jnp.float32
+  np.testing.assert_allclose(found, wanted, rtol=0.05, atol=0.02 * wanted.max())
+
+
 def test_a_tied_table_holds_no_gradient_per_example():
   examples, tokens, rows, width = 64, 16, 2048, 64
   shaped = jax.ShapeDtypeStruct

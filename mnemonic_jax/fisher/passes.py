@@ -211,7 +211,8 @@ def _one_pass(
 
 def _at_most_one(weights: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Weights in units of 4**e, so that the largest is near 1; and e."""
-  wide = weights.astype(jnp.promote_types(weights.dtype, jnp.float32))
+  floating = weights if jnp.issubdtype(weights.dtype, jnp.floating) else weights.astype(jnp.float32)
+  wide = floating.astype(_trees.at_least_float32(floating.dtype))
   by = jnp.clip(_trees.exponent(jnp.max(jnp.abs(wide))) >> 1, -62, 62)
   return wide * jnp.square(_trees.power_of_two(-by, wide.dtype)), by
 

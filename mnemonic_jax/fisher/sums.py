@@ -131,7 +131,8 @@ def weighed_in(groups: Groups, unit: jax.Array) -> tuple[Groups, jax.Array]:
 
 def shrunk(x: jax.Array, by: jax.Array) -> jax.Array:
   """Each example of x (N, ...) times 2**by, with by (N,) <= 0."""
-  return x * _factors(by, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+  factors = _factors(by, _trees.at_least_float32(x.dtype)).astype(x.dtype)
+  return x * factors.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def _factors(by: jax.Array, dtype: Any) -> jax.Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from mnemonic_jax import _mesh
+from mnemonic_jax import _mesh, _trees
 from mnemonic_jax.fisher import sums
 from mnemonic_jax.fisher.jaxprs import bind
 from mnemonic_jax.fisher.rules import Contractor
@@ -87,10 +87,11 @@ class Tie:
   def gradients(self, data: Any, g: jax.Array) -> jax.Array:
     """(of the first use and of later ones) -> (n, *shape), the gradient of each example."""
     first, later = data
-    wide = jnp.promote_types(g.dtype, jnp.float32)
+    wide = _trees.at_least_float32(g.dtype)
+    as_wide = lambda x: x.astype(wide) if jnp.issubdtype(x.dtype, jnp.floating) else x
     pairs = zip(self.uses, [(first, g), *later], strict=True)
-    made = [use.rule.gradients(data, g.astype(wide)).astype(wide) for use, (data, g) in pairs]
-    pull_back = jax.linear_transpose(self.operands, jax.ShapeDtypeStruct(self.shape, wide))
+    made = [as_wide(use.rule.gradients(as_wide(data), as_wide(g))) for use, (data, g) in pairs]
+    _, pull_back = jax.vjp(self.operands, _mesh.zeros(self.shape, wide, made))
     return jax.vmap(lambda *each: pull_back(list(each))[0])(*made)
 
   def contract(
