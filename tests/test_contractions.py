@@ -18,15 +18,21 @@ N = 5  # examples
 # Two groups that share examples, and two that do not; no group has example 2.
 OVERLAPPING = np.array([[0.5, 1.5, 0.0, 0.0, 2.0], [1.0, 0.3, 0.0, 0.7, 0.0]], np.float32)
 DISJOINT = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0, 0.7]], np.float32)
-# Bytes of a chunk at which each of these small equations takes one tap, or a few examples, at a time.
+# Bytes of a chunk at which these small equations take one tap, or a few examples, at a time.
 ONE, FEW = 1, 2**11
-# The ways of computing: (platform, weights, whether groups are known to share none, bytes of a chunk).
+# The ways of computing: (platform, weights, whether groups share no example, bytes of a chunk).
 WAYS = {
   "cpu, a few taps at a time": ("cpu", OVERLAPPING, False, FEW),
   "cpu, groups apart, tap by tap": ("cpu", DISJOINT, True, ONE),
   "accelerator": ("gpu", OVERLAPPING, False, sums.CHUNK_BYTES),
   "accelerator, a few examples at a time": ("gpu", OVERLAPPING, False, FEW),
 }
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    yield
 
 
 class Case(NamedTuple):
@@ -40,7 +46,7 @@ class Case(NamedTuple):
 
 
 def made(function, arguments, index, draw):
-  """The case of the one contraction in `function`; the first axis of the data is that of examples."""
+  """The case of the one contraction in `function`; data have a first axis of examples."""
   one = [x if at == index else x[0] for at, x in enumerate(arguments)]
   closed = jax.make_jaxpr(function)(*one)
   jaxpr, consts = without_jits(closed.jaxpr, closed.consts)
@@ -275,7 +281,7 @@ def cases(kind):
 
 @cache
 def squares(kind):
-  """Each example's squared gradient, (N, *leaf.shape), from JAX's rule for the equation's gradient."""
+  """Each example's squared gradient, (N, *leaf.shape), by JAX's gradient of the equation."""
 
   def of_case(case, leaf, data, g):
     settings = case.equation.params | (
