@@ -1074,10 +1074,9 @@ batching.defvectorized(on_tpu_only)
 @case
 def barriers_and_platforms(draw):
   def model(p, x):
-    w, v = lax.optimization_barrier((p["w"], p["v"]))
     tpu, other = (lambda x, w: on_tpu_only.bind(x @ w)), (lambda x, w: x @ w)
-    y = lax.platform_dependent(x, w, tpu=tpu, default=other)
-    return jnp.tanh(y) @ v
+    y = lax.platform_dependent(x, p["w"], tpu=tpu, default=other)
+    return jnp.tanh(y) @ lax.optimization_barrier(p["v"])
 
   return scored(model), {"w": draw(4, 3), "v": draw(3, 2)}, draw(N, 3, 4), draw.labels
 

@@ -83,6 +83,7 @@ PRODUCTS = {  # axes of the data and of the leaf, by letters; those in both are 
   "experts at one position": ("ed,edf", "e"),
   "two batch axes": ("abtc,bacd", "ab"),
   "two batch axes the other way": ("tbca,dabc", "ba"),
+  "two batch axes, out of order in the data": ("tbca,dabc", "ab"),
   "all batch": ("ij,ij", "ij"),
   "all batch, transposed": ("ij,ji", "ij"),
   "a matrix at every place": ("hwc,hwcd", "hw"),
@@ -93,12 +94,12 @@ SIZES = dict(zip("abcdefhijkostw", (2, 3, 4, 5, 2, 3, 2, 4, 3, 5, 3, 2, 4, 3), s
 def products(draw):
   for name, (letters, batch) in PRODUCTS.items():
     data, leaf = letters.split(",")
-    contracted = [letter for letter in data if letter in leaf and letter not in batch]
     places = lambda axes, letters: tuple(axes.index(letter) for letter in letters)
     drawn = lambda axes, *lead: draw.normal(size=(*lead, *(SIZES[a] for a in axes)))
     both = drawn(data, N).astype(np.float32), drawn(leaf).astype(np.float32)
     for index in (0, 1):
       axes = (data, leaf) if index else (leaf, data)
+      contracted = [a for a in axes[0] if a in axes[1] and a not in batch]  # in the left's order
       numbers = tuple(
         tuple(places(one, letters) for one in axes) for letters in (contracted, batch)
       )
