@@ -18,15 +18,21 @@ N = 5  # examples
 # Two groups that share examples, and two that do not; no group has example 2.
 OVERLAPPING = np.array([[0.5, 1.5, 0.0, 0.0, 2.0], [1.0, 0.3, 0.0, 0.7, 0.0]], np.float32)
 DISJOINT = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0, 0.7]], np.float32)
-# Bytes of a chunk at which each of these small equations takes one tap, or a few examples, at a time.
+# Bytes of a chunk at which these small equations take one tap, or a few examples, at a time.
 ONE, FEW = 1, 2**11
-# The ways of computing: (platform, weights, whether groups are known to share none, bytes of a chunk).
+# The ways of computing: (platform, weights, whether groups share no example, bytes of a chunk).
 WAYS = {
   "cpu, a few taps at a time": ("cpu", OVERLAPPING, False, FEW),
   "cpu, groups apart, tap by tap": ("cpu", DISJOINT, True, ONE),
   "accelerator": ("gpu", OVERLAPPING, False, sums.CHUNK_BYTES),
   "accelerator, a few examples at a time": ("gpu", OVERLAPPING, False, FEW),
 }
+
+
+@pytest.fixture(autouse=True)
+def strict_numerics():
+  with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
+    yield
 
 
 class Case(NamedTuple):
@@ -40,7 +46,7 @@ class Case(NamedTuple):
 
 
 def made(function, arguments, index, draw):
-  """The case of the one contraction in `function`; the first axis of the data is that of examples."""
+  """The case of the one contraction in `function`; data have a first axis of examples."""
   one = [x if at == index else x[0] for at, x in enumerate(arguments)]
   closed = jax.make_jaxpr(function)(*one)
   jaxpr, consts = without_jits(closed.jaxpr, closed.consts)
@@ -77,6 +83,7 @@ PRODUCTS = {  # axes of the data and of the leaf, by letters; those in both are 
   "experts at one position": ("ed,edf", "e"),
   "two batch axes": ("abtc,bacd", "ab"),
   "two batch axes the other way": ("tbca,dabc", "ba"),
+  "two batch axes, out of order in the data": ("tbca,dabc", "ab"),
   "all batch": ("ij,ij", "ij"),
   "all batch, transposed": ("ij,ji", "ij"),
   "a matrix at every place": ("hwc,hwcd", "hw"),
@@ -87,12 +94,12 @@ SIZES = dict(zip("abcdefhijkostw", (2, 3, 4, 5, 2, 3, 2, 4, 3, 5, 3, 2, 4, 3), s
 def products(draw):
   for name, (letters, batch) in PRODUCTS.items():
     data, leaf = letters.split(",")
-    contracted = [letter for letter in data if letter in leaf and letter not in batch]
     places = lambda axes, letters: tuple(axes.index(letter) for letter in letters)
     drawn = lambda axes, *lead: draw.normal(size=(*lead, *(SIZES[a] for a in axes)))
     both = drawn(data, N).astype(np.float32), drawn(leaf).astype(np.float32)
     for index in (0, 1):
       axes = (data, leaf) if index else (leaf, data)
+      contracted = [a for a in axes[0] if a in axes[1] and a not in batch]  # in the left's order
       numbers = tuple(
         tuple(places(one, letters) for one in axes) for letters in (contracted, batch)
       )
@@ -275,7 +282,7 @@ def cases(kind):
 
 @cache
 def squares(kind):
-  """Each example's squared gradient, (N, *leaf.shape), from JAX's rule for the equation's gradient."""
+  """Each example's squared gradient, (N, *leaf.shape), by JAX's gradient of the equation."""
 
   def of_case(case, leaf, data, g):
     settings = case.equation.params | (

@@ -14,10 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mnemonic_jax as mj
+from mnemonic_jax.fisher import jaxprs
 
 # Groups that share examples, one example in none; groups that do not, out of order.
 OVERLAPPING = np.array([[0.5, 1.5, 0.0, 0.0, 2.0], [1.0, 0.3, 0.0, 0.7, 0.0]], np.float32)
 DISJOINT = np.array([[0.0, 1.5, 0.0, 0.4, 0.0], [1.0, 0.0, 0.0, 0.0, 0.7]], np.float32)
+
+
+@pytest.fixture(autouse=True)
+def no_nan():
+  with jax.debug_nans(True):
+    yield
 
 
 def as_jax(tree, dtype):
@@ -57,7 +64,8 @@ def prepared(name):
 def error(ours, squares, weights):
   """The largest difference, relative to the largest entry of its leaf and group.
 
-  A gradient that is zero but for rounding (of a key's bias in attention, say) is measured against the other leaves.
+  A gradient that is zero but for rounding (of a key's bias in attention, say) is measured against
+  the other leaves.
   """
   worst = 0.0
   leaves = jax.tree.leaves(ours)
@@ -107,11 +115,11 @@ def test_float32(name):
 WITH_X64 = [name for name, case in CASES.items() if case.x64]
 
 
-# Every sixth case in the suite, the others where there is time.
+# Every tenth case in the suite, the others where there is time.
 @pytest.mark.parametrize(
   "name",
   [
-    name if i % 6 == 0 else pytest.param(name, marks=pytest.mark.long)
+    name if i % 10 == 0 else pytest.param(name, marks=pytest.mark.long)
     for i, name in enumerate(WITH_X64)
   ],
 )
@@ -122,6 +130,60 @@ def test_float64(name):
     ours = fisher(*as_jax(arrays, jnp.float64), OVERLAPPING.astype(np.float64))
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(ours))
   assert error(ours, squares, OVERLAPPING) <= 1e-10
+
+
+def test_a_scan_with_settings_unknown_to_the_engine_goes_per_example(monkeypatch):
+  known = {"scan": jaxprs._KNOWN["scan"] - {"unroll"}, "cond": jaxprs._KNOWN["cond"]}
+  monkeypatch.setattr(jaxprs, "_KNOWN", known)
+  name = "scan_over_layers_rematerialised"
+  loss_fn, arrays, _ = prepared(name)
+  again = lambda *arguments: loss_fn(*arguments)  # nothing is kept of the plan for this function
+  plan = mj.explain_fisher(again, *as_jax(arrays, jnp.float32))
+  assert {(row.rule, row.reason) for row in plan.leaves} == {
+    ("per example", "used in a scan with unusual settings")
+  }
+  fisher = jax.jit(lambda *arguments: mj.diagonal_fisher(again, *arguments))
+  check(fisher(*as_jax(arrays, jnp.float32), OVERLAPPING), name, OVERLAPPING)
+
+
+LOOKUPS = {  # one lookup, however it is written and batched
+  "lookup_under_vmap_twice": (40, 3),
+  "lookup_of_one_number": (3, 4),
+  "lookup_by_a_dynamic_slice": (6, 4),
+  "lookup_of_equinox": (9, 3),
+  "lookup_negative": (5, 2),
+}
+
+
+@pytest.mark.parametrize("name", LOOKUPS)
+def test_a_lookup_in_any_batching_is_no_gradient_per_example(name):
+  loss_fn, *arrays = CASES[name].make()
+  (row,) = mj.explain_fisher(loss_fn, *as_jax(arrays, jnp.float32)).leaves
+  assert (row.rule, row.shape, row.bytes_per_example) == ("lookup", LOOKUPS[name], 0)
+
+
+def test_forget_where_a_branch_is_for_another_platform():
+  """The branch for TPUs has no meaning here: neither Fisher nor candidates may lower it."""
+  draw = exact_cases.Draw("platforms")
+  params, codes = {"w": draw(4, 6), "v": draw(6, 3)}, draw(3, 2, 4)
+  kernel = lambda x, w: exact_cases.on_tpu_only.bind(x @ w)
+  plain = lambda x, w: x @ w
+  hidden = lambda x, w: jax.lax.platform_dependent(x, w, tpu=kernel, default=plain)
+  models = [lambda p, x, h=h: jnp.tanh(h(x, p["w"])) @ p["v"] for h in (hidden, plain)]
+  params, codes = as_jax((params, codes), jnp.float32)
+  method = mj.Perturbation(0.1, 1.0)
+  found, wanted = (mj.forget(model, params, codes, [1], method=method) for model in models)
+  assert np.max(abs(wanted.params["w"] - params["w"])) > 1e-3
+  for name in params:
+    np.testing.assert_allclose(found.params[name], wanted.params[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["dense_tokens", "conv_groups", "lookup_repeated_in_an_example"])
+def test_with_jit_disabled(name):
+  loss_fn, arrays, _ = prepared(name)
+  with jax.disable_jit():
+    ours = mj.diagonal_fisher(loss_fn, *as_jax(arrays, jnp.float32), OVERLAPPING)
+  check(ours, name, OVERLAPPING)
 
 
 def test_leaves_of_two_dtypes_side_by_side():
@@ -159,8 +221,10 @@ def test_concrete_calls(name, weights):
   check(mj.diagonal_fisher(loss_fn, *as_jax(arrays, jnp.float32), weights), name, weights)
 
 
-@CONCRETE
-@pytest.mark.parametrize("microbatch", [1, 3])
+@pytest.mark.parametrize(
+  ("name", "microbatch"),
+  [*((name, 3) for name, case in CASES.items() if case.concrete), ("inputs_in_a_tree", 1)],
+)
 def test_microbatch_changes_rounding_only(name, microbatch):
   loss_fn, arrays, _ = prepared(name)
   fisher = partial(mj.diagonal_fisher, loss_fn, *as_jax(arrays, jnp.float32), OVERLAPPING)
@@ -170,13 +234,12 @@ def test_microbatch_changes_rounding_only(name, microbatch):
     np.testing.assert_allclose(leaf, wanted, rtol=1e-4, atol=1e-6 * np.max(wanted, initial=0))
 
 
-@pytest.mark.parametrize(
-  "sizes", [None, (140, 152, 3), (3, 280, 5), (150, 0, 140), (2, 1, 0)], ids=str
-)
+@pytest.mark.parametrize("sizes", [None, (3, 280, 5), (150, 0, 140), (2, 1, 0)], ids=str)
 def test_many_examples(sizes):
-  """More than the engine takes at once, some of them in no group; every param meets its data in one position.
+  """More than the engine takes at once, some in no group; every param meets data in one position.
 
-  Groups that share examples, and groups of some sizes that share none: one that holds nearly all goes another way.
+  Groups that share examples, and groups of some sizes that share none: one that holds nearly all
+  goes another way.
   """
   many, draw = 300, exact_cases.Draw("many")
 
@@ -202,32 +265,32 @@ def test_many_examples(sizes):
     weights = (0.1 + abs(draw(3, many))) * (group == np.arange(3)[:, None])
   squares = squares_by_loop(loss_fn, *arrays)
   fisher = lambda *arrays: mj.diagonal_fisher(loss_fn, *arrays, weights)
-  assert error(fisher(*as_jax(arrays, jnp.float32)), squares, weights) < 1e-5
   assert error(jax.jit(fisher)(*as_jax(arrays, jnp.float32)), squares, weights) < 1e-5
 
 
-LINEAR = {  # models that are linear in their param: (function of (param, input), shape of the param, of an input)
-  "dense": (lambda w, x: x @ w, (4, 3), (4,)),
+LINEAR = {  # models that are linear in their param: (function, shape of the param, of an input)
   "dense over tokens": (lambda w, x: x @ w, (4, 3), (5, 4)),
-  "convolution": (lambda w, x: exact_cases.convolve(x[None], w), (2, 2, 2, 3), (4, 4, 2)),
   "broadcast": (lambda w, x: x * w, (4,), (3, 4)),
   "used twice": (lambda w, x: x @ w + jnp.sin(x) @ w, (4, 3), (5, 4)),
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
 @pytest.mark.parametrize(
-  "options", [{}, {"execution": mj.Execution(microbatch=3)}], ids=["whole", "microbatch"]
+  ("name", "microbatch"), [*((name, None) for name in LINEAR), ("dense over tokens", 3)]
 )
-def test_classes_not_sums(name, options):
-  """Two classes, each with every input and its negative: the gradients of a class cancel, their squares add up."""
+def test_classes_not_sums(name, microbatch):
+  """Two classes, each with every input and its negative.
+
+  The gradients of a class cancel, and their squares add up.
+  """
   model, param_shape, input_shape = LINEAR[name]
   draw = exact_cases.Draw(name)
   half, param = draw(4, *input_shape), jnp.asarray(draw(*param_shape))
   inputs, labels = jnp.concatenate([half, -half]), jnp.array([0, 0, 1, 1] * 2)
   weights = np.equal.outer([0, 1], labels).astype(np.float32)
   loss_fn = lambda p, x, y: (1.0 + y) * jax.vmap(lambda x: jnp.sum(model(p, x)))(x)
-  ours = mj.diagonal_fisher(loss_fn, param, inputs, labels, weights, **options)
+  execution = mj.Execution(microbatch)
+  ours = mj.diagonal_fisher(loss_fn, param, inputs, labels, weights, execution=execution)
 
   gradients = np.stack(
     [
@@ -243,7 +306,7 @@ def test_classes_not_sums(name, options):
   assert np.max(abs(ours[0] - ours[1])) > 0.1 * np.max(squares)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(
   program=st.lists(
     st.tuples(st.sampled_from(sorted(exact_cases.OPERATIONS)), st.integers(2, 4)),
