@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import jax
 import pytest
 
@@ -31,11 +29,6 @@ def pytest_configure(config: pytest.Config) -> None:
   config.addinivalue_line(
     "markers", "lenient_numerics: without the strict numerics of the core tests"
   )
-  # Compiling is most of what the suite takes, and this spares a quarter of it, also in the commands that tests start. The
-  # long tests compile as users do.
-  quick = config.option.markexpr == "not long"
-  jax.config.update("jax_disable_most_optimizations", quick)
-  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))
 
 
 @pytest.fixture(autouse=True)

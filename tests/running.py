@@ -124,8 +124,7 @@ def environment() -> dict[str, str]:
   kept = {
     key: value
     for key, value in os.environ.items()
-    if key == "JAX_DISABLE_MOST_OPTIMIZATIONS"
-    or not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
+    if not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
   }
   return kept | {"XDG_CACHE_HOME": _compiled()}
 
