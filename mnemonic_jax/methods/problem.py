@@ -19,6 +19,7 @@ import numpy as np
 from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax._functions import Static
 from mnemonic_jax._types import PerExampleLoss
+from mnemonic_jax.evaluation import retain_and_forget
 from mnemonic_jax.fisher import loss_checks, passes, sites
 
 PyTree = Any
@@ -297,20 +298,16 @@ def _scores(
   remain: jax.Array,
   params: PyTree,
 ) -> CodeScores:
-  right = (jnp.argmax(logits, axis=-1) == labels).astype(logits.dtype)
-  losses = loss(logits, labels)
-  finite = jnp.all(jnp.isfinite(logits)) & _trees.all_finite(params)
+  labels = jnp.asarray(labels)
+  losses, finite = loss(logits, labels), jnp.all(jnp.isfinite(logits)) & _trees.all_finite(params)
+  scores = retain_and_forget(logits, labels, forget, remain)
+  retain_accuracy, forget_error = (jnp.where(finite, score, jnp.nan) for score in scores)
 
-  def mean(classes: jax.Array, values: jax.Array) -> jax.Array:
+  def mean_loss(classes: jax.Array) -> jax.Array:
     side = classes[labels]
-    total = jnp.sum(jnp.where(side, values, 0)) / jnp.sum(side, dtype=values.dtype)
-    return jnp.where(finite, total, jnp.nan)
+    return jnp.sum(jnp.where(side, losses, 0)) / jnp.sum(side, dtype=losses.dtype)
 
-  return CodeScores(
-    retain_accuracy=mean(remain, right),
-    forget_error=mean(forget, 1 - right),
-    loss_gap=mean(forget, losses) - mean(remain, losses),
-  )
+  return CodeScores(retain_accuracy, forget_error, mean_loss(forget) - mean_loss(remain))
 
 
 @partial(jax.jit, static_argnums=1)
