@@ -15,9 +15,9 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
       loss = softplus(logsumexp_{j != y} l_j - l_y),
 
-  which equals logsumexp(l) - l_y but keeps its relative accuracy, and that of its gradient, when the
-  model is sure: at a margin of 17 the usual form has a float32 gradient of exactly 0, this one -e^-17.
-  For probabilities p instead of a label, with y the likeliest class,
+  which equals logsumexp(l) - l_y but keeps its relative accuracy, and that of its gradient, when
+  the model is sure: at a margin of 17 the usual form has a float32 gradient of exactly 0, this one
+  -e^-17. For probabilities p instead of a label, with y the likeliest class,
 
       loss = logsumexp(l) - sum_j p_j l_j
            = softplus(logsumexp_{j != y} l_j - l_y) + sum_{j != y} p_j (l_y - l_j),
@@ -25,13 +25,15 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   which for a one-hot p is the loss of its label, to the bit.
 
   Guarantees:
-    The value and the gradient have a relative error of about eps * max|l| while the margin is below
-    87 in float32 (708 in float64). Beyond, e^-margin leaves the normal range, and both may become 0.
+    The value and the gradient have a relative error of about eps * max|l| while the margin is
+    below 87 in float32 (708 in float64). Beyond, e^-margin leaves the normal range, and both may
+    become 0.
 
   Edge cases:
-    a class whose logit is -inf takes no part: its gradient is 0, and so is its share in the loss
-    unless it is the label or has a probability above 0. Then the loss is inf.
-    where all other classes have a logit of -inf, or there is one class only, loss and gradient are 0.
+    a class with the logit -inf takes no part: its gradient is 0, and so is its share in the loss.
+    If it is the label, or has a probability above 0, the loss is inf.
+    where all other classes have the logit -inf, or there is one class only, the loss and its
+    gradient are 0.
     labels outside [0, C) are not looked for, and their loss means nothing.
 
   Args:
@@ -59,7 +61,7 @@ def softmax_cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
   loss = jax.nn.softplus(_logsumexp(jnp.where(own, -jnp.inf, logits)) - own_logit)
   if not soft:
     return loss
-  # 0 * inf is no number: a class without probability has no say, and a loss of inf stays what it is.
+  # 0 * inf is NaN: a class without probability has no say, and a loss of inf stays what it is.
   counts = ~own & (labels != 0) & (own_logit > -jnp.inf)[..., None]
   behind = jnp.where(counts, own_logit[..., None], 0) - jnp.where(counts, logits, 0)
   return loss + jnp.sum(labels.astype(logits.dtype) * behind, axis=-1)

@@ -1,4 +1,4 @@
-"""The Fisher: against loops over examples with gradients derived by hand, and at every edge it documents."""
+"""The Fisher against loops over examples with gradients by hand, and at every edge it documents."""
 
 from __future__ import annotations
 
@@ -26,6 +26,20 @@ from toys import (
 
 import mnemonic_jax as mj
 from mnemonic_jax.fisher import loss_checks, passes
+
+# Tests that put NaN or inf into a batch on purpose.
+NOT_FINITE = (
+  "test_an_example_with_weight_zero_in_every_group_contributes_nothing",
+  "test_non_finite_gradients_propagate",
+  "test_all_weights_zero_give_zero",
+  "test_examples_that_depend_on_each_other_are_refused",
+)
+
+
+@pytest.fixture(autouse=True)
+def no_nan(request):
+  with jax.debug_nans(request.function.__name__ not in NOT_FINITE):
+    yield
 
 
 def both(model, weights=None, seed=0, **options):
@@ -121,7 +135,7 @@ def test_never_the_square_of_a_batch_gradient():
     loss, jnp.zeros(2), jnp.array([[3.0, 1.0], [-3.0, -1.0]]), jnp.zeros(2)
   )
   np.testing.assert_array_equal(fisher, [9, 1])
-  # And copies of one example do not change their mean, as they would if N gradients were summed first.
+  # Nor do copies of one example change their mean, as they would if gradients were summed first.
   fisher = mj.diagonal_fisher(loss, jnp.zeros(2), jnp.array([[3.0, 1.0]] * 5), jnp.zeros(5))
   np.testing.assert_allclose(fisher, [9, 1], rtol=1e-6)
 
@@ -148,7 +162,8 @@ def test_any_shape(examples, features, classes, groups, seed):
 
 @pytest.mark.parametrize("margin", [1.0, 17.0])
 def test_closed_form_of_softmax_regression_with_confident_codes(margin):
-  # Diagonal codes: class c's own logit is `margin` above the others, so r_j = e^-margin / (1 + (C - 1) e^-margin).
+  # Diagonal codes: class c's own logit is `margin` above the others, so
+  # r_j = e^-margin / (1 + (C - 1) e^-margin).
   classes = 4
   params = {"kernel": jnp.eye(classes) * margin, "bias": jnp.zeros(classes)}
   ours = mj.diagonal_fisher(
@@ -312,7 +327,7 @@ def default_microbatch(loss, params, inputs, examples):
     jax.ShapeDtypeStruct((examples,), jnp.int32),
   )
   weights = jnp.ones((1, examples))
-  # Abstract values are not concrete: this is the microbatch inside a caller's jit, here without a convolution.
+  # Abstract values: the microbatch inside a caller's jit, here without a convolution.
   return passes.examples_at_once(objective, params, batch, weights, None)
 
 
@@ -320,7 +335,7 @@ def test_the_default_microbatch_keeps_a_pass_within_its_budget():
   budget = passes._PASS_BYTES
   shape = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
   activations = lambda p, x, y: ((x @ p) ** 2).sum(-1)
-  # A product is contracted: what counts is half of the activations, which are x @ p, its square and the sum.
+  # A product is contracted: what counts is half of the activations, x @ p, its square and the sum.
   most = budget // ((2 * 2**20 + 1) * 4 // 2)
   assert default_microbatch(activations, shape(8, 2**20), (8,), 20 * most) == most
   assert (
@@ -450,7 +465,8 @@ def test_a_loss_that_squeezes_the_batch_away_is_refused(jit):
 
 
 def test_a_callers_loss_that_cancels_is_rounding_not_dependence():
-  # logsumexp(l) - l_y of confident codes is noise of the size of the logits' rounding, different in every batch.
+  # logsumexp(l) - l_y of confident codes is noise as large as the logits' rounding, and another
+  # one in every batch.
   noise = {1: 2e-6, 7: 0.0}
   loss = lambda w, x, y: jnp.maximum(x @ w, 0) + noise[len(y)]
   mj.diagonal_fisher(loss, jnp.zeros(2), jnp.ones((7, 2)), jnp.zeros(7))

@@ -177,4 +177,6 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
   weights = jnp.asarray(weights)
   if _checks.is_concrete(weights) and not np.all(np.isfinite(np.asarray(weights, np.float64))):
     raise ValueError("weights: got NaN or inf; expected finite numbers.")
+  if not jnp.issubdtype(weights.dtype, jnp.floating):
+    weights = weights.astype(jnp.result_type(float))
   return jnp.atleast_2d(weights), weights.ndim == 1
