@@ -1,18 +1,20 @@
-"""What the diagonal Fisher costs beside one plain batch gradient of the same codes, and beside other ways to get it.
+"""Time the diagonal Fisher beside a plain batch gradient, and beside other ways to get it.
 
 Command:  python benchmarks/fisher.py [ROW ...]      (all rows if none; --list names them)
 
-Every row times in one process, on the same codes and params (random weights; time does not depend on them):
+Every row is timed in one process, on the same codes and params (random weights; time does not
+depend on them):
   batch gradient   jax.grad of the mean loss: the floor, and no Fisher
   one group        diagonal_fisher, the mean over all codes
-  two groups       diagonal_fisher of the first code and of all others, concrete: what `forget` asks for
+  two groups       diagonal_fisher of the first code and of all others, concrete: as in `forget`
   overlapping      two groups that share every code
   vmap(grad)       per-example gradients squared, in the best of a few microbatches
   one by one       a jitted gradient of one code at a time, called from Python
-Seconds are medians of interleaved repetitions. Compile: trace, lowering and compilation with JAX's caches emptied, the
-median of three rounds over all ways, after one round that is not counted (the first compilation of a process pays for
-all). Memory is the compiled program's temporary memory (of the microbatch program). `--torch` adds a PyTorch loop over
-single codes (the `torch` extra) for the CIFAR ResNet-18.
+Seconds are medians of interleaved repetitions. Compile: trace, lowering and compilation with JAX's
+caches emptied, the median of three rounds over all ways, after one round that is not counted (the
+first compilation of a process pays for all). Memory is the compiled program's temporary memory (of
+the microbatch program). `--torch` adds a PyTorch loop over single codes (the `torch` extra) for the
+CIFAR ResNet-18.
 """
 
 from __future__ import annotations
@@ -165,7 +167,7 @@ def params_bytes(params) -> int:
 
 
 def check(ways: list[Way]) -> float:
-  """Largest difference between our two groups and vmap(grad)'s, relative to each leaf's largest entry."""
+  """Largest difference between our two groups and vmap(grad)'s, over each leaf's largest entry."""
   by_name = {way.name.split(" (")[0]: way for way in ways}
   ours, theirs = (
     jax.tree.leaves(by_name["two groups"].run()),
@@ -185,7 +187,10 @@ def measure_compilation(ways: list[Way], rounds: int = 3) -> None:
 
 
 def measure(ways: list[Way], budget: float) -> None:
-  """Interleaved repetitions, so that a slow moment of the machine hits every way; two at least, after one not timed."""
+  """Interleave repetitions, so that a slow moment of the machine hits every way.
+
+  At least two repetitions are timed, after one that is not.
+  """
   for way in ways:
     jax.block_until_ready(way.run())
   start, repetitions = time.perf_counter(), 0
@@ -203,7 +208,8 @@ def report(row: str, ways: list[Way], error: float) -> str:
   best = min((way for way in ways if way.name.startswith("vmap")), key=lambda way: way.median)
   shown = [way for way in ways if not way.name.startswith("vmap") or way is best]
   lines = [
-    f"| {row if way is floor else ''} | {way.name} | {way.median:.3g} | {way.median / floor.median:.2f} | {way.megabytes:.0f} | "
+    f"| {row if way is floor else ''} | {way.name} | {way.median:.3g} | "
+    f"{way.median / floor.median:.2f} | {way.megabytes:.0f} | "
     f"{way.compile_seconds:.1f} | {way.compile_seconds / floor.compile_seconds:.1f} |"
     for way in shown
   ]
@@ -261,7 +267,8 @@ def main() -> None:
     sys.exit(f"no row starts with {options.rows}; --list names them")
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {jax.device_count()} device(s)\n")
   print(
-    "| model | way | seconds | / batch | temp MiB | compile s | / batch |\n|---|---|---|---|---|---|---|"
+    "| model | way | seconds | / batch | temp MiB | compile s | / batch |\n"
+    "|---|---|---|---|---|---|---|"
   )
   for row in chosen:
     model, num = ROWS[row]

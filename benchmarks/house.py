@@ -2,8 +2,8 @@
 
 Command:  python benchmarks/house.py [CHECKOUT]
 
-An arrow is a pair of files, one of which imports the other. With another CHECKOUT only its files are
-counted. The figures of docs/design.md come from here.
+An arrow is a pair of files, one of which imports the other. With another CHECKOUT only its files
+are counted. The figures of docs/design.md come from here.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """What input costs a training step, and what mixing codes costs it.
 
-Command:  python benchmarks/inputs.py [--pictures DIR] [--quick]      (tens of minutes on 2 CPU cores)
+Command:  python benchmarks/inputs.py [--pictures DIR] [--quick]
+          (tens of minutes on 2 CPU cores)
 
 First table, images per second:
-  loader alone   stored sets: rows gathered and augmented on the device; streamed: `Stream.training_batches`, decoded and
-                 cut to 224 x 224 by as many workers (0: threads of this process), its first batches not counted
+  loader alone   stored sets: rows gathered and augmented on the device; streamed:
+                 `Stream.training_batches`, decoded and cut to 224 x 224 by as many workers
+                 (0: threads of this process), its first batches not counted
   step alone     the jitted step of `mnemonic train` on one batch that is repeated
-  cost of input  seconds of steps with the loader over seconds of as many on the repeated batch, minus 1: the median of
-                 pairs run one after the other, so that load on the machine cancels, and in brackets its 95 % interval.
-                 MLPs run whole epochs in one call, the others step by step, as `mnemonic train` does on CPU
-Second table: a jitted step that mixes codes (rate 0.3) against the same step without, in pairs too; and the seconds of
-`mix` by itself, called from Python, over those of the step without.
+  cost of input  seconds of steps with the loader over seconds of as many on the repeated batch,
+                 minus 1: the median of pairs run one after the other, so that load on the machine
+                 cancels, and in brackets its 95 % interval. MLPs run whole epochs in one call, the
+                 others step by step, as `mnemonic train` does on CPU
+Second table: a jitted step that mixes codes (rate 0.3) against the same step without, in pairs too;
+and the seconds of `mix` by itself, called from Python, over those of the step without.
 
-Pixels of the MNIST and CIFAR shapes are random (synthetic). Streamed pictures are the JPEGs in DIR, or 100 JPEGs of
-500 x 375 from scikit-learn's two photographs (synthetic too: two contents), kept in memory. "cold" is the first call,
-compilation included; "first batch" includes the start of the workers.
+Pixels of the MNIST and CIFAR shapes are random (synthetic). Streamed pictures are the JPEGs in DIR,
+or 100 JPEGs of 500 x 375 from scikit-learn's two photographs (synthetic too: two contents), kept in
+memory. "cold" is the first call, compilation included; "first batch" includes the start of the
+workers.
 """
 
 from __future__ import annotations
@@ -91,7 +95,7 @@ def synthetic(name: str, num: int, shape: tuple[int, ...]) -> Dataset:
 
 
 def encoded(folder: pathlib.Path | None) -> list[bytes]:
-  """JPEGs of a folder, or a hundred of scikit-learn's photographs, each cut out at another place."""
+  """JPEGs of a folder, or a hundred crops of scikit-learn's photographs, each at another place."""
   if folder is not None:
     return [
       file.read_bytes()
@@ -205,7 +209,7 @@ class Runner:
 def in_pairs(
   first: Callable[[], float], second: Callable[[], float], pairs: int
 ) -> tuple[list[float], list[float]]:
-  """Seconds of both, taken in turn: first second, second first, ..., after one of each that is not counted."""
+  """Time both in turn: first second, second first, ..., after one of each that is not counted."""
   seconds: tuple[list[float], list[float]] = ([], [])
   for index in range(-1, pairs):
     for which in (0, 1) if index % 2 else (1, 0):
@@ -216,9 +220,10 @@ def in_pairs(
 
 
 def cost(first: list[float], second: list[float]) -> str:
-  """First over second, pair by pair, minus 1: the median, and an interval that holds it in 95 of 100 runs.
+  """First over second, pair by pair, minus 1: the median and its 95 % interval.
 
-  The interval lies between two of the ratios in order (a sign test); of fewer than six pairs it is all.
+  The interval lies between two of the sorted ratios (a sign test); of fewer than six pairs it
+  covers all.
   """
   ratios = sorted(100 * (a / b - 1) for a, b in zip(first, second, strict=True))
   low = max(int(binom.ppf(0.025, len(ratios), 0.5)), 1)
@@ -338,7 +343,10 @@ def measure_streamed(row: Row) -> Iterator[str]:
 
 def line(row: Row, kind: str, first_batch, loader, alone, cold, loaded, plain) -> str:
   """A row of the first table."""
-  return f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | {cost(loaded, plain)} |"
+  return (
+    f"| {row.name} | {kind} | {first_batch:.2f} | {loader:.0f} | {alone:.3g} | {cold:.2f} | "
+    f"{cost(loaded, plain)} |"
+  )
 
 
 def measure_mixing(row: Row) -> str:
@@ -401,7 +409,8 @@ def main() -> None:
   )
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; streamed pictures: {pictures}\n")
   print(
-    "| data, model, batch | loader | first batch, s | loader alone, images/s | step alone, images/s | cold, s | cost of input |\n"
+    "| data, model, batch | loader | first batch, s | loader alone, images/s | "
+    "step alone, images/s | cold, s | cost of input |\n"
     "|---|---|---|---|---|---|---|"
   )
   for row in chosen:
@@ -411,7 +420,8 @@ def main() -> None:
     for text in measured:
       print(text, flush=True)
   print(
-    "\n| data, model | batch | step with codes, ms | without, ms | ratio - 1 | mix alone, ms | / step |\n"
+    "\n| data, model | batch | step with codes, ms | without, ms | ratio - 1 | "
+    "mix alone, ms | / step |\n"
     "|---|---|---|---|---|---|---|"
   )
   for row in chosen[1:]:

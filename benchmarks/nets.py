@@ -1,7 +1,8 @@
-"""The models that the Fisher is timed on, as plain functions: (init(key) -> params, apply(params, images) -> logits).
+"""The models that the Fisher is timed on, as plain functions.
 
-BatchNorm is in evaluation mode, its running statistics those of a fresh model, so scale and bias are all that is left of
-it. Images are NHWC.
+Each is a pair (init(key) -> params, apply(params, images) -> logits). BatchNorm is in evaluation
+mode, its running statistics those of a fresh model, so scale and bias are all that is left of it.
+Images are NHWC.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def mlp(inputs=784, hidden=1000, classes=10):
 
 
 def resnet(depths, *, bottleneck=False, groups=1, base=64, small_stem=False, classes=1000):
-  """ResNet-18 is (2, 2, 2, 2); ResNeXt-50 32x4d is (3, 4, 6, 3), a bottleneck of base 128 in 32 groups."""
+  """ResNet-18 is (2, 2, 2, 2); ResNeXt-50 32x4d (3, 4, 6, 3), bottleneck, base 128, 32 groups."""
   plan = [
     (64 * 2**stage, 2 if stage and not block else 1)
     for stage, n in enumerate(depths)

@@ -1,16 +1,17 @@
-"""Import of a pretrained ViT-B/16 from disk to device: seconds, and how much private host memory it takes.
+"""Import a pretrained ViT-B/16 from disk to device: seconds, and private host memory.
 
-Command:  python benchmarks/pretrained.py [--quick]      (two minutes on 2 CPU cores; --quick: a ViT-Ti/16, once)
+Command:  python benchmarks/pretrained.py [--quick]
+          (two minutes on 2 CPU cores; --quick: a ViT-Ti/16, once)
 
 Files of random weights (synthetic) with timm's names (.safetensors) and AugReg's (.npz) are read by
-`mnemonic_jax.models.pretrained.load`, each time in a fresh process, into a model with and without scanned blocks. Seconds go
-from the call until the params are on the device. The files have just been written, so they are in the page cache: a cold
-one is not measured.
+`mnemonic_jax.models.pretrained.load`, each time in a fresh process, into a model with and without
+scanned blocks. Seconds go from the call until the params are on the device. The files have just
+been written, so they are in the page cache: a cold one is not measured.
 
-Memory is anonymous private memory (RssAnon), sampled every 5 ms: pages of mapped files are not in it. "Peak" and "kept"
-are its growth during the load and after it. On CPU the params themselves are in it, because host and device memory are
-the same; the target, a peak of 1.2 times the file, is read with them there, and without them where the device has memory
-of its own.
+Memory is anonymous private memory (RssAnon), sampled every 5 ms: pages of mapped files are not in
+it. "Peak" and "kept" are its growth during the load and after it. On CPU the params themselves are
+in it, because host and device memory are the same; the target, a peak of 1.2 times the file, is
+read with them there, and without them where the device has memory of its own.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def write_timm(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 
 def write_augreg(name: str, folder: pathlib.Path) -> pathlib.Path:
-  """Queries, keys and values apart, heads in an axis of their own; not compressed, as numpy.savez writes it."""
+  """Write q, k and v apart, heads in an axis of their own; uncompressed, as numpy.savez does."""
   arrays, heads = {}, HEADS[name]
   for theirs, x in drawn(name, AUGREG).items():
     if "/qkv/" in theirs:
@@ -158,8 +159,10 @@ def row(kind: str, name: str, file: pathlib.Path, repeats: int, scan: bool) -> s
   peak, kept = max(o["peak"] for o in outcomes), statistics.median(o["kept"] for o in outcomes)
   params = outcomes[0]["params"]
   return (
-    f"| {kind}{', scanned blocks' if scan else ''} | {size / MIB:.0f} | {seconds[0]:.2f} | {statistics.median(seconds):.2f} | {peak / MIB:.0f} | "
-    f"{peak / size:.2f} | {(peak - params) / MIB:.0f} | {(peak - params) / size:.2f} | {kept / size:.2f} |"
+    f"| {kind}{', scanned blocks' if scan else ''} | {size / MIB:.0f} | "
+    f"{seconds[0]:.2f} | {statistics.median(seconds):.2f} | {peak / MIB:.0f} | "
+    f"{peak / size:.2f} | {(peak - params) / MIB:.0f} | "
+    f"{(peak - params) / size:.2f} | {kept / size:.2f} |"
   )
 
 
@@ -182,10 +185,12 @@ def main() -> None:
     return
   name, repeats = ("vit_ti16", 1) if options.quick else ("vit_b16", REPEATS)
   print(
-    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {name}, {repeats} fresh processes a row\n"
+    f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {name}, "
+    f"{repeats} fresh processes a row\n"
   )
   print(
-    "| file | MiB | s (first) | s (median) | largest peak, MiB | / file | less the params, MiB | / file | kept / file |\n"
+    "| file | MiB | s (first) | s (median) | largest peak, MiB | / file | "
+    "less the params, MiB | / file | kept / file |\n"
     "|---|---|---|---|---|---|---|---|---|"
   )
   with tempfile.TemporaryDirectory() as folder:

@@ -1,9 +1,9 @@
-"""Whole epochs in one call against one jitted step per Python call, on the MLPs: seconds an epoch, and the ratio.
+"""Compare whole epochs in one call with one jitted step per Python call, on the MLPs.
 
 Command:  python benchmarks/training.py      (under a minute on 2 CPU cores)
 
-Pixels of the MNIST row are random, labelled synthetic: only the time is read. Medians of the epochs after the first;
-"cold" is the first call, compilation included.
+Pixels of the MNIST row are random, labelled synthetic: only the time is read. Medians of the epochs
+after the first; "cold" is the first call, compilation included.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
 
   single_cold, single_warm = time_epochs(single)
   return (
-    f"| {name} | {planned.steps_per_epoch} | {whole_warm:.3f} ({whole_cold:.2f}) | {single_warm:.3f} ({single_cold:.2f}) | "
+    f"| {name} | {planned.steps_per_epoch} | {whole_warm:.3f} ({whole_cold:.2f}) | "
+    f"{single_warm:.3f} ({single_cold:.2f}) | "
     f"{single_warm / whole_warm:.2f} |"
   )
 
@@ -80,7 +81,8 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
 def main() -> None:
   """Print the table."""
   print(
-    "| data, MLP 1000 | steps | epoch in one call, s (cold) | step by step, s (cold) | ratio |\n|---|---|---|---|---|"
+    "| data, MLP 1000 | steps | epoch in one call, s (cold) | step by step, s (cold) | ratio |\n"
+    "|---|---|---|---|---|"
   )
   print(measure("digits, batch 32", "digits", data.load("digits")))
   print(measure("MNIST shapes (synthetic pixels), batch 128", "mnist_mlp", synthetic_mnist()))

@@ -1,11 +1,13 @@
-"""What codes cost a model and what they buy, over the share of codes in training (t_mix) and their number for each class.
+"""What codes cost a model and what they buy, by t_mix and by the number of codes per class.
 
-Command:  python experiments/code_cost.py CONFIG --data-dir DIR [--rates 0.1 0.3] [--per-class 1 4] [--seeds 0]
+Command:  python experiments/code_cost.py CONFIG --data-dir DIR [--rates 0.1 0.3]
+          [--per-class 1 4] [--seeds 0]
 
-Other fields of the config can be overridden (--data.name cifar100). Trains what is missing, each seed without codes too: a
-training that was stopped resumes, one that is done is not repeated. In every model the config's class is forgotten at the
-config's strength, and by the head edit; without codes in training, by codes that the model never saw. Figures are on the test
-split; what Retrain does is in the table of paper_tables.py.
+Other fields of the config can be overridden (--data.name cifar100). Trains what is missing, each
+seed without codes too: a training that was stopped resumes, one that is done is not repeated. In
+every model the config's class is forgotten at the config's strength, and by the head edit; without
+codes in training, by codes that the model never saw. Figures are on the test split; what Retrain
+does is in the table of paper_tables.py.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from mnemonic_jax.runs.config import Config
 
 
 class Row(NamedTuple):
-  """One model on test data, in percent: as trained, with one class forgotten, and with its output hidden by the head edit."""
+  """One model on test data, in percent: as trained, a class forgotten, and by the head edit."""
 
   accuracy: float
   codes_told: float
@@ -111,7 +113,8 @@ def main() -> None:
     rows.append({"rate": rate, "per_class": number, "values": values})
   strength = paper_tables.shown(configs.make_method(config.forget))
   print(
-    f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} forgotten at {strength}, all in %\n"
+    f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} "
+    f"forgotten at {strength}, all in %\n"
   )
   print(
     "| t_mix | codes a class | "
@@ -121,9 +124,8 @@ def main() -> None:
     + "|"
   )
   for row in rows:
-    cells = (
-      f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in zip(*row["values"], strict=True)
-    )
+    columns = zip(*row["values"], strict=True)
+    cells = (f"{np.mean(column):.2f} ± {np.std(column):.2f}" for column in columns)
     print(
       f"| {row['rate']:g} | {row['per_class'] if row['rate'] else '-'} | "
       + " | ".join(cells)

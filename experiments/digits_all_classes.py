@@ -1,10 +1,12 @@
-"""Digits: forget each of the ten classes, five training seeds, one strength for all; beside Retrain and the head edit.
+"""Digits: forget each class over five training seeds, beside Retrain and the head edit.
 
-Command:  python experiments/digits_all_classes.py      (about ten minutes on 2 CPU cores; --seeds 0 for one seed)
+Command:  python experiments/digits_all_classes.py
+          (about ten minutes on 2 CPU cores; --seeds 0 for one seed)
 
-The strength is that of `mnemonic_jax/configs/digits.toml`, chosen by digits_strength.py on a part of the training set. All
-figures are on the test set. The linear probe refits a linear head on the features, with all training data, and reads the
-forgotten class's accuracy; the head edit leaves the features as they were, so its probe is that of the model before.
+One strength serves all classes: that of `mnemonic_jax/configs/digits.toml`, chosen by
+digits_strength.py on a part of the training set. All figures are on the test set. The linear probe
+refits a linear head on the features, with all training data, and reads the forgotten class's
+accuracy; the head edit leaves the features as they were, so its probe is that of the model before.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from mnemonic_jax.runs import config as configs
 
 
 def study(seed: int) -> dict[str, np.ndarray]:
-  """For one training seed: name of the method -> (class, [A_R, E_F, probe]) in percent; "Before" has E_F before."""
+  """For one training seed: name of the method -> (class, [A_R, E_F, probe]) in percent.
+
+  "Before" has E_F before.
+  """
   dataset = data.load("digits")
   config = configs.load("digits", {"train.seed": seed})
   trained = common.train(config, dataset)
@@ -85,16 +90,19 @@ def main() -> None:
     change = "" if name == "Before" else f"{retain - means['Before'][:, 0].mean():+.2f}"
     deviations = spread[name]
     print(
-      f"| {name} | {retain:.2f} ± {deviations[0]:.2f} | {change} | {error:.2f} ± {deviations[1]:.2f} | "
+      f"| {name} | {retain:.2f} ± {deviations[0]:.2f} | {change} | "
+      f"{error:.2f} ± {deviations[1]:.2f} | "
       f"{probed:.2f} ± {deviations[2]:.2f} |"
     )
   print(
-    "\n| class | change of A_R | E_F % | probe before % | probe after % | probe of Retrain % |\n|---|---|---|---|---|---|"
+    "\n| class | change of A_R | E_F % | probe before % | probe after % | probe of Retrain % |\n"
+    "|---|---|---|---|---|---|"
   )
   ours, before, retrain = (means[name] for name in ("Mnemonic code", "Before", "Retrain"))
   for index in range(len(ours)):
     print(
-      f"| {index} | {ours[index, 0] - before[index, 0]:+.2f} | {ours[index, 1]:.2f} | {before[index, 2]:.2f} | "
+      f"| {index} | {ours[index, 0] - before[index, 0]:+.2f} | {ours[index, 1]:.2f} | "
+      f"{before[index, 2]:.2f} | "
       f"{ours[index, 2]:.2f} | {retrain[index, 2]:.2f} |"
     )
   drops = np.stack([s["Mnemonic code"][:, 0] - s["Before"][:, 0] for s in studies])
@@ -104,8 +112,10 @@ def main() -> None:
     np.unravel_index(errors.argmin(), errors.shape),
   )
   print(
-    f"\nworst single A_R: class {worst_drop[1]}, seed {arguments.seeds[worst_drop[0]]}: {drops.min():+.2f}; "
-    f"worst single E_F: class {worst_error[1]}, seed {arguments.seeds[worst_error[0]]}: {errors.min():.2f}"
+    f"\nworst single A_R: class {worst_drop[1]}, seed {arguments.seeds[worst_drop[0]]}: "
+    f"{drops.min():+.2f}; "
+    f"worst single E_F: class {worst_error[1]}, seed {arguments.seeds[worst_error[0]]}: "
+    f"{errors.min():.2f}"
   )
   common.save(
     "digits_all_classes",

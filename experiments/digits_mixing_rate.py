@@ -2,8 +2,9 @@
 
 Command:  python experiments/digits_mixing_rate.py      (about a minute on 2 CPU cores)
 
-For each rate, five training seeds: test accuracy, then class after class forgotten at the strength of the config. Codes
-of a model trained at rate 0 are random signals that it never saw: the row shows what they are worth.
+For each rate, five training seeds: test accuracy, then class after class forgotten at the strength
+of the config. Codes of a model trained at rate 0 are random signals that it never saw: the row
+shows what they are worth.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 Command:  python experiments/digits_strength.py      (about a minute on 2 CPU cores)
 
-Three classifiers (training seeds 100, 101, 102) are trained on four fifths of the training set. Every class is forgotten
-at every strength of a grid, and each result is scored on the fifth held out: mean A_R + E_F over classes and seeds. The
-winner stands in `mnemonic_jax/runs/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
+Three classifiers (training seeds 100, 101, 102) are trained on four fifths of the training set.
+Every class is forgotten at every strength of a grid, and each result is scored on the fifth held
+out: mean A_R + E_F over classes and seeds. The winner stands in
+`mnemonic_jax/runs/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LAMBDA2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def score_grid(seed: int) -> tuple[np.ndarray, float]:
-  """(lambda1, lambda2, class, [change of A_R, E_F]) on the held-out part, in percent, and accuracy before."""
+  """(lambda1, lambda2, class, [change of A_R, E_F]) on held-out data, in %; accuracy before."""
   dataset, held = common.part_of_train(data.load("digits"), every=5)
   trained = common.train(configs.load("digits", {"train.seed": seed}), dataset)
   num_classes = len(dataset.class_names)
@@ -79,7 +80,8 @@ def main() -> None:
   best = [np.unravel_index(flat, total.shape) for flat in order]
   for row, column in best:
     print(
-      f"| {LAMBDA1[row]:g} | {LAMBDA2[column]:g} | {mean[row, column, 0]:+.2f} | {mean[row, column, 1]:.2f} |"
+      f"| {LAMBDA1[row]:g} | {LAMBDA2[column]:g} | "
+      f"{mean[row, column, 0]:+.2f} | {mean[row, column, 1]:.2f} |"
     )
   row, column = best[0]
   common.save(

@@ -1,9 +1,10 @@
 """An Equinox classifier in a training loop of your own: train with codes, forget class 3, compare.
 
-Command:  python experiments/own_loop_equinox.py      (seconds on 2 CPU cores; needs `pip install equinox`)
+Command:  python experiments/own_loop_equinox.py
+          (seconds on 2 CPU cores; needs `pip install equinox`)
 
-An Equinox model is a tree of arrays and other things. Its arrays are the params; the rest, and the batching, go into the
-function (params, inputs) -> logits that the library asks for.
+An Equinox model is a tree of arrays and other things. Its arrays are the params; the rest, and the
+batching, go into the function (params, inputs) -> logits that the library asks for.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
     jax.random.key(1), num_classes=10, shape=digits.shape, distribution="uniform"
   )
 
-  # As `mnemonic configs digits`. Trained with AdamW, most models of a trial kept the class at every strength tried.
+  # As `mnemonic configs digits`. Trained with AdamW, most models of a trial kept the class at every
+  # strength tried.
   schedule = optax.cosine_decay_schedule(0.2, steps)
   optimizer = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(schedule, momentum=0.9))
 
@@ -59,12 +61,14 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
     rows = order.choice(len(labels), 64, replace=False)
     params, optimizer_state = step(params, optimizer_state, index, images[rows], labels[rows])
 
-  # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as digits_strength.py does.
+  # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as
+  # digits_strength.py does.
   forgotten = mj.forget(
     logits_fn, params, codes, FORGET, method=mj.Perturbation(lambda1=1e-2, lambda2=1.0)
   )
 
-  # What it did, on test images; beside it the trivial way, which leaves all knowledge in the features.
+  # What it did, on test images; beside it the trivial way, which leaves all knowledge in the
+  # features.
   test = [(digits.preprocess(digits.test.images), digits.test.labels)]
   head_edit = eqx.tree_at(
     lambda model: model.layers[-1].bias,

@@ -1,11 +1,11 @@
-"""The paper's two tables for any config: one class forgotten over training seeds, and every class alone from one model.
+"""The paper's tables for any config: one class over training seeds, and every class alone.
 
 Command:  python experiments/paper_tables.py CONFIG --data-dir DIR [--seeds 0 1 2] [--also 1e-3 1]
 
-Other fields of the config can be overridden (--data.name cifar100). Trains what is missing (a training that was stopped
-resumes, one that is done is not repeated): with codes, without them, and without the forgotten class, each seed. Strength,
-class and recipe are the config's, `--also` adds another strength (one that strength_grid.py chose, say); figures are on the
-test split.
+Other fields of the config can be overridden (--data.name cifar100). Trains what is missing (a
+training that was stopped resumes, one that is done is not repeated): with codes, without them, and
+without the forgotten class, each seed. Strength, class and recipe are the config's, `--also` adds
+another strength (one that strength_grid.py chose, say); figures are on the test split.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def scores_of(seen: Predictions, num_classes: int, classes: list[int]) -> Scores
 
 
 def probe(model: Trained, params: Any, dataset: Dataset) -> np.ndarray:
-  """Per-class test accuracy, in percent, of a linear head refitted on the features with all training data."""
+  """Per-class test accuracy, in percent, of a linear head refitted on all training features."""
   compute = jax.jit(
     lambda images: model.model.features(params, model.model_state, dataset.preprocess(images))
   )
@@ -88,7 +88,10 @@ def one_class(
   strengths: list[mj.Perturbation],
   seeds: list[int],
 ) -> dict[str, list[tuple[float, float, float]]]:
-  """Method -> for each seed A_R, E_F and the probe of the forgotten class. `runs` says where trainings of a kind lie."""
+  """Method -> for each seed A_R, E_F and the probe of the forgotten class.
+
+  `runs` gives the folders of each kind of training.
+  """
   (index,) = resolve(config.forget.classes, dataset.class_names)
   rows: dict[str, list[tuple[float, float, float]]] = {}
 

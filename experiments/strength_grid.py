@@ -1,8 +1,10 @@
-"""The strength for a config's class, from a grid scored on training pictures, and what it does on the test split.
+"""Choose the strength for a config's class on training pictures, and score it on the test split.
 
-Command:  python experiments/strength_grid.py CONFIG --data-dir DIR      (after paper_tables.py, whose first training it takes)
+Command:  python experiments/strength_grid.py CONFIG --data-dir DIR
+          (after paper_tables.py, whose first training it takes)
 
-The grid is judged by A_R + E_F on the first 4,000 training pictures; the test split takes no part in the choice.
+The grid is judged by A_R + E_F on the first 4,000 training pictures; the test split takes no part
+in the choice.
 """
 
 from __future__ import annotations
@@ -67,8 +69,10 @@ def main() -> None:
   params = step(mj.Perturbation(best["lambda1"], best["lambda2"]))
   test = paper_tables.score(model, params, dataset, [index])
   probe = float(paper_tables.probe(model, params, dataset)[index])
-  print(f"\nbest: ({best['lambda1']:g}, {best['lambda2']:g}); on test data A_R {test.retain_accuracy:.2f}, "
-        f"E_F {test.forget_error:.2f}, probe {probe:.2f}")  # fmt: skip
+  print(
+    f"\nbest: ({best['lambda1']:g}, {best['lambda2']:g}); on test data "
+    f"A_R {test.retain_accuracy:.2f}, E_F {test.forget_error:.2f}, probe {probe:.2f}"
+  )
   common.save(
     f"strength_grid_{config.name}",
     {"grid": rows, "best": best, "test": test._asdict(), "probe": probe},

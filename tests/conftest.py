@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import pytest
 
-# Tests of the core run with these: a broadcast over ranks or a promotion of dtypes that nobody wrote is an error.
+# Tests of the core run with these: a broadcast over ranks or a promotion of dtypes that nobody
+# wrote is an error.
 CORE = {
   "test_codes",
   "test_mixup",

@@ -23,7 +23,7 @@ def free_address() -> str:
 def start_job(
   program: Sequence[object], count: int, **variables: str
 ) -> list[subprocess.Popen[str]]:
-  """Start `count` processes of one program with the flags that say who they are; one alone gets none."""
+  """Start `count` processes of a program, with flags that say who they are; one alone gets none."""
   address = free_address()
   options: dict[str, Any] = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
   options["env"] = environment() | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | variables

@@ -1,4 +1,4 @@
-"""One process of a job of several: a tiny training with all of `multihost`, for test_distributed.py."""
+"""One process of a job of several: a tiny training with `multihost`, for test_distributed.py."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def hurry_when_stuck(options: argparse.Namespace) -> None:
       noticed.append(now)
     return noticed[0] + QUICKER * (now - noticed[0]) if noticed else now
 
-  watchdogs.time = types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep)  # type: ignore[attr-defined]
+  clock = types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
+  watchdogs.time = clock  # type: ignore[attr-defined]
 
 
 def pass_or_stick(options: argparse.Namespace, where: str) -> None:

@@ -1,7 +1,7 @@
 """Kill -9 training and forgetting at random moments; one line per trial, exit 1 on any loss.
 
-Run it with `make soak` or `python tests/soak_kill.py [TRAININGS [FORGETS]]`, 50 and 20 if not given.
-Every other training is killed while it writes a checkpoint. Forty minutes on two busy cores.
+Run it with `make soak` or `python tests/soak_kill.py [TRAININGS [FORGETS]]`, 50 and 20 if not
+given. Every other training is killed while it writes a checkpoint. Forty minutes on two busy cores.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The diagram of the README, enforced: who may import whom, and what the core may not import at all."""
+"""The README's diagram, enforced: who may import whom, and what the core may never import."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import mnemonic_jax
 
 PACKAGE = pathlib.Path(mnemonic_jax.__file__).parent
 
-# One entry per module or package directly under mnemonic_jax; each imports from its own stage and from earlier ones
-# only. To add a module, add it here at the place where it belongs in the data flow.
+# One entry per module or package directly under mnemonic_jax; each imports from its own stage and
+# from earlier ones only. To add a module, add it here at the place where it belongs in the data
+# flow.
 BASE = ("errors", "_types", "_functions", "_checks", "_trees", "_mesh")
 CORE = (
   "losses",
@@ -87,7 +88,10 @@ def modules():
 
 
 def imported(path):
-  """Dotted names that a file imports, anywhere in it; `from package import a, b` gives package.a and package.b."""
+  """Dotted names that a file imports, anywhere in it.
+
+  `from package import a, b` gives package.a and package.b.
+  """
   names = []
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The Fishers of `forget`: right for codes of any confidence and layers of any size, in any microbatch."""
+"""The Fishers of `forget`: right for any confidence, any layer size and any microbatch."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_layers_of_very_different_size_each_get_a_power_of_two(microbatch):
 
 @pytest.mark.parametrize("bias", [-45.0, -50.0])
 def test_a_hidden_unit_that_is_saturated_on_all_codes(bias):
-  """Its output is of the size of 1e-21, the square of that out of float32's range; its weights' ratio is an ordinary one."""
+  """Outputs near 1e-21, whose squares leave float32's range; the weights' ratio is ordinary."""
   rng = np.random.default_rng(0)
   params = {
     "kernel1": rng.normal(size=(5, 4)),

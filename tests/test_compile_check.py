@@ -1,4 +1,4 @@
-"""What compile_check.py reads out of compiled programs, and what cost_model.py computes on paper."""
+"""What compile_check.py reads from compiled programs, and what cost_model.py computes."""
 
 from __future__ import annotations
 
@@ -27,32 +27,45 @@ TPU = """HloModule jit_step, is_scheduled=true
 
 %fused_computation.1258 (param_0.4500: bf16[1,48,384]) -> bf16[1,384,384] {
   %param_0.4500 = bf16[1,48,384]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.49 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.4500), channel_id=5, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1,'axis_3'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, dimensions={1}
+  ROOT %all-gather.49 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} all-gather(%param_0.4500), \
+channel_id=5, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1,'axis_3'=2], \
+device_ids=([2,8]T(1,0)) {'axis_1'}, dimensions={1}
 }
 
 %async_collective_fusion.793 (param_0.4505: bf16[1,48,384]) -> bf16[1,384,384] {
   %param_0.4505 = bf16[1,48,384]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %all-gather.51 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%param_0.4505), channel_id=5, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1,'axis_3'=2], device_ids=([2,8]T(1,0)) {'axis_1'}, dimensions={1}
+  ROOT %all-gather.51 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)S(1)} all-gather(%param_0.4505), \
+channel_id=5, replica_groups=mesh['axis_0'=1,'axis_1'=8,'axis_2'=1,'axis_3'=2], \
+device_ids=([2,8]T(1,0)) {'axis_1'}, dimensions={1}
 }
 
 %wide.region_15.23_spmd (wide.param.22: (s32[], bf16[64,196,384])) -> pred[] {
   %constant.1301.clone.1 = s32[]{:T(128)} constant(12)
   %wide.param.22 = (s32[]{:T(128)}, bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
   %get-tuple-element.1735 = s32[]{:T(128)} get-tuple-element(%wide.param.22), index=0
-  ROOT %lt.62 = pred[]{:T(512)} compare(%get-tuple-element.1735, %constant.1301.clone.1), direction=LT
+  ROOT %lt.62 = pred[]{:T(512)} compare(%get-tuple-element.1735, %constant.1301.clone.1), \
+direction=LT
 }
 
-%wide.region_8.22_spmd.sunk (wide.param.21: (s32[], bf16[64,196,384])) -> (s32[], bf16[64,196,384]) {
+%wide.region_8.22_spmd.sunk (wide.param.21: (s32[], bf16[64,196,384])) -> (s32[], \
+bf16[64,196,384]) {
   %wide.param.21 = (s32[]{:T(128)}, bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)}) parameter(0)
-  %fusion.1 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} fusion(%wide.param.21), kind=kCustom, calls=%fused_computation.1258, metadata={op_name="jit(step)/jvp()/while/body/squeeze" stack_frame_id=239}, backend_config={"window_config":{"estimated_cycles":"1000"}}
-  %fusion.2 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} fusion(%fusion.1), kind=kCustom, calls=%async_collective_fusion.793, backend_config={"window_config":{"estimated_cycles":"500"}}
-  %all-reduce.52 = (bf16[384]{0:T(512)(128)(2,1)S(1)}, bf16[384,384]{1,0:T(8,128)(2,1)S(1)}, /*index=2*/bf16[1152]{0:T(1024)(128)(2,1)S(1)}) all-reduce(%copy-done.84, %copy-done.86, %get-tuple-element.2150), channel_id=15, replica_groups=mesh['axis_0'=16,'axis_1'=1,'axis_2'=1] {'axis_0','axis_1'}, to_apply=%add
+  %fusion.1 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} fusion(%wide.param.21), kind=kCustom, \
+calls=%fused_computation.1258, metadata={op_name="jit(step)/jvp()/while/body/squeeze" \
+stack_frame_id=239}, backend_config={"window_config":{"estimated_cycles":"1000"}}
+  %fusion.2 = bf16[1,384,384]{2,1,0:T(8,128)(2,1)} fusion(%fusion.1), kind=kCustom, \
+calls=%async_collective_fusion.793, backend_config={"window_config":{"estimated_cycles":"500"}}
+  %all-reduce.52 = (bf16[384]{0:T(512)(128)(2,1)S(1)}, bf16[384,384]{1,0:T(8,128)(2,1)S(1)}, \
+/*index=2*/bf16[1152]{0:T(1024)(128)(2,1)S(1)}) all-reduce(%copy-done.84, %copy-done.86, \
+%get-tuple-element.2150), channel_id=15, replica_groups=mesh['axis_0'=16,'axis_1'=1,'axis_2'=1] \
+{'axis_0','axis_1'}, to_apply=%add
   ROOT %tuple = (s32[]{:T(128)}, bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)}) tuple(%wide.param.21)
 }
 
 %region_2.8_spmd.clone (param.127: (u32[64,2], f32[64])) -> pred[] {
   %param.127 = (u32[64,2]{0,1:T(2,128)S(1)}, f32[64]{0:T(128)S(1)}) parameter(0)
-  %all-reduce.30 = u32[]{:T(128)} all-reduce(%bitcast.158), channel_id=1, replica_groups=mesh['axis_0'=16] {'axis_0'}, to_apply=%add
+  %all-reduce.30 = u32[]{:T(128)} all-reduce(%bitcast.158), channel_id=1, \
+replica_groups=mesh['axis_0'=16] {'axis_0'}, to_apply=%add
   ROOT %bitcast.159 = pred[]{:T(512)} bitcast(%all-reduce.30)
 }
 
@@ -61,21 +74,31 @@ TPU = """HloModule jit_step, is_scheduled=true
 }
 
 ENTRY %main.82_spmd (param.1: bf16[64,196,384]) -> bf16[64,196,384] {
-  %while.258 = (u32[64,2]{0,1:T(2,128)S(1)}, f32[64]{0:T(128)S(1)}) while(%tuple.9), condition=%region_2.8_spmd.clone, body=%region_1.6_spmd.clone
-  %collective-permute-start.1 = (f32[1,224,224,3]{2,1,3,0:T(8,128)}, f32[1,224,224,3]{2,1,3,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%slice.304), channel_id=30, source_target_pairs={{0,15},{1,0}}
-  %collective-permute-done.1 = f32[1,224,224,3]{2,1,3,0:T(8,128)} collective-permute-done(%collective-permute-start.1)
-  %while.235 = (s32[]{:T(128)}, bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)}) while(%tuple.8), condition=%wide.region_15.23_spmd, body=%wide.region_8.22_spmd.sunk
-  %fusion.9 = f32[64]{0} fusion(%while.235), kind=kLoop, calls=%missing, backend_config={"window_config":{"estimated_cycles":"7"}}
-  ROOT %get-tuple-element.1 = bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)} get-tuple-element(%while.235), index=1
+  %while.258 = (u32[64,2]{0,1:T(2,128)S(1)}, f32[64]{0:T(128)S(1)}) while(%tuple.9), \
+condition=%region_2.8_spmd.clone, body=%region_1.6_spmd.clone
+  %collective-permute-start.1 = (f32[1,224,224,3]{2,1,3,0:T(8,128)}, \
+f32[1,224,224,3]{2,1,3,0:T(8,128)}, u32[]{:S(2)}, u32[]{:S(2)}) \
+collective-permute-start(%slice.304), channel_id=30, source_target_pairs={{0,15},{1,0}}
+  %collective-permute-done.1 = f32[1,224,224,3]{2,1,3,0:T(8,128)} \
+collective-permute-done(%collective-permute-start.1)
+  %while.235 = (s32[]{:T(128)}, bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)}) while(%tuple.8), \
+condition=%wide.region_15.23_spmd, body=%wide.region_8.22_spmd.sunk
+  %fusion.9 = f32[64]{0} fusion(%while.235), kind=kLoop, calls=%missing, \
+backend_config={"window_config":{"estimated_cycles":"7"}}
+  ROOT %get-tuple-element.1 = bf16[64,196,384]{2,1,0:T(8,128)(2,1)S(1)} \
+get-tuple-element(%while.235), index=1
 }
 """
 
-# From a scan of six layers on 2 x 4 CPU devices: the backward pass keeps what the forward pass gathered.
+# From a scan of six layers on 2 x 4 CPU devices: the backward pass keeps what the forward pass
+# gathered.
 CPU = """HloModule jit_f, is_scheduled=true
 
 %region_0.1_spmd (param.1: (s32[], f32[2,32], f32[6,32,32])) -> (s32[], f32[2,32], f32[6,32,32]) {
   %param.1 = (s32[], f32[2,32]{1,0}, f32[6,32,32]{2,1,0}) parameter(0)
-  %all-gather = f32[1,32,32]{2,0,1} all-gather(%wrapped_dynamic-slice), channel_id=1, replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_3'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, dimensions={1}
+  %all-gather = f32[1,32,32]{2,0,1} all-gather(%wrapped_dynamic-slice), channel_id=1, \
+replica_groups=mesh['axis_0'=1,'axis_1'=4,'axis_2'=1,'axis_3'=2], device_ids=([2,4]T(1,0)) \
+{'axis_1'}, dimensions={1}
   ROOT %tuple.2 = (s32[], f32[2,32]{1,0}, f32[6,32,32]{2,1,0}) tuple(%param.1)
 }
 
@@ -84,9 +107,13 @@ CPU = """HloModule jit_f, is_scheduled=true
 }
 
 ENTRY %main (param: f32[6,8,32]) -> f32[2,32] {
-  %while.12 = (s32[], f32[2,32]{1,0}, f32[6,32,32]{2,1,0}) while(%tuple.33), condition=%region_1.2_spmd, body=%region_0.1_spmd, backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"1"}}
-  %reduce-scatter.1 = f32[8,32]{1,0} reduce-scatter(%while.12), channel_id=9, replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
-  ROOT %all-reduce.1 = f32[2,32]{1,0} all-reduce(%reduce-scatter.1), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %while.12 = (s32[], f32[2,32]{1,0}, f32[6,32,32]{2,1,0}) while(%tuple.33), \
+condition=%region_1.2_spmd, body=%region_0.1_spmd, \
+backend_config={"known_trip_count":{"n":"6"},"known_init_step":{"init":"0","step":"1"}}
+  %reduce-scatter.1 = f32[8,32]{1,0} reduce-scatter(%while.12), channel_id=9, \
+replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}, to_apply=%add
+  ROOT %all-reduce.1 = f32[2,32]{1,0} all-reduce(%reduce-scatter.1), channel_id=3, \
+replica_groups=[2,4]<=[8], to_apply=%add
 }
 """
 
@@ -184,9 +211,9 @@ def test_what_does_not_fit_is_said():
   assert said == "train step: 17.00 GiB a device, and the chip has 16."
   assert compile_check.problems([report()], CHIPS["v6e"]) == []
   (said,) = compile_check.problems([report(whole=["one all-gather makes f32[12, 8]"])], None)
-  assert (
-    said
-    == "train step: every device gets a whole stack of layers, or the model: one all-gather makes f32[12, 8]."
+  assert said == (
+    "train step: every device gets a whole stack of layers, or the model: "
+    "one all-gather makes f32[12, 8]."
   )
 
 

@@ -1,4 +1,7 @@
-"""Several processes of one job on this machine: they share a run, agree to stop, and end together when one is lost."""
+"""Several processes of one job on this machine.
+
+They share a run, agree to stop, and end together when one is lost.
+"""
 
 from __future__ import annotations
 

@@ -270,7 +270,10 @@ def test_golden_run_on_the_digits():
   assert after.forget_error == 1 and after.retain_accuracy > before.retain_accuracy - 0.02
   assert result.code_forget_error == 1 and result.code_retain_accuracy == 1
   golden = {"before": 0.9134, "after": 0.9134, "sign": -1}
-  message = "The golden run changed. Right if training, codes or mixing draw other numbers on purpose: say so, then update."
+  message = (
+    "The golden run changed. Right if training, codes or mixing draw other numbers on purpose: "
+    "say so, then update."
+  )
   assert before.retain_accuracy == pytest.approx(golden["before"], abs=0.012), message
   assert after.retain_accuracy == pytest.approx(golden["after"], abs=0.012), message
   assert result.info["sign"] == golden["sign"], message

@@ -1,4 +1,7 @@
-"""The examples with a training loop of the user's own do what they say; the studies of any config print what they save."""
+"""The examples with a user's own training loop, and the studies of any config.
+
+The examples do what they say; the studies print what they save.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table that says which way each leaf went: held to what the engine does, and to what it costs."""
+"""The table of each leaf's way: it must match what the engine does, and what it costs."""
 
 from __future__ import annotations
 
@@ -105,11 +105,24 @@ def test_a_leaf_in_two_operations_of_one_kind_and_a_leaf_that_is_not_used():
 
 
 def test_masked_leaves_are_not_in_the_table():
-  assert list(explain(lambda p, x, y: (x @ p["a"] @ p["b"]).sum((1, 2)), {"a": shaped(4, 4), "b": shaped(4, 2)}, mask={"a": True, "b": False})) == ["['a']"]  # fmt: skip
+  assert list(
+    explain(
+      lambda p, x, y: (x @ p["a"] @ p["b"]).sum((1, 2)),
+      {"a": shaped(4, 4), "b": shaped(4, 2)},
+      mask={"a": True, "b": False},
+    )
+  ) == ["['a']"]
 
 
 def test_it_prints_as_a_table():
-  text = str(mj.explain_fisher(lambda p, x, y: (x @ p["w"] + p["b"][None, None]).sum((1, 2)), {"w": shaped(4, 3), "b": shaped(3)}, X, Y))  # fmt: skip
+  text = str(
+    mj.explain_fisher(
+      lambda p, x, y: (x @ p["w"] + p["b"][None, None]).sum((1, 2)),
+      {"w": shaped(4, 3), "b": shaped(3)},
+      X,
+      Y,
+    )
+  )
   head, *rows = text.splitlines()
   assert head.split() == ["leaf", "shape", "rule", "kFLOP/example", "kB", "kB/example", "why"]
   assert rows[0].split()[0] == "['b']" and rows[0].endswith("used in add") and "product" in rows[1]
@@ -139,7 +152,10 @@ def test_the_table_is_what_the_engine_does(monkeypatch):
     return (hidden @ p["head"]).sum((1, 2))
 
   rng = np.random.default_rng(0)
-  params = {name: jnp.asarray(rng.normal(size=size), jnp.float32) for name, size in [("w", (4, 3)), ("b", 3), ("tied", (3, 2)), ("head", (3, 2))]}  # fmt: skip
+  params = {
+    name: jnp.asarray(rng.normal(size=size), jnp.float32)
+    for name, size in [("w", (4, 3)), ("b", 3), ("tied", (3, 2)), ("head", (3, 2))]
+  }
   x, y = jnp.asarray(rng.normal(size=X.shape), jnp.float32), jnp.zeros(6, jnp.int32)
   rows = explain(loss, params, x, y)
   mj.diagonal_fisher(loss, params, x, y)

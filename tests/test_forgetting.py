@@ -1,4 +1,4 @@
-"""The forget: against the reference from end to end, at every edge, and under jit, vmap and sharding."""
+"""`forget` against the reference end to end, at every edge, and under jit, vmap and sharding."""
 
 from __future__ import annotations
 
@@ -140,7 +140,10 @@ def test_forgotten_classes_belong_to_neither_side():
 
 @pytest.mark.parametrize("microbatch", [None, 2, 1])
 def test_a_microbatch_of_forgotten_classes_alone_has_no_say(microbatch):
-  """The model gets the class forgotten before all wrong, and is sure of the others: their gradients are 1e-30 beside its."""
+  """The model is all wrong on the class forgotten before and sure of the others.
+
+  The gradients of the others are 1e-30 of that class's.
+  """
   rng = np.random.default_rng(0)
   codes, logits = np.eye(4) + 0.2 * rng.normal(size=(4, 4)), rng.normal(size=(4, 4))
   logits[np.arange(1, 4), np.arange(1, 4)] += [69.0, 69.3, 69.8]
@@ -179,7 +182,7 @@ def test_a_callers_loss_is_used():
 
 @pytest.mark.parametrize("margin", [17.0, 60.0])
 def test_confident_codes_underflow_of_squares(margin):
-  """At a margin of 60 gradients are 1e-26 and squares 1e-52: eta and params are still those of float64."""
+  """At a margin of 60, squared gradients are 1e-52: eta and params still match float64."""
   classes = 4
   rng = np.random.default_rng(0)
   margins = margin + rng.normal(size=(classes, classes)) - margin * (1 - np.eye(classes))
@@ -243,7 +246,7 @@ def test_float64_params_match_to_float64():
 
 
 def dead_unit_model(params, x):
-  """The last weight has no gradient on any code; the one before it only on codes whose last feature is not 0."""
+  """The last weight never has a gradient; the one before only where the last feature is not 0."""
   return regression({"kernel": params["kernel"][:5], "bias": params["bias"]}, x)
 
 
@@ -425,8 +428,12 @@ def test_mask_leaves_a_leaf_as_it_is(layer_axis):
   # The bias is closed over instead: the same kernel comes out.
   alone = mj.forget(
     lambda kernel, x: regression({"kernel": kernel, "bias": params["bias"]}, x),
-    params["kernel"], codes, [0], method=options["method"], layer_axis=layer_axis and layer_axis["kernel"],
-  )  # fmt: skip
+    params["kernel"],
+    codes,
+    [0],
+    method=options["method"],
+    layer_axis=layer_axis and layer_axis["kernel"],
+  )
   np.testing.assert_allclose(result.params["kernel"], alone.params, rtol=1e-5)
 
 

@@ -19,7 +19,8 @@ COMMAND = (
   "--forget.classes",
   0,
 )
-# (value, tolerance). Rounding differs between CPUs and versions of XLA; one digit is 0.003 of accuracy.
+# (value, tolerance). Rounding differs between CPUs and versions of XLA; one digit is 0.003 of
+# accuracy.
 GOLDEN = {
   "loss": (0.13891, 0.02),
   "test_accuracy": (0.94722, 0.01),
@@ -38,9 +39,10 @@ def test_the_golden_run(tmp_path):
   }
   assert not wrong, (
     f"{wrong}\n"
-    f"The result of `mnemonic {' '.join(map(str, COMMAND))}` has changed. If you meant to change what is computed (data "
-    "split, init, codes, mixing, training, forgetting, or the digits config), check that the tables of the README still "
-    f"hold, put these numbers into GOLDEN of {__file__}, and say so in the CHANGELOG: "
-    f"{ {name: round(value, 5) for name, value in measured.items()} }. If you did not, this is a bug: find it; do not "
-    "widen the tolerance."
+    f"The result of `mnemonic {' '.join(map(str, COMMAND))}` has changed. "
+    "If you meant to change what is computed (data split, init, codes, mixing, training, "
+    "forgetting, or the digits config), check that the tables of the README still hold, "
+    f"put these numbers into GOLDEN of {__file__}, and say so in the CHANGELOG: "
+    f"{ {name: round(value, 5) for name, value in measured.items()} }. "
+    "If you did not, this is a bug: find it; do not widen the tolerance."
   )

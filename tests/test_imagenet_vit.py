@@ -271,7 +271,7 @@ def metrics(run):
 
 @pytest.mark.long
 def test_a_run_goes_on_on_other_devices_and_forgets(tmp_path, prepared_sets):
-  """Through real Orbax checkpoints and TFDS's own ImageNet, of a few pictures that are not ImageNet's."""
+  """Real Orbax checkpoints, and TFDS's own ImageNet with a few pictures that are not ImageNet's."""
   config = write_config(tmp_path, steps=4, checkpoint_steps=2)
   arguments = (config, "--data-dir", prepared_sets, "--out")
   whole = script("train", *arguments, tmp_path / "whole", "--log-every", 1, "--profile", devices=8)

@@ -131,7 +131,10 @@ def alone(lab):
 
 
 def assert_same(found, expected):
-  """Up to the order of float32 sums; AdamW divides by the root of a second moment, which magnifies it where that is small."""
+  """Equal up to the order of float32 sums.
+
+  AdamW divides by the root of a second moment and magnifies the difference where that is small.
+  """
   np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
   assert found[1].keys() == expected[1].keys()
   for path, leaf in expected[1].items():

@@ -1,4 +1,4 @@
-"""Strength, amplitude, scale and perturbation: the reference, and one test per edge that the docstrings name."""
+"""Strength, amplitude, scale and perturbation: the reference, and each edge in the docstrings."""
 
 from __future__ import annotations
 
@@ -141,7 +141,8 @@ class TestPerturb:
 
   @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
   def test_computed_in_float32_then_rounded_once(self, dtype):
-    # 0.1 and eta have no exact half-precision form: a product formed in the leaf's dtype is rounded three times.
+    # 0.1 and eta have no exact half-precision form: a product formed in the leaf's dtype is rounded
+    # three times.
     rng = np.random.default_rng(0)
     leaf = jnp.asarray(rng.normal(size=500), dtype)
     eta = np.asarray(rng.normal(size=500), np.float32)

@@ -1,4 +1,4 @@
-"""Forgetting in a checkpoint of a user's own training loop: a run's result, or one clear refusal."""
+"""Forget in a checkpoint of a user's own training loop: a run's result, or one clear refusal."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def forget(checkpoint: pathlib.Path, out: pathlib.Path, *more: object) -> tuple[
 
 @pytest.fixture(scope="module")
 def tree(trained_once: pathlib.Path) -> dict:
-  """Params and codes of the tiny training, as a user's own loop has them, with more that is unused."""
+  """Params and codes of the tiny training, as a user's own loop has them, with unused entries."""
   checkpoint = newest(trained_once / "checkpoints")
   stored = stored_shapes(checkpoint)
   parts = restore_parts(checkpoint, {name: stored[name] for name in ("params", "codes")})

@@ -1,4 +1,7 @@
-"""Run folders in an object store: epath's mock over a folder that refuses to rename, append and lock, as a bucket would."""
+"""Run folders in an object store.
+
+epath's mock stands over a folder that refuses to rename, append and lock, as a bucket would.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""The report in a real browser: no console error, no network, no sideways scrolling, at two widths, light, dark, on paper.
+"""The report in a real browser: at two widths, light, dark and on paper.
 
-Chromium is spoken to over its debugging pipe (JSON messages ended by NUL on file descriptors 3 and 4), so that nothing but
-the browser is needed.
+No console error, no network and no sideways scrolling.
+
+Chromium is spoken to over its debugging pipe (JSON messages ended by NUL on file descriptors 3 and
+4), so that nothing but the browser is needed.
 """
 
 from __future__ import annotations
@@ -106,7 +108,7 @@ class Browser:
     return answer["result"]
 
   def open(self, address: str) -> None:
-    """Go to a page and wait until this very load has ended; `events` then holds what happened since."""
+    """Go to a page and wait until this load has ended; `events` then holds what happened since."""
     self.events.clear()
     loader = self.call("Page.navigate", url=address)["loaderId"]
     while not any(_ends_load(event, loader) for event in self.events):
@@ -141,7 +143,7 @@ def browser() -> Iterator[Browser]:
 
 
 def faults(browser: Browser, path: pathlib.Path, width: int, scheme: str = "light") -> list[str]:
-  """Load a page and list what is wrong with it: console and page errors, requests, horizontal overflow."""
+  """Load a page and list its faults: console and page errors, requests, horizontal overflow."""
   size = {"width": width, "height": 900, "screenWidth": width, "screenHeight": 900}
   browser.call(
     "Emulation.setDeviceMetricsOverride", **size, deviceScaleFactor=1, mobile=width < 500
@@ -237,7 +239,10 @@ def test_the_checker_finds_each_fault(
   browser: Browser, tmp_path: pathlib.Path, kind: str, width: int
 ) -> None:
   body, expected = FAULTY[kind]
-  head = "<!doctype html><html lang=en><meta name=viewport content='width=device-width, initial-scale=1'><title>x</title>"
+  head = (
+    "<!doctype html><html lang=en>"
+    "<meta name=viewport content='width=device-width, initial-scale=1'><title>x</title>"
+  )
   found = faults(browser, write(tmp_path, head + body), width)
   assert any(text.startswith(expected) for text in found), found
 
@@ -252,7 +257,10 @@ def test_page_refuses_scripts_even_if_one_slipped_in(
 
 
 def test_nothing_is_hidden_beside_the_window(browser: Browser, tmp_path: pathlib.Path) -> None:
-  """Only the matrices may scroll sideways, each in its own box; with ten classes not even they do on a phone."""
+  """Only the matrices may scroll sideways, each in its own box.
+
+  With ten classes, not even they do on a phone.
+  """
   faults(browser, write(tmp_path, PAGES["ten classes"]()), 360)
   hidden = "[...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth)"
   assert browser.evaluate(hidden) == [0, 0]

@@ -1,4 +1,4 @@
-"""Streamed sets: TFDS's own builders, Grain's order and workers, crops, and a run from training to forgetting."""
+"""Streamed sets: TFDS's builders, Grain's order and workers, crops, and a run with a forget."""
 
 from __future__ import annotations
 
@@ -240,7 +240,7 @@ def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_
 def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(
   prepared_sets, tmp_path, monkeypatch
 ):
-  """ImageNet's records are read one by one: it is found in the third step, after the checkpoint of the second."""
+  """ImageNet's records are read one by one: the third step finds it, after the checkpoint."""
   settings = (
     "--data.name",
     "imagenet2012",
@@ -418,7 +418,10 @@ def test_imagenet_trains_for_some_steps_with_checkpoints_between(prepared_sets, 
   "name", [name for name in configs.names() if configs.load(name).data.name in archives.CLASSES]
 )
 def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
-  """Two steps of four pictures, from a file of random weights where the config starts from one; with few classes, a forget."""
+  """Two steps of four pictures; with few classes, a forget.
+
+  A config that starts from a file of weights gets one of random weights.
+  """
   side = 224 if "swin" in name else 32
   config = configs.load(name, {"data.side": side})
   words = ("--data-dir", prepared_sets, "--data.side", side, "--execution.workers", 0)

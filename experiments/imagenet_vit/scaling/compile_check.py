@@ -1,4 +1,4 @@
-"""Compile the train step and the forget for a TPU pod, without one, and print what the compiler says.
+"""Compile the train step and the forget for a TPU pod, without one, and print what it says.
 
 Command:  make tpu-check
           .venv-tpu/bin/python experiments/imagenet_vit/scaling/compile_check.py \
@@ -42,7 +42,7 @@ import forget
 
 CONFIG = "imagenet_vit_s16_90ep"
 _LARGEST = 8  # collectives, and operations, that the table lists one by one
-# The TPU compiler asks for a machine; these answers keep it from looking for one, and from locking it.
+# The TPU compiler asks for a machine; these answers keep it from looking for one and locking it.
 _MACHINE = {
   "TPU_SKIP_MDS_QUERY": "1",
   "TPU_ACCELERATOR_TYPE": "v5litepod-8",
@@ -72,13 +72,14 @@ class Report(NamedTuple):
 
 
 def devices_of(topology: str) -> tuple[list[Any], Chip | None]:
-  """The devices of a pod such as v5e:4x4, and what its chip can do; "cpu" is the devices at hand."""
+  """The devices of a pod such as v5e:4x4, and what its chip can do; "cpu": the devices at hand."""
   if topology == "cpu":
     return jax.devices("cpu"), None
   generation = topology.partition(":")[0]
   if generation not in CHIPS or generation.startswith("h"):
     raise UsageError(
-      f"--topology: got {topology!r}; expected v4, v5e, v5p or v6e and a shape, such as v5e:4x4 or v5p:4x4x8."
+      f"--topology: got {topology!r}; expected v4, v5e, v5p or v6e and a shape, "
+      "such as v5e:4x4 or v5p:4x4x8."
     )
   os.environ |= _MACHINE
   try:
@@ -103,7 +104,8 @@ def check(
   side = config.data.side
   unread = Unread((side, side, 3))
   names = tuple(map(str, range(num_classes)))
-  dataset = Dataset(config.data.name, unread, unread, names, 255, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+  name, half = config.data.name, (0.5,) * 3
+  dataset = Dataset(name, unread, unread, names, 255, half, half)  # type: ignore[arg-type]
   training = program.make_program(config, dataset, Layout(mesh))
   forgetting = forget.make_program(config, dataset, mesh)
   number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
@@ -154,7 +156,8 @@ def _compiled(name: str, lowered: Any) -> Any:
       raise
     said = " ".join(str(error).split())[:300]
     raise MnemonicError(
-      f"{name}: does not fit, says the compiler: {said} Use a smaller --batch, a larger --fsdp or more devices."
+      f"{name}: does not fit, says the compiler: {said} "
+      "Use a smaller --batch, a larger --fsdp or more devices."
     ) from None
 
 
@@ -176,7 +179,8 @@ def problems(reports: Sequence[Report], chip: Chip | None) -> list[str]:
     used = report.memory["used"]
     if chip and used > chip.memory:
       found.append(
-        f"{report.program}: {used / 2**30:.2f} GiB a device, and the chip has {chip.memory / 2**30:.0f}."
+        f"{report.program}: {used / 2**30:.2f} GiB a device, "
+        f"and the chip has {chip.memory / 2**30:.0f}."
       )
     found += [
       f"{report.program}: every device gets a whole stack of layers, or the model: {one}."
@@ -198,7 +202,8 @@ def table(report: Report, devices: int, chip: Chip | None) -> str:
   lines.append(f"  arithmetic of a device: {report.flops:.3g} FLOP{seconds}")
   if chip:
     lines.append(
-      f"  the compiler's estimate, without collectives: {1e3 * report.estimated_seconds:.2f} ms; the most of it:"
+      f"  the compiler's estimate, without collectives: "
+      f"{1e3 * report.estimated_seconds:.2f} ms; the most of it:"
     )
     lines += [
       f"    {1e3 * seconds:8.2f} ms  {operation}" for operation, seconds in report.costliest.items()
@@ -218,7 +223,10 @@ def table(report: Report, devices: int, chip: Chip | None) -> str:
 
 
 def totals(report: Report, devices: int) -> list[dict[str, Any]]:
-  """Collectives by kind, the most bytes first; those in loops of unknown length apart, one iteration of them."""
+  """Collectives by kind, the most bytes first.
+
+  Those in loops of unknown length stand apart, for one iteration.
+  """
   kinds: dict[Any, list[hlo.Collective]] = defaultdict(list)
   for one in report.collectives:
     kinds[one.kind, one.known].append(one)

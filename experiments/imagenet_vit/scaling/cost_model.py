@@ -1,9 +1,11 @@
-"""The cost model on paper: what training and forgetting ViTs takes, by arithmetic, and the tables of docs/scaling.md.
+"""The cost model of training and forgetting ViTs, on paper, and the tables of docs/scaling.md.
 
-Command:  python experiments/imagenet_vit/scaling/cost_model.py [--write]       (prints the tables, or puts them into docs/scaling.md)
+Command:  python experiments/imagenet_vit/scaling/cost_model.py [--write]
+          (prints the tables, or puts them into docs/scaling.md)
 
-Nothing here was measured. Pictures are 224 x 224, and the head reads the mean over patches, as in the recipes. The last table
-shows what compile_check.py wrote into experiments/results/compile_check.
+Nothing here was measured. Pictures are 224 x 224, and the head reads the mean over patches, as in
+the recipes. The last table shows what compile_check.py wrote into
+experiments/results/compile_check.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ class ViT(NamedTuple):
     return patches + self.depth * self.layer_params() + ends
 
   def layer_flops(self, side: int = SIDE) -> int:
-    """Of one image forward: products with weights, scores, and values by scores; a multiply and an add are two."""
+    """Of one image forward: products with weights, scores, and values by scores.
+
+    A multiply and an add are two.
+    """
     tokens = self.tokens(side)
     return 24 * tokens * self.width**2 + 4 * tokens**2 * self.width
 
@@ -59,9 +64,12 @@ class ViT(NamedTuple):
     return patches + self.depth * self.layer_flops(side) + 2 * self.width * classes
 
   def layer_activations(self, side: int = SIDE) -> int:
-    """Numbers that a layer's backward pass reads of one image: 16 rows as wide as the model (its inputs, both norms' and
-    the attention's outputs 1 each, queries, keys and values 3, the hidden layer before and after GELU 4 each, the second
-    residual 1), and the scores."""
+    """Numbers that a layer's backward pass reads of one image: 16 rows, and the scores.
+
+    Rows are as wide as the model: its inputs, both norms' and the attention's outputs 1 each,
+    queries, keys and values 3, the hidden layer before and after GELU 4 each, the second
+    residual 1.
+    """
     tokens = self.tokens(side)
     return 16 * tokens * self.width + 2 * self.heads * tokens**2
 
@@ -127,15 +135,15 @@ SMALL_BATCH = 1024  # of the recipe of ViT-S/16
 
 
 def ring(size: float, group: int) -> float:
-  """Bytes that each device sends to gather `size` bytes from a group, or to scatter their sums over it."""
+  """Bytes that each device sends to gather `size` bytes from a group, or to scatter their sums."""
   return size * (group - 1) / group
 
 
 def step_bytes(params: int, machine: Machine) -> dict[str, float]:
   """Bytes that a device sends in one step, in bfloat16, if nothing is sent in vain.
 
-  Each layer is gathered for the forward pass and again for the backward pass; gradients are summed onto the shards, and
-  the shards over the copies.
+  Each layer is gathered for the forward pass and again for the backward pass; gradients are summed
+  onto the shards, and the shards over the copies.
   """
   size = BFLOAT16 * params
   return {
@@ -170,10 +178,11 @@ def epoch_seconds(vit: ViT, machine: Machine, batch: int = BATCH) -> float:
 
 
 def forget_seconds(vit: ViT, machine: Machine, classes: int, products: float) -> float:
-  """Of one forget: products, the gradients of each code in memory, and the network, one after the other.
+  """Of one forget: products, each code's gradients in memory, and the network, in sequence.
 
-  The engine writes the gradient of each code of one param after the other in float32, and reads it back to square and add
-  it. Each pass gathers the params twice and sums two Fishers; the update gathers them once for each of two directions.
+  The engine writes the gradient of each code of one param after the other in float32, and reads it
+  back to square and add it. Each pass gathers the params twice and sums two Fishers; the update
+  gathers them once for each of two directions.
   """
   passes = math.ceil(classes / (CODES_PER_DEVICE * machine.devices))
   flops = (3 + 2) * vit.forward_flops(classes) * classes / machine.devices
@@ -187,7 +196,7 @@ def forget_seconds(vit: ViT, machine: Machine, classes: int, products: float) ->
 
 
 def train_bytes(vit: ViT, fsdp: int, images: int, classes: int = CLASSES) -> float:
-  """Bytes of a device in a train step with remat: its shares of the state, all codes, and its images."""
+  """Bytes of a device in a train step with remat: shares of the state, all codes, its images."""
   share = state_bytes(vit.params(classes), fsdp)
   picture = SIDE * SIDE * 3 * (1 + FLOAT32)  # as it is stored, and as the model sees it
   kept = share["params"] + share["AdamW"] + share["gradients"] + code_bytes(classes)
@@ -195,8 +204,9 @@ def train_bytes(vit: ViT, fsdp: int, images: int, classes: int = CLASSES) -> flo
 
 
 def forget_bytes(vit: ViT, fsdp: int, devices: int, classes: int = CLASSES) -> float:
-  """Bytes that a device may take in a forget: 5 shares of the params, three layers, its codes, and the activations and
-  cotangents of one pass.
+  """Bytes that a device may take in a forget.
+
+  5 shares of the params, three layers, its codes, and the activations and cotangents of one pass.
   """
   codes = math.ceil(classes / devices)
   shares = 5 * FLOAT32 * vit.params(classes) / fsdp + 3 * FLOAT32 * vit.layer_params()

@@ -1,4 +1,4 @@
-"""What a compiled program says about itself: its loops, its collectives, the cycles that the TPU compiler expects."""
+"""What a compiled program says of itself: loops, collectives and the TPU compiler's cycles."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Collective(NamedTuple):
   shapes: tuple[Shape, ...]  # what it gives each device; of a reduce-scatter what it takes
   group: int  # devices that take part together; 0: all
   times: int  # how often a call of the program runs it
-  known: bool  # False: it is in a loop whose length is not known, and `times` counts one iteration of that
+  known: bool  # False: in a loop of unknown length, and `times` counts one iteration of that
 
   @property
   def bytes(self) -> int:
@@ -115,7 +115,7 @@ def shapes_in(text: str) -> tuple[Shape, ...]:
 
 
 def trip_count(instruction: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-  """How often a `while` runs its body: as the compiler notes it, or the constant that its counter stays below."""
+  """How often a `while` runs its body: the compiler's note, or the bound of its counter."""
   if noted := re.search(r"known_trip_count\D+(\d+)", instruction.text):
     return int(noted[1])
   condition = re.search(r"condition=%?([\w.\-]+)", instruction.text)
@@ -134,8 +134,8 @@ def trip_count(instruction: Instruction, computations: dict[str, list[Instructio
 def collectives(program: Program) -> list[Collective]:
   """All that a call of the program runs.
 
-  The TPU compiler splits one collective over several fusions that work beside it: instructions in fusions that have one
-  channel are one collective.
+  The TPU compiler splits one collective over several fusions that work beside it: instructions in
+  fusions that have one channel are one collective.
   """
   found: dict[Any, Collective] = {}
   for name, (times, known) in program.times.items():
@@ -164,8 +164,10 @@ def collectives(program: Program) -> list[Collective]:
 def group_size(text: str) -> int:
   """Devices of one replica group; 0 where the instruction names none.
 
-  >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}"), group_size("replica_groups=[2,8]<=[16]")
-  (4, 8)
+  >>> group_size("replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}")
+  4
+  >>> group_size("replica_groups=[2,8]<=[16]")
+  8
   >>> group_size("replica_groups=mesh['a'=2,'b'=8] {'b'}, channel_id=1")
   8
   """
@@ -190,10 +192,10 @@ class Leaf(NamedTuple):
 
 
 def whole(program: Program, leaves: Sequence[Leaf]) -> list[str]:
-  """What gives every device a whole stack of layers, or half of all params or more, at once; in words.
+  """Say what gives every device a whole stack of layers, or half of all params or more, at once.
 
-  That is a collective, or a loop that gathers layer after layer and keeps them all. A stack that looks like a device's
-  share of another one is passed over.
+  That is a collective, or a loop that gathers layer after layer and keeps them all. A stack that
+  looks like a device's share of another one is passed over.
   """
   key = lambda sizes: tuple(
     sorted(size for size in sizes if size > 1)
@@ -231,8 +233,10 @@ def names(shapes: Sequence[Shape]) -> str:
 
 
 def estimated_cycles(program: Program) -> dict[str, int]:
-  """Cycles that the TPU compiler expects of a call, by operation of the source (the last part of its path, and what it
-  gives); without collectives, and loops of unknown length count once.
+  """Cycles that the TPU compiler expects of a call, by operation of the source.
+
+  An operation is the last part of its path, and what it gives. Without collectives; loops of
+  unknown length count once.
   """
   found: dict[str, int] = defaultdict(int)
   for name, (times, _) in program.times.items():
