@@ -1,4 +1,4 @@
-"""How arrays lie on devices: placements, meshes in explicit mode, and what varies inside shard_map."""
+"""How arrays lie on devices: placements, explicit meshes, and what varies inside shard_map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PyTree = Any
 
 
 class Spread(NamedTuple):
-  """Examples lie on all axes of a mesh; sums of squares are split over those axes that split the params."""
+  """Put examples on all axes of a mesh; `sums` are those that split the params, and so the sums."""
 
   mesh: jax.sharding.Mesh
   sums: tuple[str, ...]
@@ -99,8 +99,9 @@ def with_automatic_axes(
 ) -> PyTree:
   """Return `function(batch, *arguments)`; inside jit only.
 
-  When the batch is sharded over axes of a mesh in explicit mode, these are automatic inside: there, an axis of examples
-  cannot be cut into chunks or be mapped over beside sharded params, and a lookup has no sharding of its own.
+  A batch that is sharded over axes of an explicit mesh is computed with these axes automatic. As
+  explicit axes they would not let the examples be cut into chunks or mapped over beside sharded
+  params, and a lookup would have no sharding of its own.
   """
   shardings = (jax.typeof(leaf).sharding for leaf in jax.tree.leaves(batch))
   mesh = next((s.mesh for s in shardings if s.mesh.explicit_axes and any(s.spec)), None)
@@ -116,14 +117,17 @@ def varying_axes(tree: PyTree) -> frozenset[str]:
   abstract = [
     x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x) for x in jax.tree.leaves(tree)
   ]
-  # An attribute that a later jax renames must fail here: without it every Fisher would be wrong, and say nothing.
+  # If a later jax renames this attribute, fail here: without it every Fisher is silently wrong.
   return frozenset().union(
     *(x.manual_axis_type.varying for x in abstract if x.manual_axis_type is not None)
   )
 
 
 def varying(x: jax.Array, axes: frozenset[str]) -> jax.Array:
-  """Mark `x` as varying along `axes`. Without it shard_map sums gradients of replicated params *before* the square."""
+  """Mark `x` as varying along `axes`.
+
+  Without it shard_map sums gradients of replicated params *before* the square.
+  """
   missing = tuple(sorted(axes - varying_axes(x)))
   return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -134,10 +138,10 @@ def zeros(shape: Sequence[int], dtype: Any, like: PyTree) -> jax.Array:
 
 
 def gathered(tree: PyTree) -> PyTree:
-  """Arrays as whole copies on every device of the mesh that `jax.set_mesh` has set; without one, as they are.
+  """Return whole copies of arrays on every device of the mesh that `jax.set_mesh` has set, if any.
 
-  Params that are split over a mesh meet examples that are split over it too: gather the smaller of the two, a layer at a
-  time, rather than let the compiler choose.
+  Params that are split over a mesh meet examples that are split over it too: gather the smaller of
+  the two, a layer at a time, rather than let the compiler choose.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or mesh.explicit_axes:

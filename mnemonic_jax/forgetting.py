@@ -105,7 +105,7 @@ def forget(
   Raises:
     TypeError, ValueError: each names the argument, its value, what was expected and what to do.
 
-  >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))  # 3 classes, a code of 8 numbers each
+  >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))  # 3 classes, one code of 8 numbers
   >>> kernel = codes[:, 0].T  # a linear model that knows its codes by heart
   >>> method = mj.Perturbation(lambda1=1.0, lambda2=10.0)
   >>> result = forget(lambda kernel, x: x @ kernel, kernel, codes, [0], method=method)

@@ -49,7 +49,7 @@ class Convolution:
 
   @property
   def held(self) -> int:
-    """Numbers held at a time, whatever the microbatch: a gradient, and the patches it is made of."""
+    """Numbers held at a time for any microbatch: a gradient, and the patches it is made of."""
     return math.prod(self.shape) + self._taps_at_once(1) * self.positions * self.features
 
   def held_each(self, num_groups: int) -> int:

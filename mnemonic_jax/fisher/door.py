@@ -20,15 +20,17 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-  """How a Fisher is computed. Nothing here changes a result beyond the rounding of a sum in another order.
+  """How a Fisher is computed. Nothing here changes a result, except for the rounding of sums.
 
   Attributes:
-    microbatch: examples per backward pass; None takes as many as fit in 2 GiB, or a quarter of the accelerator's memory.
-      Inside a caller's `jit` on CPU, where a loop around a convolution is slow, None takes all; so does, there and on a
-      mesh, the choice of the direction in `forget`, which needs no backward pass.
-    shardings: a tree like params of NamedSharding, for traced calls on a mesh; concrete params tell their own. Examples
-      are then spread over all axes of the mesh, and sums over devices go straight to the shards of the params: nothing
-      as large as all params is ever on one device. Kept as a tuple, in leaf order.
+    microbatch: examples per backward pass; None takes as many as fit in 2 GiB, or a quarter of the
+      accelerator's memory. Inside a caller's `jit` on CPU, where a loop around a convolution is
+      slow, None takes all examples. Choosing the direction in `forget` needs no backward pass, so
+      there and on a mesh None takes all of them too.
+    shardings: a tree like params of NamedSharding, for traced calls on a mesh; concrete params tell
+      their own. Examples are then spread over all axes of the mesh, and sums over devices go
+      straight to the shards of the params: nothing as large as all params is ever on one device.
+      Kept as a tuple, in leaf order.
   """
 
   microbatch: int | None = None
@@ -42,7 +44,8 @@ class Execution:
       meshes = {getattr(leaf, "mesh", None) for leaf in leaves}
       if len(meshes) != 1 or not all(isinstance(leaf, NamedSharding) for leaf in leaves):
         raise TypeError(
-          f"execution.shardings: got {self.shardings!r}; expected a tree like params of NamedSharding on one mesh."
+          f"execution.shardings: got {self.shardings!r}; expected a tree like params of "
+          "NamedSharding on one mesh."
         )
       object.__setattr__(self, "shardings", leaves)  # hashable
 
@@ -65,39 +68,44 @@ def diagonal_fisher(
   Each example's gradient is squared, then summed; the gradient of a summed loss is never squared.
 
   Guarantees:
-    Exact up to rounding, accumulated in float32 at least (float64 for float64 leaves). `execution` changes rounding
-    only. An example whose weight is zero in every group contributes exactly nothing, whatever its gradient.
-    Inside `jax.shard_map` the result is the sum over the local examples (the local mean without weights): no
-    collective is done, and the caller reduces.
+    Exact up to rounding, accumulated in float32 at least (float64 for float64 leaves). `execution`
+    changes rounding only. An example whose weight is zero in every group contributes exactly
+    nothing, whatever its gradient. Inside `jax.shard_map` the result is the sum over the local
+    examples (the local mean without weights): no collective is done, and the caller reduces.
 
   Edge cases:
-    range: returned values are plain float32, so squares of gradients below 1e-19 come out as 0, above 1e19 as inf;
-      `forget` works on gradients brought into range and has no such limit.
-    non-finite gradients propagate, one example's to every group perhaps; half precision is squared and summed in float32.
-    derivatives of a Fisher are not promised: where groups are known to share no example there are loops without one.
-    explicit meshes: a batch sharded over axes of `AxisType.Explicit` is computed with these axes automatic, and the loss
-      may not close over arrays on that mesh. Concrete params give a result that is sharded like them, traced ones a
-      replicated one.
-    traced calls: that the examples do not depend on each other is then the caller's promise (no BatchNorm in training
-      mode, no dropout, no mean over the batch); concrete calls measure it, and take differences of up to 1e-4 in a loss
-      (0.1 in half precision) for rounding.
+    range: returned values are plain float32, so squares of gradients below 1e-19 come out as 0,
+      above 1e19 as inf; `forget` works on gradients brought into range and has no such limit.
+    non-finite gradients propagate, one example's to every group perhaps; half precision is squared
+      and summed in float32.
+    derivatives of a Fisher are not promised: the loops used where groups are known to share no
+      example have none.
+    explicit meshes: a batch sharded over axes of `AxisType.Explicit` is computed with these axes
+      automatic, and the loss may not close over arrays on that mesh. Concrete params give a result
+      that is sharded like them, traced ones a replicated one.
+    traced calls: the caller promises that the examples do not depend on each other (no BatchNorm in
+      training mode, no dropout, no mean over the batch). Concrete calls measure it, and put
+      differences of up to 1e-4 in a loss (0.1 in half precision) down to rounding.
 
   Args:
-    loss_fn: pure function (params, inputs, labels) -> (N,) losses, one per example. What it closes over is a constant.
+    loss_fn: pure function (params, inputs, labels) -> (N,) losses, one per example. What it closes
+      over is a constant.
     params: a tree of floating arrays.
     inputs, labels: arrays or trees of arrays with leading axis N >= 1, passed to the loss.
-    weights: (N,), or (G, N) for G groups from one pass, finite; None for the mean over the examples.
+    weights: (N,), or (G, N) for G groups from one pass; finite; None for the mean over examples.
     mask: a tree prefix of bools; False leaves a leaf out. None keeps all.
-    precision: matmul precision of the gradients, as `jax.default_matmul_precision` takes it; None: whatever is set.
+    precision: matmul precision of the gradients, as `jax.default_matmul_precision` takes it; None
+      keeps what is set.
     execution: microbatch; see `Execution`.
 
   Returns:
-    A tree like params, float32 at least, each leaf (*leaf.shape) or (G, *leaf.shape); None where mask is False.
+    A tree like params, float32 at least, each leaf (*leaf.shape) or (G, *leaf.shape); None where
+    mask is False.
 
   Raises:
     TypeError: leaves that are not floating.
-    ValueError: no leaves, an empty batch, weights of the wrong shape, a loss that is not (N,), examples that depend on
-      each other, a collective inside the loss, an unknown precision.
+    ValueError: no leaves, an empty batch, weights of the wrong shape, a loss that is not (N,),
+      examples that depend on each other, a collective inside the loss, an unknown precision.
 
   >>> def squared_error(w, x, y):
   ...   return 0.5 * (x @ w - y) ** 2
@@ -105,7 +113,8 @@ def diagonal_fisher(
   >>> diagonal_fisher(squared_error, jnp.zeros(2), x, jnp.array([1.0, 1.0]))
   Array([5., 2.], dtype=float32)
 
-  Source: Yamashita, Yamada, Shibata (2024), section 3.2; Kunstner, Balles, Hennig (2019) on "empirical".
+  Source: Yamashita, Yamada, Shibata (2024), section 3.2; Kunstner, Balles, Hennig (2019) on
+  "empirical".
   """
   _checks.require_callable("loss_fn", loss_fn, "(params, inputs, labels) -> (N,) losses")
   mask_of_leaves = _trees.mask_leaves(mask, params)
@@ -134,7 +143,10 @@ def _plain(found: passes.SquaredGradients, squeeze: bool) -> list[jax.Array]:
 
 
 def _disjoint(weights: Any, group_weights: jax.Array) -> bool:
-  """Whether each example is known to have a weight in one group at most; of the weights as given: jit traces all others."""
+  """Whether each example is known to have a weight in one group at most.
+
+  Inspects the caller's `weights`; inside jit the converted ones are tracers.
+  """
   if len(group_weights) == 1:
     return True
   if not _checks.is_concrete(weights):
@@ -166,7 +178,8 @@ def _group_weights(weights: Any, num_examples: int) -> tuple[jax.Array, bool]:
     ) from None
   if weights.ndim not in (1, 2) or weights.shape[-1] != num_examples or weights.shape[0] == 0:
     raise ValueError(
-      f"weights: got shape {weights.shape}; expected ({num_examples},), or (G, {num_examples}) for G groups."
+      f"weights: got shape {weights.shape}; expected ({num_examples},), or (G, {num_examples}) "
+      "for G groups."
     )
   if not (
     jnp.issubdtype(weights.dtype, jnp.floating) or jnp.issubdtype(weights.dtype, jnp.integer)

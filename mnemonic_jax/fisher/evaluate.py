@@ -1,15 +1,16 @@
 """The engine: squared per-example gradients out of one batched backward pass.
 
 The function of one example is traced, and its equations are evaluated on the whole batch with the
-leaves of params taken out of ordinary differentiation: where a leaf meets data, a tap of `sums` puts
-sum_n w_n (d / d leaf)^2 into the cotangent of a dummy. One backward pass to the dummies is the Fisher.
+leaves of params taken out of ordinary differentiation: where a leaf meets data, a tap of `sums`
+puts sum_n w_n (d / d leaf)^2 into the cotangent of a dummy. One backward pass to the dummies is the
+Fisher.
 
 A leaf goes one of two ways, and both are exact.
   contracted: it reaches products, convolutions or lookups with data through operations that only
     rearrange or scale it. There the operation's input and its output's cotangent become the sum of
     squares; those of several such operations meet in the first (see `tied`).
-  per example: any other use (broadcast, normalised, inside a custom rule, or beside such a use). Each
-    example gets a copy of its own, and the copy's cotangent is that example's gradient.
+  per example: any other use (broadcast, normalised, inside a custom rule, or beside such a use).
+    Each example gets a copy of its own, and the copy's cotangent is that example's gradient.
 In the body of a scan over layers the slice of a stacked leaf goes its own way in each iteration; in
 remat and cond too.
 """
@@ -186,7 +187,7 @@ class Engine:
     return list(map(Data, again(*args)))
 
   def scan(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
-    """A scan whose stacked params are scanned with their dummies; carries have an examples' axis."""
+    """Scan stacked params together with their dummies; the carries have an axis of examples."""
     params = step.equation.params
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, rest = args[:num_consts], args[num_consts:]

@@ -1,4 +1,4 @@
-"""Which way the diagonal Fisher of each leaf is computed, why, and at what cost: a debugging aid."""
+"""How, why and at what cost the diagonal Fisher of each leaf is computed: a debugging aid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LeafPlan(NamedTuple):
   shape: tuple[int, ...]
   rule: str  # "product", "convolution", "lookup", "per example", several with " + ", or "unused"
   reason: str  # why it is per example or unused; empty where operations contract it
-  flops: int  # of one example: its gradient in that operation (for "per example" the square alone), square and sum
+  flops: int  # of one example: gradient (not for "per example"), square and sum
   bytes: int  # of gradient held at a time, whatever the microbatch
   bytes_per_example: int  # of gradient held for each example of the microbatch
 
@@ -66,12 +66,13 @@ def explain_fisher(
 ) -> FisherPlan:
   """Tell for every leaf which way `diagonal_fisher` takes, why, and what that costs.
 
-  A leaf is contracted inside the operations in which it meets data (products, convolutions, lookups), without a gradient
-  per example; any other use gives each example a copy of the leaf, whose gradient is held for the whole microbatch.
-  Both are exact.
+  A leaf is contracted inside the operations in which it meets data (products, convolutions,
+  lookups), without per-example gradients; any other use gives each example a copy of the leaf,
+  whose gradient is held for the whole microbatch. Both are exact.
 
   Args:
-    The arguments are those of `diagonal_fisher`; arrays may be `jax.ShapeDtypeStruct`s, for nothing is computed.
+    The arguments are those of `diagonal_fisher`; arrays may be `jax.ShapeDtypeStruct`s, because
+    nothing is computed.
 
   Returns:
     A `FisherPlan`.
@@ -79,7 +80,9 @@ def explain_fisher(
   Raises:
     TypeError, ValueError: as `diagonal_fisher`, for what can be told without values.
 
-  >>> loss_fn = lambda p, x, y: ((jax.numpy.tanh(x @ p["kernel"] + p["bias"]) @ p["kernel"].T - y) ** 2).sum(-1)
+  >>> def loss_fn(p, x, y):
+  ...   hidden = jax.numpy.tanh(x @ p["kernel"] + p["bias"])
+  ...   return ((hidden @ p["kernel"].T - y) ** 2).sum(-1)
   >>> shaped = lambda *shape: jax.ShapeDtypeStruct(shape, "float32")
   >>> params = {"bias": shaped(3), "kernel": shaped(4, 3)}
   >>> print(explain_fisher(loss_fn, params, shaped(8, 4), shaped(8, 4)))

@@ -20,7 +20,7 @@ _CLIPS = jax.lax.GatherScatterMode.CLIP
 class Lookup:
   """The contraction of a gather, or a dynamic slice, of whole rows of a leaf.
 
-  Its data are the rows (tokens,) of an example. The row `rows`, which is not there, has no gradient.
+  Its data are the rows (tokens,) of an example. The row `rows` does not exist: no gradient.
   """
 
   name = "lookup"

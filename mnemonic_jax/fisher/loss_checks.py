@@ -1,4 +1,4 @@
-"""What a loss must be before its per-example gradients mean anything: (N,), independent examples, no collective."""
+"""Check that a loss has per-example gradients: (N,), independent examples, no collective."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ PyTree = Any
 # (params, inputs, labels) -> (N,) losses.
 LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
 
-# Rows on which examples are checked for independence, and the difference of their losses that is rounding: relative,
-# and, where a caller's own loss may cancel, absolute.
+# Rows on which examples are checked for independence, and how far their losses may differ by
+# rounding: relative, and, where a caller's own loss may cancel, absolute.
 _INDEPENDENCE_ROWS = 8
 _ROUNDING = {"float32": (0.02, 1e-4), "half": (0.5, 0.1)}
 # Each also as the start and done of its asynchronous form.
@@ -37,7 +37,8 @@ def num_examples_of(inputs: PyTree, labels: PyTree) -> int:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       if not np.ndim(leaf):
         raise ValueError(
-          f"{name}{jax.tree_util.keystr(path)}: got a scalar; expected a leading axis of N examples."
+          f"{name}{jax.tree_util.keystr(path)}: got a scalar; "
+          "expected a leading axis of N examples."
         )
       sizes[name + jax.tree_util.keystr(path)] = np.shape(leaf)[0]
   if len(set(sizes.values())) > 1:
@@ -70,7 +71,7 @@ def check_loss(
   *,
   cancels: bool = True,
 ) -> None:
-  """Refuse a loss that is not (N,), communicates, or, for concrete values, whose examples depend on each other.
+  """Refuse a loss that is not (N,), communicates, or (if concrete) mixes its examples.
 
   A loss that `cancels` is also allowed an absolute rounding error.
   """
@@ -95,14 +96,14 @@ def check_loss(
     # Inside a trace the difference is not concrete, even that of concrete values.
     if _checks.is_concrete(difference) and difference > relative:
       raise ValueError(
-        f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its example is computed alone. "
-        "Likely causes: BatchNorm in training mode (use evaluation mode), dropout that is on, or a mean over the batch "
-        "inside the loss."
+        f"loss_fn: examples depend on each other: a loss changes by {difference:.0%} when its "
+        "example is computed alone. Likely causes: BatchNorm in training mode (use evaluation "
+        "mode), dropout that is on, or a mean over the batch inside the loss."
       )
 
 
 def _traced(loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree) -> tuple[Any, Any]:
-  """A loss as a closed jaxpr and the shape of what it returns; explicit axes are automatic in it."""
+  """Trace a loss to a closed jaxpr and the shape it returns; explicit axes are automatic in it."""
   found = []
 
   def trace(batch: PyTree, params: PyTree) -> jax.Array:
@@ -132,8 +133,8 @@ def refuse_collectives(name: str, jaxpr: Any) -> None:
     if equation.primitive.name.startswith(_COLLECTIVES):
       raise ValueError(
         f"{name}: calls the collective {equation.primitive.name!r}; its gradient would be summed "
-        "over devices before it is squared. Gather the params before the call and pass the gathered "
-        "tree, or use jit with sharded arrays, which needs no collective in the function."
+        "over devices before it is squared. Gather the params before the call and pass the "
+        "gathered tree, or use jit with sharded arrays, which needs no collective in the function."
       )
 
 
@@ -141,7 +142,10 @@ def of_one(
   function: Callable[..., Any], params: PyTree, inputs: PyTree, labels: PyTree
 ) -> jax.Array:
   """What a loss, or a model, returns for a batch of one example, whose axis must still be there."""
-  remedy = "A squeeze without its axis takes the axis of examples too when there is one: name the axes to squeeze."
+  remedy = (
+    "A squeeze without its axis takes the axis of examples too when there is one: name the axes to "
+    "squeeze."
+  )
   try:
     values = function(params, inputs, labels)
   except Exception as error:
@@ -150,7 +154,8 @@ def of_one(
   if jnp.shape(values)[:1] != (1,):
     expected = "(1,)" if jnp.ndim(values) < 2 else "(1, ...)"
     raise ValueError(
-      f"loss_fn, logits_fn: returned shape {jnp.shape(values)} for a batch of one example; expected {expected}. {remedy}"
+      f"loss_fn, logits_fn: returned shape {jnp.shape(values)} for a batch of one example; "
+      f"expected {expected}. {remedy}"
     )
   return values
 
@@ -170,7 +175,10 @@ def traced_on_one(
 def _dependence(
   loss_fn: LossFn, params: PyTree, inputs: PyTree, labels: PyTree, rows: jax.Array, absolute: float
 ) -> jax.Array:
-  """Largest relative difference (above `absolute`) between the losses of some rows together and one by one."""
+  """Compare the losses of some rows together and one by one: the largest relative difference.
+
+  Differences up to `absolute` do not count.
+  """
 
   def largest_difference(batch: PyTree, params: PyTree, rows: jax.Array) -> jax.Array:
     inputs, labels = jax.tree.map(lambda x: x[rows], batch)

@@ -40,13 +40,13 @@ _IN_PARTS = ("slice", "split", "concatenate")
 _IDENTITIES = frozenset(
   {"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"}
 )
-# Factors beyond these, or not known while tracing, could take squares out of range that the gradient
-# itself is in.
+# Factors beyond these, or not known while tracing, could take squares out of range although the
+# gradient itself is in range.
 _SMALLEST_FACTOR, _LARGEST_FACTOR = 2.0**-16, 2.0**16
 
-# What becomes of an equation. MAPPED evaluates it on all examples, with params as constants; the next
-# three give params again; in CONTRACTED a param meets data, in TIED as one of several times; the
-# others have plans inside.
+# What becomes of an equation. MAPPED evaluates it on all examples, with params as constants; the
+# next three give params again; in CONTRACTED a param meets data, in TIED as one of several times;
+# the others have plans inside.
 MAPPED, SAME, REARRANGED, SCALED = "mapped", "same", "rearranged", "scaled"
 CONTRACTED, TIED = "contracted", "tied"
 SCAN, COND, REMATERIALISED = "scan", "cond", "rematerialised"
@@ -93,7 +93,7 @@ class Use(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
-  """A jaxpr, which of its inputs each example has a copy of, and why, and what becomes of the rest."""
+  """A jaxpr, of which of its inputs each example has a copy and why, and what the rest becomes."""
 
   jaxpr: Any
   consts: Sequence[Any]
@@ -174,7 +174,7 @@ def _tie(var: Any, index: int, steps: Sequence[Step]) -> Tie | None:
 def _walk(
   jaxpr: Any, inputs: Sequence[Kind], copied: dict[int, str]
 ) -> tuple[list[Step], dict[int, str], set[int]]:
-  """What becomes of each equation; the params that must be copied too, and why; those used twice."""
+  """Decide what becomes of each equation; which params to copy too, and why; those used twice."""
   env: dict[Any, Kind] = dict.fromkeys(jaxpr.constvars, "const")
   for index, (var, kind) in enumerate(zip(jaxpr.invars, inputs, strict=True)):
     if isinstance(kind, Params):

@@ -63,7 +63,7 @@ def known(planned: Plan) -> Iterator[tuple[frozenset[int], str]]:
 
 
 class _Walk(Engine):
-  """Follows a plan forward, and keeps what contractions read and write, (..., N, F) and (..., N, O)."""
+  """Follows a plan forward and keeps what contractions read (..., N, F) and write (..., N, O)."""
 
   def __init__(self, groups: sums.Groups) -> None:
     super().__init__(groups)
@@ -117,7 +117,7 @@ class _Untied:
 
 
 def _mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
-  """(N, *shape) -> (N, F): the mean over all axes but `axes` of one example, which are flattened."""
+  """(N, *shape) -> (N, F): the mean over all axes of one example but `axes`, flattened."""
   others = [axis for axis in range(x.ndim - 1) if axis not in axes]
   ordered = x.transpose(0, *(1 + axis for axis in (*others, *axes)))
   width = math.prod(x.shape[1 + axis] for axis in axes)

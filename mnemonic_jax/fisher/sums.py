@@ -2,8 +2,8 @@
 
 Each operation on a leaf and data takes two dummies beside the leaf, on which its result does not
 depend. The cotangent of `squares` (G, *leaf.shape) is *defined* to be the weighted sum of squared
-per-example gradients, in units of 4**e; that of `unit` is e. So `jax.vjp` with respect to the dummies
-is the Fisher, and scan, remat and cond need no rules of their own.
+per-example gradients, in units of 4**e; that of `unit` is e. So `jax.vjp` with respect to the
+dummies is the Fisher, and scan, remat and cond need no rules of their own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mnemonic_jax import _mesh, _trees
 CHUNK_BYTES = 2**26
 # Numbers up to which a weighted sum is no matrix product, which compiles slower.
 _SMALL = 2**17
-# Examples up to which it is none either: a TPU multiplies blocks of many rows, however few there are.
+# Examples up to which it is none either: a TPU multiplies blocks of many rows, even for a few.
 _FEW = 4
 # Examples a step of a matrix product whose groups each visit their own examples.
 _STEP = 128
@@ -120,7 +120,7 @@ def brought(data: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def weighed_in(groups: Groups, unit: jax.Array) -> tuple[Groups, jax.Array]:
-  """Weigh examples whose gradients are in these units (N,) so that all are in the largest of them."""
+  """Weigh examples whose gradients are in units (N,) so that all are in the largest of them."""
   active = jnp.any(groups.weights != 0, axis=0)
   largest = jnp.max(jnp.where(active, unit, LOWEST_UNIT))
   largest = jax.lax.pmax(largest, groups.axes) if groups.axes else largest
@@ -246,7 +246,7 @@ copies.defvjp(_copies_forward, _copies_backward)
 
 
 def dummies(leaf: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Make the zeros that go with a leaf: `squares`, and a `unit` for each slice of its first axis."""
+  """Make the zeros that go with a leaf: `squares`, and a `unit` per slice of its first axis."""
   squares = (len(weights), *leaf.shape), _trees.at_least_float32(leaf.dtype)
   like = leaf, weights
   return _mesh.zeros(*squares, like), _mesh.zeros(leaf.shape[:1], jnp.float32, like)

@@ -51,7 +51,9 @@ class Contracting(NamedTuple):
       self.rule.data_of, batched(self.equation.invars[self.rule.data_index].aval)
     )
     zeros = [_mesh.zeros(x.shape, _carried(x.dtype), like) for x in (data, batched(out))]
-    return tuple(groups.spread.examples(x) if groups.spread else x for x in zeros)  # type: ignore[return-value]
+    return tuple(  # type: ignore[return-value]
+      groups.spread.examples(x) if groups.spread else x for x in zeros
+    )
 
 
 def _carried(dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The paper's method: one perturbation of the weights that matter to the forgotten classes alone."""
+"""The paper's method: perturb the weights that matter to the forgotten classes alone."""
 
 from __future__ import annotations
 
@@ -142,13 +142,17 @@ def choose_sign(
 
   Args:
     plus, minus: `CodeScores` of the two candidates.
-    resolution: accuracies closer than this are equal; half the step 1 / (forget codes * remain codes) hides rounding.
+    resolution: accuracies closer than this are equal; half the step
+      1 / (forget codes * remain codes) hides rounding.
 
   Returns:
     int32 scalar, +1 or -1.
 
-  >>> score = lambda accuracy, error, gap: CodeScores(jnp.array(accuracy), jnp.array(error), jnp.array(gap))
-  >>> int(choose_sign(score(1.0, 0.0, 5.0), score(0.9, 1.0, 0.0))), int(choose_sign(score(1.0, 1.0, 0.5), score(1.0, 1.0, 2.0)))
+  >>> def score(accuracy, error, gap):
+  ...   return CodeScores(jnp.array(accuracy), jnp.array(error), jnp.array(gap))
+  >>> by_accuracy = choose_sign(score(1.0, 0.0, 5.0), score(0.9, 1.0, 0.0))
+  >>> by_gap = choose_sign(score(1.0, 1.0, 0.5), score(1.0, 1.0, 2.0))
+  >>> int(by_accuracy), int(by_gap)
   (-1, -1)
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2; the tie break is ours.
@@ -169,13 +173,16 @@ def amplitude(fisher_forget: PyTree, fisher_remain: PyTree, layer_axis: PyTree =
       eta[i] = f_F[i] / f_R[i]
 
   Guarantees:
-    Finite and non-negative for finite, non-negative Fishers. Unchanged when both Fishers are multiplied by one number.
+    Finite and non-negative for finite, non-negative Fishers. Unchanged when both Fishers are
+    multiplied by one number.
 
   Edge cases:
     f_F = 0, f_R > 0: eta = 0. The weight does not matter to the forgotten classes.
     f_F = 0, f_R = 0: eta = 0. No information: the weight is left alone.
-    f_F > 0, f_R = 0: eta = the layer's largest finite ratio; so also where the ratio overflows its dtype.
-    no finite ratio but 0 in a layer: eta = 0 there. Nothing says how far to go, so the layer is left alone.
+    f_F > 0, f_R = 0: eta = the layer's largest finite ratio; so also where the ratio overflows its
+      dtype.
+    no finite ratio but 0 in a layer: eta = 0 there. Nothing says how far to go, so the layer is
+      left alone.
     NaN: propagates.
 
   Args:
@@ -227,7 +234,8 @@ def layer_scale(eta: PyTree, method: Perturbation, layer_axis: PyTree = None) ->
 
   Edge cases:
     max eta = 0: alpha = lambda1, and the perturbation is 0 all the same.
-    lambda2 / max eta below 1e-38: alpha = 0 where the backend flushes subnormals, and the layer is left alone.
+    lambda2 / max eta below 1e-38: alpha = 0 where the backend flushes subnormals, and the layer is
+      left alone.
 
   Args:
     eta: amplitudes, as `amplitude` returns them.
@@ -304,7 +312,8 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       raise TypeError(
-        f"params{path}: got dtype {leaf.dtype}; expected floating arrays only where eta is not None."
+        f"params{path}: got dtype {leaf.dtype}; "
+        "expected floating arrays only where eta is not None."
       )
     if (
       jnp.shape(leaf_eta) != leaf.shape
@@ -312,7 +321,8 @@ def perturb(params: PyTree, eta: PyTree, scale: PyTree, sign: Any) -> PyTree:
       or not _broadcasts(jnp.shape(leaf_scale), leaf.shape)
     ):
       raise ValueError(
-        f"eta{path}: got shape {jnp.shape(leaf_eta)} (scale: {None if leaf_scale is None else jnp.shape(leaf_scale)}); "
+        f"eta{path}: got shape {jnp.shape(leaf_eta)} "
+        f"(scale: {None if leaf_scale is None else jnp.shape(leaf_scale)}); "
         f"expected {leaf.shape}, as in params, and a scale that broadcasts to it."
       )
     dtype = _trees.at_least_float32(leaf.dtype)

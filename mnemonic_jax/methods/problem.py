@@ -266,7 +266,7 @@ def _require_logits(logits: Any, wanted: tuple[int, int]) -> None:
 def sites_program(
   request: Request, constants: PyTree, params: PyTree, inputs: jax.Array, weights: jax.Array
 ) -> list[tuple[jax.Array, jax.Array]]:
-  """The program of `Problem.sites`: for each site, the weighted sums of what it reads and writes."""
+  """Run `Problem.sites`: for each site, the weighted sums of what it reads and writes."""
   with loss_checks.matmul_precision(request.precision):
     planned = _plan(request, constants, params, inputs)
     leaves = jax.tree.leaves((params, constants))

@@ -99,7 +99,7 @@ def settings(method: Any) -> dict[str, Any]:
 
 
 def name_of(method: Any) -> str:
-  """The name of a method, or its class, as commands and records have it: `drop_row` of `DropRow`."""
+  """Name a method, or its class, as commands and records do: `drop_row` for `DropRow`."""
   name = (method if isinstance(method, type) else type(method)).__name__
   return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 

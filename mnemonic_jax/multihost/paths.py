@@ -1,4 +1,4 @@
-"""Paths of run folders: local ones, and those of object stores (gs://), where nothing is renamed or locked."""
+"""Paths of run folders: local, or in object stores (gs://), which cannot rename or lock."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_remote(path: os.PathLike[str] | str) -> bool:
 
 
 def absolute(path: os.PathLike[str] | str) -> epath.Path:
-  """The path from the root, as Orbax wants it; `epath` itself would put the working directory before gs://.
+  """Make a path absolute, as Orbax wants it; `epath` would put the working directory before gs://.
 
   >>> str(absolute("gs://bucket/run"))
   'gs://bucket/run'

@@ -33,8 +33,9 @@ def initialize(
 ) -> None:
   """Join the other processes of this job, before anything else of JAX runs.
 
-  Without arguments, what the environment says counts: `jax.distributed.initialize` knows TPU pods, SLURM, Open MPI and
-  Kubernetes jobs. Nothing is done for a single process: where neither says anything, or `num_processes` is 1.
+  Arguments left out come from the environment: `jax.distributed.initialize` knows TPU pods, SLURM,
+  Open MPI and Kubernetes jobs. A single process (nothing is said anywhere, or `num_processes` is 1)
+  joins nothing.
 
   Args:
     coordinator: "host:port" of process 0.
@@ -62,8 +63,9 @@ def initialize(
   if coordinator is not None and process_id is not None and num_processes is not None:
     roll_call(coordinator, process_id, num_processes, startup_timeout)
   late = (
-    f"the processes of this job did not come together within {startup_timeout:g} s (--startup-timeout). Start as many as "
-    "the job has, and see their logs; on one machine alone, pass --num-processes 1."
+    f"the processes of this job did not come together within {startup_timeout:g} s "
+    "(--startup-timeout). Start as many as the job has, and see their logs; on one machine alone, "
+    "pass --num-processes 1."
   )
   # JAX's own timeout is the longer one: it ends the process with a page of its log.
   with _deadline(startup_timeout - (time.monotonic() - started), late, last=not process_id):
@@ -84,8 +86,8 @@ def initialize(
       if coordinator is None and "must be called before" in str(error):
         return  # JAX runs already, as in a notebook: this is no process of a job
       raise MnemonicError(
-        f"jax.distributed.initialize: {error} Pass --coordinator, --process-id and --num-processes by hand; on one machine "
-        "alone, --num-processes 1."
+        f"jax.distributed.initialize: {error} Pass --coordinator, --process-id and "
+        "--num-processes by hand; on one machine alone, --num-processes 1."
       ) from error
     jax.devices()  # here all processes wait for each other's list
   if several() and jax.default_backend() == "cpu":
@@ -122,7 +124,9 @@ def on_writer(work: Callable[[], None]) -> None:
 
 
 def together(work: Callable[[], Result]) -> Result:
-  """Run `work`, in which no process waits for another, on all; all fail when one does, rather than wait for it later.
+  """Run `work` on all processes; when it fails on one, fail on all rather than wait for it later.
+
+  No process may wait for another inside `work`.
 
   Raises:
     MnemonicError: on those that did not fail, what the first one raised that did.
@@ -154,10 +158,10 @@ def leave(code: int) -> None:
 
 
 def end(code: int, *, last: bool, message: str = "") -> None:
-  """End the process as it is: a stuck collective cannot be interrupted, and JAX's own end waits for all peers.
+  """End the process at once: nothing interrupts a stuck collective, and JAX's exit waits for all.
 
-  The process that hosts JAX's coordination service goes last, after the others have said the same: without it JAX's runtime
-  ends them in its own words.
+  The process that hosts JAX's coordination service goes last, after the others have printed their
+  message: without it JAX's runtime ends them in its own words.
   """
   if message:
     os.write(2, f"mnemonic: {message}\n".encode())  # past Python, whatever it does meanwhile

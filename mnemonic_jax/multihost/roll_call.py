@@ -1,4 +1,4 @@
-"""Many processes meet at the coordinator's port before JAX does, so that what does not fit is told to all of them by name.
+"""Processes meet at the coordinator's port before JAX does; all hear by name which does not fit.
 
 JAX's own runtime ends a process of a wrong count with a page of its log, and lets the others wait.
 """
@@ -19,22 +19,24 @@ _LINE = 2000  # bytes
 def roll_call(coordinator: str, process_id: int, num_processes: int, timeout: float) -> None:
   """Return when all processes are there and were started with the same count.
 
-  Process 0 listens at the port of `coordinator`, "host:port"; the others say who they are, and all hear the verdict.
+  Process 0 listens at `coordinator`, "host:port"; the others say who they are, and all hear the
+  verdict.
 
   Raises:
     UsageError: the address is none, or the id is no id.
-    MnemonicError: on every process, when one is missing, is there twice or has another count, or process 0 cannot be
-      reached within `timeout` seconds.
+    MnemonicError: on every process, when one is missing, is there twice or has another count, or
+      process 0 cannot be reached within `timeout` seconds.
   """
   host, _, port = coordinator.rpartition(":")
   if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
     raise UsageError(
-      f"--coordinator: got {coordinator}; expected host:port of process 0, for example 10.0.0.1:8476."
+      f"--coordinator: got {coordinator}; expected host:port of process 0, "
+      "for example 10.0.0.1:8476."
     )
   if not 0 <= process_id < num_processes:
     raise UsageError(
-      f"--process-id: got {process_id} with --num-processes {num_processes}; expected 0 to {num_processes - 1}, another "
-      "one on each process."
+      f"--process-id: got {process_id} with --num-processes {num_processes}; "
+      f"expected 0 to {num_processes - 1}, another one on each process."
     )
   deadline = time.monotonic() + timeout
   if process_id == 0:
@@ -58,7 +60,10 @@ def _listen(port: int, num_processes: int, deadline: float, timeout: float) -> s
       dualstack_ipv6=both,
     )
   except OSError as error:
-    return f"process 0 cannot listen at port {port} ({error.strerror or error}). Choose another port on all processes."
+    return (
+      f"process 0 cannot listen at port {port} ({error.strerror or error}). "
+      "Choose another port on all processes."
+    )
   present: dict[int, socket.socket] = {}
   strays = []
   verdict = ""
@@ -70,8 +75,9 @@ def _listen(port: int, num_processes: int, deadline: float, timeout: float) -> s
       except TimeoutError:
         absent = ", ".join(str(i) for i in range(1, num_processes) if i not in present)
         verdict = (
-          f"of {num_processes} processes, {absent} did not come within {timeout:g} s (--startup-timeout). Start all of "
-          f"them with --num-processes {num_processes} and a --process-id of their own, and see their logs."
+          f"of {num_processes} processes, {absent} did not come within {timeout:g} s "
+          f"(--startup-timeout). Start all of them with --num-processes {num_processes} and a "
+          "--process-id of their own, and see their logs."
         )
         break
       connection.settimeout(_SLOW)
@@ -81,11 +87,14 @@ def _listen(port: int, num_processes: int, deadline: float, timeout: float) -> s
       index, count = map(int, who)
       if count != num_processes:
         verdict = (
-          f"process {index} was started with --num-processes {count}, process 0 with {num_processes}. Start all with the "
-          "same number."
+          f"process {index} was started with --num-processes {count}, process 0 with "
+          f"{num_processes}. Start all with the same number."
         )
       elif not 0 < index < num_processes or index in present:
-        verdict = f"two processes were started with --process-id {index}. Give each its own, 0 to {num_processes - 1}."
+        verdict = (
+          f"two processes were started with --process-id {index}. "
+          f"Give each its own, 0 to {num_processes - 1}."
+        )
       if verdict:
         strays.append(connection)
       else:
@@ -111,8 +120,9 @@ def _report(host: str, port: int, who: str, deadline: float, timeout: float) -> 
       reason = error.strerror or str(error)
     time.sleep(_PAUSE)
   return (
-    f"process {who.split()[0]} of {who.split()[1]} could not reach process 0 within {timeout:g} s (--startup-timeout): "
-    f"{reason}. Check that process 0 runs on that host and that the port is open."
+    f"process {who.split()[0]} of {who.split()[1]} could not reach process 0 within {timeout:g} s "
+    f"(--startup-timeout): {reason}. Check that process 0 runs on that host and that the port is "
+    "open."
   )
 
 

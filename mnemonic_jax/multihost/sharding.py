@@ -22,7 +22,7 @@ PyTree = Any
 
 DATA, FSDP = "data", "fsdp"
 # Path pattern -> the first axis that may be split; the first match wins. Of the allowed axes, the
-# largest that fsdp divides is split. Layers of a stack stay whole: a scan takes one after the other.
+# largest that fsdp divides is split. Layers of a stack stay whole: a scan takes them one by one.
 RULES = ((r"\bblocks\b", 1), (r"", 0))
 # Leaves of fewer elements (biases, scales, counters) are copied to all devices.
 _LEAST_SPLIT = 2**13
@@ -99,8 +99,8 @@ def _spec(path: str, shape: Sequence[int], fsdp: int) -> PartitionSpec:
   if not axes:
     most = max(math.gcd(size, fsdp) for size in shape[first:])
     raise ValueError(
-      f"mesh: fsdp {fsdp} divides no axis of {path} {tuple(shape)}; {most} does. Use a smaller fsdp, "
-      "and a larger data."
+      f"mesh: fsdp {fsdp} divides no axis of {path} {tuple(shape)}; {most} does. "
+      "Use a smaller fsdp, and a larger data."
     )
   axis = max(axes, key=lambda axis: shape[axis])
   return PartitionSpec(*(FSDP if i == axis else None for i in range(axis + 1)))

@@ -1,4 +1,4 @@
-"""End a process whose peers are dead or stuck: nothing that JAX waits for can be interrupted otherwise."""
+"""End a process whose peers are dead or stuck: nothing else can interrupt what JAX waits for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _BROKEN = re.compile(
 
 
 class PeerLost(MnemonicError):
-  """Nothing goes on here: another process is dead or stuck, or (`why`) this one waits for something else."""
+  """This process cannot go on: another one is dead or stuck, or it waits for something (`why`)."""
 
   def __init__(self, what: str, why: str = "", remedy: str = "") -> None:
     why = why or "another process is dead or stuck; its own log says more"
     super().__init__(
-      f"{what}: {why}. This is process {jax.process_index()} of {jax.process_count()}. Resume with the same command on all "
-      f"hosts{remedy}."
+      f"{what}: {why}. This is process {jax.process_index()} of {jax.process_count()}. "
+      f"Resume with the same command on all hosts{remedy}."
     )
 
 
@@ -40,11 +40,12 @@ class _Limit(NamedTuple):
 
 
 class Watchdog:
-  """Ends the process when nothing is finished in time: a collective waits for a dead or stuck peer for ever.
+  """Ends the process when a step takes too long: a collective waits for a dead peer for ever.
 
-  What was announced by `phase` must be over within `startup_timeout` seconds: what comes before the first step, compilation,
-  checkpoints, a batch of an evaluation. After a `beat`, a finished step, the next one must end within `timeout` seconds. A
-  collective that fails because a peer went away raises `PeerLost` at the end of the block. Without peers nothing is watched.
+  Whatever `phase` announces must be over within `startup_timeout` seconds: all that comes before
+  the first step, compilation, checkpoints, a batch of an evaluation. After a `beat`, a finished
+  step, the next one must end within `timeout` seconds. A collective that fails because a peer went
+  away raises `PeerLost` at the end of the block. Without peers nothing is watched.
 
   >>> with Watchdog(60.0, startup_timeout=300.0) as watchdog:
   ...   for step in range(3):
@@ -92,7 +93,7 @@ class Watchdog:
     )
 
   def phase(self, what: str) -> None:
-    """Say that all before is finished, and what begins now; it lasts until the next `phase` or `beat`."""
+    """Say that all before is finished and what begins now, until the next `phase` or `beat`."""
     what = f"{what} did not end within {self._startup_timeout:g} s"
     why = "this one takes that long by itself"
     self._limit = _Limit(time.monotonic() + self._startup_timeout, what, "--startup-timeout", why)

@@ -116,7 +116,7 @@ def _note(shape: Sequence[int], strips: bool, hidden: int) -> str:
       else f"of {total:,} values"
     )
     note = (
-      f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, from black "
-      "to white."
+      f"A code of {size} values is no picture, so each is drawn flat, as a strip {part}, "
+      "from black to white."
     )
   return note + (f" {hidden:,} more codes are not shown." if hidden else "")

@@ -18,9 +18,9 @@ from mnemonic_jax.runs.trained import restore
 
 
 def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()) -> dict[str, Any]:
-  """Score the trained params, and those of the latest forget if there is one; "..._ema" are their moving averages.
+  """Score the trained params, and those of the latest forget if any; "..._ema" are their averages.
 
-  `classes` are counted as forgotten; without any, those that the run forgot, else those of its config.
+  `classes` count as forgotten; by default those that the run forgot, else those of its config.
   """
   asked = list(classes) or run.forgotten_classes() or run.config.forget.classes
   chosen = resolve(asked, dataset.class_names)

@@ -66,7 +66,7 @@ def restore(run: RunFolder, dataset: Dataset, layout: Layout | None = None) -> T
 
 
 def _make_model(config: Config, dataset: Dataset, checkpoint: epath.PathLike) -> Model:
-  """Build the model of a config; the vectors that its head scores against are the checkpoint's, and need no file."""
+  """Build the model of a config; its head's text vectors come from the checkpoint, not a file."""
   if not config.model.text_embeddings:
     return setup.make_model(config, dataset)
   stored = _trees.by_path(stored_shapes(checkpoint))
@@ -79,7 +79,7 @@ def _make_model(config: Config, dataset: Dataset, checkpoint: epath.PathLike) ->
 def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float, str]:
   """How far a training is, how far it was to go, and what is counted.
 
-  By its own records where there are some: of the data set it was trained on, pictures may be gone since.
+  Read from its own records if there are any: images may have left the data set since.
   """
   train = run.config.train
   if train.steps:
@@ -92,8 +92,8 @@ def _progress(run: RunFolder, dataset: Dataset, step: int) -> tuple[float, float
     return records[-1]["epoch"] * step / records[-1]["step"], train.epochs, "epoch"
   if not dataset.train.num_examples:
     raise MnemonicError(
-      f"{run.path / 'metrics.jsonl'}: has no line up to step {step}, so whether the training is finished cannot be told without "
-      "its data set."
+      f"{run.path / 'metrics.jsonl'}: has no line up to step {step}, so whether the training is "
+      "finished cannot be told without its data set."
     )
   _, _, steps_per_epoch, total_steps = setup.plan(run.config, dataset)
   return step / steps_per_epoch, total_steps / steps_per_epoch, "epoch"
@@ -105,18 +105,20 @@ def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
   codes = stored.get("codes") if isinstance(stored, dict) else None
   if len(getattr(codes, "shape", ())) != 5:
     raise MnemonicError(
-      f"{checkpoint}: holds no codes (C, K, H, W, channels), from which the images' shape could be told."
+      f"{checkpoint}: holds no codes (C, K, H, W, channels), from which the images' shape could be "
+      "told."
     )
   num_classes, _, *shape = codes.shape  # type: ignore[union-attr]
   return data.absent(config.data.name, shape, num_classes)
 
 
 def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Trained:
-  """Restore the params, model state and codes of a checkpoint that a training loop of the user's own wrote.
+  """Restore the params, model state and codes of a checkpoint from a user's own training loop.
 
-  The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has one and "ema_params"
-  where a moving average of the params is kept (a checkpoint of `mnemonic train` has it in its optimizer state). What else
-  it holds is not read, but a tree of the params' shape is refused: a copy that is served would keep the class.
+  The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has
+  one and "ema_params" where a moving average of the params is kept (a checkpoint of
+  `mnemonic train` has it in its optimizer state). What else it holds is not read, but a tree of the
+  params' shape is refused: if that copy is served, it still knows the class.
   """
   model = _make_model(config, dataset, folder)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
@@ -124,7 +126,8 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   if not isinstance(stored, dict) or not {"params", "codes"} <= set(stored):
     found = ", ".join(sorted(stored)) if isinstance(stored, dict) else f"a {type(stored).__name__}"
     raise MnemonicError(
-      f'{folder}: holds {found}; expected "params" and "codes", and "model_state" where there is one.'
+      f'{folder}: holds {found}; expected "params" and "codes", '
+      'and "model_state" where there is one.'
     )
   parts = {"params": params, "codes": stored["codes"]}
   if jax.tree.leaves(model_state):
@@ -139,8 +142,8 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
     stored = {**stored, "optimizer_state": {"average": stored["optimizer_state"]["average"]}}
   if copies:
     raise MnemonicError(
-      f"{folder}: holds {copies[0]}, of the shapes of params. If it may be served, it must forget too: save it as ema_params, in the "
-      "dtype of params. If not, save the checkpoint without it."
+      f"{folder}: holds {copies[0]}, of the shapes of params. If it may be served, it must forget "
+      "too: save it as ema_params, in the dtype of params. If not, save the checkpoint without it."
     )
   what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
   _require_same(folder, what, stored, expected)
@@ -158,7 +161,7 @@ _AVERAGE = "optimizer_state.average"  # where the checkpoints of `mnemonic train
 
 
 def _other_copies(stored: dict[str, Any]) -> list[str]:
-  """What else in a checkpoint has the paths and shapes of the params, and may be a copy of them that is served."""
+  """Find what else in a checkpoint has the params' paths and shapes: copies that may be served."""
   layout = lambda tree: {
     path: getattr(leaf, "shape", None) for path, leaf in _trees.by_path(tree).items()
   }
@@ -200,8 +203,9 @@ def _require_codes(folder: epath.Path, codes: Any, dataset: Dataset) -> None:
   )
   if not fits or not jnp.issubdtype(codes.dtype, jnp.floating):
     raise MnemonicError(
-      f"{folder}: codes is {_kind(codes)} there; expected floats ({classes}, K, {', '.join(map(str, dataset.shape))}), K "
-      f"codes for each class of {dataset.name}, as mnemonic_jax.make_codes draws them."
+      f"{folder}: codes is {_kind(codes)} there; expected floats "
+      f"({classes}, K, {', '.join(map(str, dataset.shape))}), K codes for each class of "
+      f"{dataset.name}, as mnemonic_jax.make_codes draws them."
     )
 
 
