@@ -217,7 +217,7 @@ def retain_and_forget(
   >>> float(a_r), float(e_f)
   (0.5, 0.0)
   """
-  right = predicted_classes(logits) == labels
+  right = predicted_classes(logits).astype(labels.dtype) == labels
 
   def share(classes: jax.Array, values: jax.Array) -> jax.Array:
     side = classes[labels]
