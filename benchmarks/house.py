@@ -2,7 +2,8 @@
 
 Command:  python benchmarks/house.py [CHECKOUT]
 
-An arrow is a pair of files, one of which imports the other. With another CHECKOUT only its files
+An arrow is a pair of files, one of which imports the other; a stage is a module or a package directly
+under mnemonic_jax. With another CHECKOUT only its files
 are counted. The figures of docs/design.md come from here.
 """
 
@@ -102,7 +103,14 @@ def main(root: pathlib.Path) -> None:
     texts = [path.read_text().splitlines() for path in (root / folder).rglob("*.py")]
     long = sum(len(line) > WIDTH for lines in texts for line in lines)
     print(f"| {folder} | {len(texts)} | {sum(map(len, texts))} | {long} |")
-  print(f"\narrows between modules: {len(arrows(root))}")
+  found, stage = arrows(root), lambda name: (name.split(".") + [""])[1]
+  inside = sum(stage(a) == stage(b) for a, b in found)
+  between = {
+    (stage(a), stage(b)) for a, b in found if stage(a) != stage(b) and stage(a) and stage(b)
+  }
+  stages = {stage(name) for name in modules(root)} - {""}
+  print(f"\narrows between files: {len(found)}, {inside} of them inside one stage")
+  print(f"stages: {len(stages)}, arrows between them: {len(between)}")
   if root.resolve() == pathlib.Path(__file__).parent.parent.resolve():
     print("\n| one forget | traces of the model | programs |\n|---|---|---|")
     for row in one_forget():
