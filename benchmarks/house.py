@@ -2,9 +2,9 @@
 
 Command:  python benchmarks/house.py [CHECKOUT]
 
-An arrow is a pair of files, one of which imports the other; a stage is a module or a package directly
-under mnemonic_jax. With another CHECKOUT only its files
-are counted. The figures of docs/design.md come from here.
+An arrow is a pair of files, one of which imports the other. A stage is a module or a package
+directly under mnemonic_jax. With another CHECKOUT only its files are counted. The figures of
+docs/design.md come from here.
 """
 
 from __future__ import annotations
@@ -103,11 +103,10 @@ def main(root: pathlib.Path) -> None:
     texts = [path.read_text().splitlines() for path in (root / folder).rglob("*.py")]
     long = sum(len(line) > WIDTH for lines in texts for line in lines)
     print(f"| {folder} | {len(texts)} | {sum(map(len, texts))} | {long} |")
-  found, stage = arrows(root), lambda name: (name.split(".") + [""])[1]
-  inside = sum(stage(a) == stage(b) for a, b in found)
-  between = {
-    (stage(a), stage(b)) for a, b in found if stage(a) != stage(b) and stage(a) and stage(b)
-  }
+  found, stage = arrows(root), lambda name: [*name.split("."), ""][1]
+  pairs = [(stage(one), stage(other)) for one, other in found]
+  inside = sum(one == other for one, other in pairs)
+  between = {pair for pair in pairs if pair[0] != pair[1] and all(pair)}
   stages = {stage(name) for name in modules(root)} - {""}
   print(f"\narrows between files: {len(found)}, {inside} of them inside one stage")
   print(f"stages: {len(stages)}, arrows between them: {len(between)}")
