@@ -42,9 +42,7 @@ class CodeScores(NamedTuple):
 class Site(NamedTuple):
   """What one contraction reads and writes, on average over the codes of each class."""
 
-  paths: tuple[
-    str, ...
-  ]  # of its leaf, as `jax.tree_util.keystr` writes it; of a concatenation, all
+  paths: tuple[str, ...]  # of its leaf, as `jax.tree_util.keystr` has them; several if concatenated
   rule: str  # "product" or "convolution"
   reads: jax.Array  # (C, F), or (layers, C, F): several contracted axes are flattened into one
   writes: jax.Array  # (C, O), or (layers, C, O)
