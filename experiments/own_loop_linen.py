@@ -34,10 +34,8 @@ class Classifier(nn.Module):
 def main(steps: int = 1500) -> dict[str, mj.Scores]:
   """Train, forget, print the table; return the scores."""
   digits = data.load("digits")
-  images, labels = (
-    np.asarray(digits.preprocess(jnp.asarray(digits.train.images))),
-    digits.train.labels,
-  )
+  images = np.asarray(digits.preprocess(jnp.asarray(digits.train.images)))
+  labels = digits.train.labels
   model = Classifier()
   params = model.init(jax.random.key(0), images[:1])["params"]
   logits_fn = lambda params, inputs: model.apply({"params": params}, inputs)
@@ -66,14 +64,11 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
     rows = order.choice(len(labels), 64, replace=False)
     params, optimizer_state = step(params, optimizer_state, index, images[rows], labels[rows])
 
-  # 3. Forget: one shot, no data. Choose the strength once for a kind of model, as
-  # digits_strength.py does.
-  forgotten = mj.forget(
-    logits_fn, params, codes, FORGET, method=mj.Perturbation(lambda1=1e-2, lambda2=1.0)
-  )
+  # 3. Forget: one shot, no data. digits_strength.py shows how to choose a strength.
+  method = mj.Perturbation(lambda1=1e-2, lambda2=1.0)
+  forgotten = mj.forget(logits_fn, params, codes, FORGET, method=method)
 
-  # What it did, on test images; beside it the trivial way, which leaves all knowledge in the
-  # features.
+  # What it did, on test images, beside the head edit, which leaves the class in the features.
   test = [(digits.preprocess(digits.test.images), digits.test.labels)]
   candidates = {
     "before": params,
