@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import assert_trees_close, cpu_mesh, host, place
+from toys import assert_trees_close, compiled_programs, cpu_mesh, host, place
 
 import mnemonic_jax as mj
 from mnemonic_jax.fisher import sums
@@ -234,22 +234,6 @@ def test_a_loss_on_an_explicit_mesh_is_checked_as_any_other():
 
 
 # --- programs of a call outside jit
-
-
-@contextlib.contextmanager
-def compiled_programs():
-  """The names of the programs that are compiled in the block."""
-  names = []
-
-  def listen(event, seconds, fun_name="", **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(fun_name)
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.mark.parametrize("weighted", [True, False])

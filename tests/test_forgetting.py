@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import math
 import warnings
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from toys import (
   MODELS,
   assert_trees_close,
+  compiled_programs,
   cpu_mesh,
   host,
   make_codes,
@@ -533,22 +533,6 @@ def counting(logits_fn):
     return logits_fn(params, inputs)
 
   return counted, calls
-
-
-@contextlib.contextmanager
-def compiled_programs():
-  """The names of the programs that are compiled in the block."""
-  names = []
-
-  def listen(event, seconds, fun_name="", **_):
-    if event == "/jax/core/compile/backend_compile_duration":
-      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
-
-  jax.monitoring.register_event_duration_secs_listener(listen)
-  try:
-    yield names
-  finally:
-    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_a_traced_step_serves_all_classes_and_strengths():

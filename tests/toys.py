@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -75,3 +77,19 @@ def cpu_mesh(count, axis_type="Auto", shape=None, names=("data",)):
 
 def place(tree, mesh, *spec):
   return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
+
+
+@contextlib.contextmanager
+def compiled_programs():
+  """The names of the programs that are compiled in the block."""
+  names = []
+
+  def listen(event, seconds, fun_name="", **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+      names.append(fun_name.removeprefix("jit(").removesuffix(")"))
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)

@@ -12,8 +12,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mnemonic_jax import _checks, _mesh, _trees
+from mnemonic_jax._types import LossFn
 from mnemonic_jax.fisher import loss_checks, passes
-from mnemonic_jax.fisher.loss_checks import LossFn
 
 PyTree = Any
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from mnemonic_jax import _trees
+from mnemonic_jax._types import LossFn
 from mnemonic_jax.fisher import loss_checks, passes
 
 PyTree = Any
@@ -57,7 +58,7 @@ class FisherPlan:
 
 
 def explain_fisher(
-  loss_fn: loss_checks.LossFn,
+  loss_fn: LossFn,
   params: PyTree,
   inputs: PyTree,
   labels: PyTree,

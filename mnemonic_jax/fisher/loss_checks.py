@@ -13,11 +13,10 @@ import numpy as np
 from jax.extend import core as jex
 
 from mnemonic_jax import _checks, _mesh
+from mnemonic_jax._types import LossFn
 from mnemonic_jax.fisher.jaxprs import equations_in
 
 PyTree = Any
-# (params, inputs, labels) -> (N,) losses.
-LossFn = Callable[[PyTree, PyTree, PyTree], jax.Array]
 
 # Rows on which examples are checked for independence, and how far their losses may differ by
 # rounding: relative, and, where a caller's own loss may cancel, absolute.

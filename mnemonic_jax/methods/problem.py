@@ -118,7 +118,7 @@ class Problem:
     """
     known = groups is None and _checks.is_concrete((self.forget, self.remain))
     sides = (self.forget, self.remain) if groups is None else tuple(groups)
-    weights = _mean_weights(sides, self.codes.shape[1])
+    weights = _mean_weights(sides, self._per_class)
     objective = dataclasses.replace(self._objective, disjoint=known)
     batch, microbatch = (self.inputs, jnp.asarray(self.labels)), self.request.microbatch
     whole = self.params, self.constants
@@ -156,7 +156,7 @@ class Problem:
 
     Returns:
       A `Site` for each leaf that may change and meets data in one product or convolution, in the
-      order of the data: `path`, `rule`, `reads` (C, F) and `writes` (C, O). In a scan over layers
+      order of the data: `paths`, `rule`, `reads` (C, F) and `writes` (C, O). In a scan over layers
       both have a first axis of layers.
     """
     weights = _mean_weights(tuple(np.eye(self.request.num_classes, dtype=bool)), self._per_class)
@@ -207,7 +207,7 @@ class Problem:
     microbatch = self.request.microbatch
     if self.request.placement.spread is not None or _is_split(self.codes):
       return microbatch or len(self.inputs)
-    weights = _mean_weights((self.forget, self.remain), self.codes.shape[1])
+    weights = _mean_weights((self.forget, self.remain), self._per_class)
     batch = self.inputs, jnp.asarray(self.labels)
     whole = params, self.constants
     return passes.examples_at_once(self._objective, whole, batch, weights, microbatch)
