@@ -266,7 +266,7 @@ def sites_program(
 ) -> list[tuple[jax.Array, jax.Array]]:
   """Run `Problem.sites`: for each site, the weighted sums of what it reads and writes."""
   with loss_checks.matmul_precision(request.precision):
-    planned = _plan(request, constants, params, inputs)
+    planned = plan_of_logits(request.function, constants, params, inputs, request.mask)
     leaves = jax.tree.leaves((params, constants))
     examples = [jnp.expand_dims(x, 1) for x in (inputs, jnp.zeros(len(inputs), jnp.int32))]
     found = sites.sites(planned, leaves, examples, weights)
@@ -277,14 +277,31 @@ def _known_sites(
   request: Request, constants: PyTree, params: PyTree, inputs: jax.Array
 ) -> list[tuple[frozenset[int], str]]:
   """Leaves and rule of each site."""
-  return list(sites.known(_plan(request, constants, params, inputs)))
+  planned = plan_of_logits(request.function, constants, params, inputs, request.mask)
+  return list(sites.known(planned))
 
 
-def _plan(request: Request, constants: PyTree, params: PyTree, inputs: jax.Array) -> Any:
-  mask = request.mask + (False,) * len(constants)
-  labels = jax.ShapeDtypeStruct((len(inputs),), jnp.int32)
+def class_weights(problem: Problem) -> jax.Array:
+  """(C, N), the weights of the mean over the codes of each class."""
+  num_classes, per_class = problem.codes.shape[:2]
+  return _mean_weights(tuple(np.eye(num_classes, dtype=bool)), per_class)
+
+
+def plan_of(problem: Problem) -> Any:
+  """The plan of the logits of one code; leaves of params come first among its inputs."""
+  request = problem.request
+  arguments = problem.constants, problem.params, problem.inputs
+  return plan_of_logits(request.function, *arguments, request.mask)
+
+
+def plan_of_logits(
+  function: Static, constants: PyTree, params: PyTree, inputs: Any, mask: tuple[bool, ...]
+) -> Any:
+  """The plan of the logits of one example; arrays may be abstract."""
+  labels = jax.ShapeDtypeStruct((inputs.shape[0],), jnp.int32)
   batch = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), labels
-  return passes.plan_of(_Values(request.function), mask, (params, constants), batch)
+  frozen = (False,) * len(constants)
+  return passes.plan_of(_Values(function), mask + frozen, (params, constants), batch)
 
 
 @partial(jax.jit, static_argnums=0)
