@@ -25,6 +25,7 @@ class Lookup:
 
   name = "lookup"
   read = written = None
+  groups, leaf_axes = 1, ([], [])  # no channels are mixed
   index, data_index = 0, 1
   positions = 1
 

@@ -172,11 +172,18 @@ class _Walk(Engine):
     for index, (var, out) in enumerate(zip(step.equation.outvars, outs, strict=True)):
       if isinstance(out, Written) and var in self.places.ends:
         at = self.places.sites.get(var)
-        cuts = at is not None and (self.bypassed or self.places.main[var])
-        outs[index] = self._cut(out, at) if cuts else Data(out.value)
-        if at is not None and not cuts:
-          self.found[at] = jnp.int32(0), jnp.float32(0)
+        outs[index] = self._ended(out, var)
     return outs
+
+  def _ended(self, written: Written, var: Any) -> Data:
+    """Cut where writing ends, if that is a site that may be active."""
+    at = self.places.sites.get(var)
+    if at is None:
+      return Data(written.value)
+    if self.bypassed or self.places.main[var]:
+      return self._cut(written, at)
+    self.found[at] = jnp.int32(0), jnp.float32(0)
+    return Data(written.value)
 
   def _followed(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
     if (inside := self.places.inner.get(id(step.equation))) is not None:
@@ -198,7 +205,7 @@ class _Walk(Engine):
   def _read(self, step: Step, args: list[Any]) -> list[Any]:
     """Cut the kernel of the head by what it reads; without means, only look at that."""
     rule, (weight, data) = step.rule, (args[step.rule.index], args[step.rule.data_index])
-    wide = sites.mean_over_positions(_value(data), rule.read)
+    wide = sites.mean_over_positions(_value(data), rule.read or ())
     self.read = jnp.einsum("cn,nf->cf", self.groups.weights, wide, precision=_HIGHEST)
     if self.reader is None or self.reader.means is None or rule.groups > 1:
       return args

@@ -12,7 +12,8 @@ from mnemonic_jax import _trees
 from mnemonic_jax.errors import nearest
 from mnemonic_jax.fisher import loss_checks, plan
 from mnemonic_jax.fisher.plan import Plan, Step
-from mnemonic_jax.methods import cutting, head, places
+from mnemonic_jax.methods import cutting, places
+from mnemonic_jax.methods import head as heads
 from mnemonic_jax.methods.problem import Problem, class_weights, plan_of
 
 PyTree = Any
@@ -42,7 +43,7 @@ class Network:
   planned: Plan
   places: places.Places
   sites: tuple[Site, ...]  # in the order of the data
-  head: head.Head | None
+  head: heads.Head | None
   why: str  # why the head cannot be dropped; empty where it can
   reader: Step | None  # the contraction that makes the logits
 
@@ -66,7 +67,7 @@ class Network:
         )
     return jnp.asarray([name in names for name in known], bool)
 
-  def require_head(self) -> head.Head:
+  def require_head(self) -> heads.Head:
     """The head, or a ValueError that says why its row cannot be dropped."""
     if self.head is None:
       raise ValueError(
@@ -85,8 +86,8 @@ def outline(planned: Plan, params: PyTree) -> Network:
   """Find the sites and the head in the plan of the logits of one example."""
   why, found = "", None
   try:
-    found = head.find(planned)
-  except head.NoHead as error:
+    found = heads.find(planned)
+  except heads.NoHead as error:
     why = str(error)
   reader = found.step if found else _last_contraction(planned)
   without = planned.leaves(reader.params) if reader else frozenset()

@@ -31,7 +31,7 @@ class Channels(NamedTuple):
 
 # What an atom of one example's jaxpr is: the same for all examples, an example's own, a
 # rearrangement of params, or what kernels have written.
-Kind = str | plan.Params | Channels
+Kind = Any  # str, plan.Params or Channels
 
 UNCHANGED = frozenset(
   {"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"}
