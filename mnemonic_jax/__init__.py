@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
   from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, forget, forget_step
   from mnemonic_jax.losses import softmax_cross_entropy
+  from mnemonic_jax.methods.drop_row import DropRow
   from mnemonic_jax.methods.perturbation import (
     Perturbation,
     amplitude,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     layer_scale,
     perturb,
   )
+  from mnemonic_jax.methods.projection import Projection, ProjectionPlan, explain_projection
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -43,6 +45,10 @@ _MODULE_OF = {
   "explain_fisher": "fisher.explain",
   "Scores": "evaluation",
   "evaluate": "evaluation",
+  "Projection": "methods.projection",
+  "ProjectionPlan": "methods.projection",
+  "explain_projection": "methods.projection",
+  "DropRow": "methods.drop_row",
   "Perturbation": "methods.perturbation",
   "amplitude": "methods.perturbation",
   "layer_scale": "methods.perturbation",

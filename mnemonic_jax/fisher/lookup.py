@@ -25,7 +25,8 @@ class Lookup:
 
   name = "lookup"
   read = written = None
-  groups, leaf_axes = 1, ([], [])  # no channels are mixed
+  groups = 1
+  leaf_axes: tuple[list[int], list[int]] = ([], [])  # no channels are mixed
   index, data_index = 0, 1
   positions = 1
 

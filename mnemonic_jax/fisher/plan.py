@@ -288,6 +288,11 @@ def _window(equation: Any) -> tuple[Sequence[int], Sequence[int]] | None:
   return equation.params["start_indices"], equation.params["limit_indices"]
 
 
+def read_apart(equations: Sequence[Any]) -> bool:
+  """Whether equations that read one variable are slices without a common element."""
+  return _apart([_window(equation) for equation in equations])
+
+
 def _apart(windows: Sequence[Any]) -> bool:
   """Whether no element is in two windows."""
   below = lambda a, b: any(high <= low for high, low in zip(a[1], b[0], strict=True))

@@ -171,7 +171,6 @@ class _Walk(Engine):
     outs = self._followed(step, run, args)
     for index, (var, out) in enumerate(zip(step.equation.outvars, outs, strict=True)):
       if isinstance(out, Written) and var in self.places.ends:
-        at = self.places.sites.get(var)
         outs[index] = self._ended(out, var)
     return outs
 
@@ -243,7 +242,8 @@ class _Walk(Engine):
       terms = [term if sign == 1 else _negated(term) for term, sign in own]
       other, sign = pairs[1 - at]
       if len(written) == 1 and not isinstance(other, Data):
-        terms[0] = self._shifted(terms[0], other, sign, first.channels)
+        offset = step.equation.invars[1 - at]
+        terms[0] = self._shifted(terms[0], other, sign, first.channels, offset)
       return Written(output.value, channels, tuple(terms))
     if name in places.SCALING:
       factor = jnp.asarray(_value(args[1 - at]), jnp.float32)
@@ -263,7 +263,7 @@ class _Walk(Engine):
     ]
     return Written(output.value, channels, tuple(terms))
 
-  def _shifted(self, term: Term, other: Any, sign: int, channels: Channels) -> Term:
+  def _shifted(self, term: Term, other: Any, sign: int, channels: Channels, atom: Any) -> Term:
     """A term to which a constant or a weight is added, if that is the same at all positions."""
     value = jnp.asarray(_value(other), jnp.float32)
     if not places.is_per_channel(value.shape, channels):
@@ -272,7 +272,7 @@ class _Walk(Engine):
     term = term._replace(shift=term.shift + added)
     if not isinstance(other, Weight) or value.size != added.size:
       return term
-    if not other.inputs <= self.places.biases:
+    if atom not in self.places.alone:
       return term
     return term._replace(offset=Offset(other, jnp.full(added.shape, sign, jnp.float32)))
 

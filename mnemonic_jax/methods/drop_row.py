@@ -39,12 +39,14 @@ class DropRow:
 
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` is empty."""
-    return drop_program(problem), {}
+    drop_program.eval_shape(problem)[1].require_margin(problem.remain)
+    return drop_program(problem)[0], {}
 
 
 @jax.jit
-def drop_program(problem: Problem) -> PyTree:
+def drop_program(problem: Problem) -> tuple[PyTree, network.Outline]:
   """The params with the rows dropped."""
   leaves, treedef = _trees.flatten(problem.params)
-  new = network.look(problem).require_head().dropped(leaves, problem.forget, problem.remain)
-  return treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)])
+  model = network.look(problem)
+  new = model.require_head().dropped(leaves, problem.forget, problem.remain)
+  return treedef.unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)]), model.outline

@@ -108,7 +108,7 @@ def find(planned: Plan) -> Head:
     NoHead: there is none that can be dropped; the message says why.
   """
   made = {var: step for step in planned.steps or () for var in step.equation.outvars}
-  kinds, once = places.kinds(planned), places.used_once(planned)
+  kinds, alone = places.kinds(planned), places.alone(planned)
   (var,) = planned.jaxpr.outvars
   axis, biases = len(var.aval.shape) - 1, []
   while (step := made.get(var)) is not None and step.how != plan.CONTRACTED:
@@ -123,13 +123,13 @@ def find(planned: Plan) -> Head:
     raise NoHead("it has several biases")
   rule = step.rule
   classes = rule.leaf_axes[1][axis - channels.start]
-  kernel = _row(step.equation.invars[rule.index], classes, made, planned, once)
-  return Head(kernel, _row(*biases[0], made, planned, once) if biases else None, step)
+  kernel = _row(step.equation.invars[rule.index], classes, made, planned, alone)
+  return Head(kernel, _row(*biases[0], made, planned, alone) if biases else None, step)
 
 
-def _row(var: Any, axis: int, made: dict[Any, Step], planned: Plan, once: frozenset[int]) -> Row:
+def _row(var: Any, axis: int, made: dict[Any, Step], planned: Plan, alone: frozenset[Any]) -> Row:
   """Follow an operand back to its leaf."""
-  steps = []
+  steps, operand = [], var
   while (step := made.get(var)) is not None:
     atoms = [atom for atom in step.equation.invars if not isinstance(atom, jex.Literal)]
     if len(atoms) != 1 or step.equation.primitive.name in plan.IN_PARTS:
@@ -137,7 +137,7 @@ def _row(var: Any, axis: int, made: dict[Any, Step], planned: Plan, once: frozen
     steps.append(step.equation)
     (var,) = atoms
   index = list(planned.jaxpr.invars).index(var)
-  if index not in once:
+  if operand not in alone:
     raise NoHead("its kernel or bias is used elsewhere too")
   return Row(index, tuple(var.aval.shape), steps[::-1], axis)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _checks, _trees
 from mnemonic_jax.errors import nearest
 from mnemonic_jax.fisher import loss_checks, plan
 from mnemonic_jax.fisher.plan import Plan, Step
@@ -36,6 +38,23 @@ class Site:
   depth: int | None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """What a compiled program remembers of the model that it was traced with."""
+
+  depths: int = dataclasses.field(metadata={"static": True})
+  has_bias: bool = dataclasses.field(metadata={"static": True})
+
+  def require_margin(self, remain: Any) -> None:
+    """Refuse to drop rows where a forgotten class would score as the only kept one."""
+    if not self.has_bias and _checks.is_concrete(remain) and np.sum(remain) == 1:
+      raise ValueError(
+        "drop_row: the head has no bias, and there is one kept class: a forgotten class would "
+        "score as much. Expected two kept classes, or a head with a bias."
+      )
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
   """The program of a model, and where it can be edited."""
@@ -46,6 +65,11 @@ class Network:
   head: heads.Head | None
   why: str  # why the head cannot be dropped; empty where it can
   reader: Step | None  # the contraction that makes the logits
+
+  @property
+  def outline(self) -> Outline:
+    """What does not depend on values."""
+    return Outline(self.depths, self.head is not None and self.head.bias is not None)
 
   @property
   def depths(self) -> int:
@@ -79,10 +103,10 @@ class Network:
 
 def look(problem: Problem) -> Network:
   """Find the sites and the head of a problem's model; nothing is computed."""
-  return outline(plan_of(problem), problem.params)
+  return of_plan(plan_of(problem), problem.params)
 
 
-def outline(planned: Plan, params: PyTree) -> Network:
+def of_plan(planned: Plan, params: PyTree) -> Network:
   """Find the sites and the head in the plan of the logits of one example."""
   why, found = "", None
   try:
@@ -93,11 +117,14 @@ def outline(planned: Plan, params: PyTree) -> Network:
   without = planned.leaves(reader.params) if reader else frozenset()
   at = places.find(planned, without)
   paths = list(_trees.by_path(params))
-  sites, depth = [], 0
-  for site in reversed(list(places.known(at))):
+  known = list(places.known(at))
+  layers, depth = Counter(site.leaves[0] for site in known), 0
+  left, sites = Counter(layers), []
+  for site in reversed(known):
     depth += site.main
-    kernels = tuple(paths[leaf] for leaf in site.leaves)
-    layer = "" if site.iteration is None else f"[{site.iteration}]"
+    kernels, first = tuple(paths[leaf] for leaf in site.leaves), site.leaves[0]
+    left[first] -= 1
+    layer = f"[{left[first]}]" if layers[first] > 1 else ""
     sites.append(Site(kernels[0] + layer, kernels, depth if site.main else None))
   return Network(planned, at, tuple(sites[::-1]), found, why, reader)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -53,7 +53,7 @@ class Places:
     main: of each site, whether all that the model knows of its input goes through it.
     ends: the variables at which writing ends, sites or not.
     inner: id of an equation -> the places inside it.
-    biases: the inputs of the plan that one operation alone uses.
+    alone: the rearrangements of params of which no element is used in two operations.
     count: the number of sites, those inside included.
   """
 
@@ -63,7 +63,7 @@ class Places:
   main: dict[Any, bool]
   ends: frozenset[Any]
   inner: dict[int, Inside]
-  biases: frozenset[int]
+  alone: frozenset[Any]
   count: int
 
 
@@ -80,19 +80,23 @@ class Known(NamedTuple):
   """What is known of one site before any array is."""
 
   leaves: tuple[int, ...]  # the kernels that write into it
-  iteration: int | None  # of the scan that it is in
   main: bool  # whether nothing bypasses it
 
 
 def find(
-  planned: Plan, without: frozenset[int] = frozenset(), *, inside: bool = False, main: bool = True
+  planned: Plan,
+  without: frozenset[int] = frozenset(),
+  *,
+  inside: Collection[int] | None = None,
+  main: bool = True,
 ) -> Places:
   """Find the sites of a plan.
 
   Args:
     planned: the plan of the function of one example.
     without: leaves of params, those of the head; what they write into is no site.
-    inside: the plan is of the body of a scan or a remat, so what it returns is a site too.
+    inside: given if the plan is of the body of a scan or a remat, so that what it returns is a site
+      too: those of its inputs of which no element is used twice.
     main: nothing bypasses that body.
   """
   all_kinds, _ = _kinds(planned, frozenset())
@@ -102,17 +106,21 @@ def find(
   def is_site(var: Any) -> bool:
     used = consumers.get(var, [])
     if var in returned:
-      return inside
+      return inside is not None
     goes_on = len(used) == 1 and isinstance(_result(used[0], all_kinds), Channels)
     return bool(used) and not goes_on
 
   found = {var for var, kind in all_kinds.items() if isinstance(kind, Channels) and is_site(var)}
   left, writers = _kinds(planned, frozenset(found))
   on_all_paths, steps_on_all = _main(planned)
+  mine = alone(planned, inside)
   count, sites, inner = 0, {}, {}
   for index, step in enumerate(planned.steps or ()):
     if step.how in (plan.SCAN, plan.REMATERIALISED):
-      body = find(step.inner[0], without, inside=True, main=main and index in steps_on_all)
+      atoms = enumerate(step.equation.invars)
+      own = [i for i, a in atoms if not isinstance(a, jex.Literal) and a in mine]
+      on_all = main and index in steps_on_all
+      body = find(step.inner[0], without, inside=own, main=on_all)
       if body.count:
         inner[id(step.equation)] = Inside(count, _iterations(step), step.how == plan.SCAN, body)
         count += body.count * _iterations(step)
@@ -127,7 +135,7 @@ def find(
     main={var: main and var in on_all_paths for var in sites},
     ends=frozenset(found),
     inner=inner,
-    biases=used_once(planned),
+    alone=mine,
     count=count,
   )
 
@@ -138,11 +146,10 @@ def known(places: Places) -> Iterator[Known]:
   starts += [(inside.first, inside) for inside in places.inner.values()]
   for _, what in sorted(starts, key=lambda start: start[0]):
     if not isinstance(what, Inside):
-      yield Known(places.kernels[what], None, places.main[what])
+      yield Known(places.kernels[what], places.main[what])
       continue
-    for iteration in range(what.iterations):
-      for site in known(what.places):
-        yield site._replace(iteration=iteration) if what.scanned else site
+    for _ in range(what.iterations):
+      yield from known(what.places)
 
 
 def _iterations(step: Step) -> int:
@@ -263,16 +270,26 @@ def _consumers(planned: Plan) -> dict[Any, list[Step]]:
   return found
 
 
-def used_once(planned: Plan) -> frozenset[int]:
-  """The inputs that are params and that one operation, beside those that rearrange, uses."""
-  known, uses = kinds(planned), dict[int, int]()
+def alone(planned: Plan, inputs: Collection[int] | None = None) -> frozenset[Any]:
+  """The rearrangements of params of which no element is used in two operations.
+
+  `inputs`: the inputs of the plan for which that is so outside; None: all.
+  """
+  found, consumers, known = set(), _consumers(planned), kinds(planned)
+
+  def is_alone(var: Any) -> bool:
+    used = [step.equation for step in consumers.get(var, [])]
+    return len(used) <= 1 or plan.read_apart(used)
+
+  for index, var in enumerate(planned.jaxpr.invars):
+    here = isinstance(known[var], plan.Params) and (inputs is None or index in inputs)
+    found |= {var} if here and is_alone(var) else set()
   for step in planned.steps or ():
-    out = known[step.equation.outvars[0]]
-    for atom in step.equation.invars:
-      kind = "const" if isinstance(atom, jex.Literal) else known[atom]
-      if isinstance(kind, plan.Params) and not isinstance(out, plan.Params):
-        uses.update({index: uses.get(index, 0) + 1 for index in kind.indices})
-  return frozenset(index for index, count in uses.items() if count == 1)
+    atoms = [atom for atom in step.equation.invars if not isinstance(atom, jex.Literal)]
+    for var in step.equation.outvars:
+      if isinstance(known[var], plan.Params) and found.issuperset(atoms) and is_alone(var):
+        found.add(var)
+  return frozenset(found)
 
 
 def _main(planned: Plan) -> tuple[set[Any], set[int]]:

@@ -87,27 +87,21 @@ class Projection:
         f"depth: got {depth}; this model has {outline.depths} sites. "
         "mnemonic_jax.explain_projection lists them."
       )
+    if self.drop_row:
+      outline.require_margin(problem.remain)
     params, info, _ = project_program(*arguments)
     return params, info
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Outline:
-  """What a program knows of the model that it was traced with."""
-
-  depths: int = _static()
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def project_program(
   named: tuple[str, ...], drop_row: bool, problem: Problem, depth: Any
-) -> tuple[PyTree, Info, _Outline]:
+) -> tuple[PyTree, Info, network.Outline]:
   """Project at the sites that are named, else up to a depth: one program for all depths."""
   model = network.look(problem)
   active = model.named(named) if named else model.at_depth(depth)
   params, found = network.edit(problem, model, active, drop_row=drop_row, bypassed=bool(named))
-  return params, found._asdict(), _Outline(model.depths)
+  return params, found._asdict(), model.outline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +155,7 @@ def explain_projection(
   function, constants = _functions.split(logits_fn)
   kept = _trees.mask_leaves(mask, params)
   planned = plan_of_logits(function, constants, params, inputs, kept)
-  model = network.outline(planned, params)
+  model = network.of_plan(planned, params)
   paths = list(_trees.by_path(params))
   edited = {leaf for site in places.known(model.places) for leaf in site.leaves}
   edited |= {model.head.kernel.leaf} if model.head else set()
