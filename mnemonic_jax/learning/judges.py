@@ -61,16 +61,16 @@ def k_means(vectors: np.ndarray, count: int, rng: np.random.Generator) -> np.nda
     (n,) int, the cluster of each vector, below `count`. A cluster may be empty.
 
   >>> k_means(np.array([[0.0], [9.0], [0.1], [9.1]]), 2, np.random.default_rng(0)).tolist()
-  [0, 1, 0, 1]
+  [1, 0, 1, 0]
 
   Source: Arthur and Vassilvitskii (2007).
   """
-  centres = vectors[[rng.integers(len(vectors))]]
+  centres = vectors[rng.integers(len(vectors), size=1)]
   for _ in range(1, count):
     nearest = _distances(vectors, centres).min(1)
     total = nearest.sum()
-    row = rng.choice(len(vectors), p=nearest / total) if total > 0 else rng.integers(len(vectors))
-    centres = np.concatenate([centres, vectors[[row]]])
+    rows = rng.choice(len(vectors), size=1, p=nearest / total if total > 0 else None)
+    centres = np.concatenate([centres, vectors[rows]])
   cluster = np.full(len(vectors), -1)
   for _ in range(_ROUNDS):
     before, cluster = cluster, _distances(vectors, centres).argmin(1)

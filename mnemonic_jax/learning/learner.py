@@ -89,9 +89,9 @@ class Learner:
     whole = np.zeros_like(start)
     whole[labels, places] = made
     codes, judged = jnp.split(jnp.asarray(whole, known.dtype), [settings.per_class], axis=1)
-    more = self._recall(more, bounds, known.dtype)
+    recalled = self._recall(more, bounds, known.dtype)
     weights, accuracy = jnp.asarray(found.weights), jnp.asarray(found.accuracy)
-    return LearnedCodes(codes, judged, weights, accuracy, more)
+    return LearnedCodes(codes, judged, weights, accuracy, recalled)
 
   def _bounds(self, known: Measured) -> Bounds:
     if self.input_range is not None:

@@ -40,7 +40,7 @@ class Measured(NamedTuple):
 class Running(NamedTuple):
   """Sums up to now, on the device."""
 
-  count: jax.Array  # (C,) int32
+  counts: jax.Array  # (C,) int32
   class_means: list[jax.Array]  # (C, F)
   means: list[jax.Array]  # (F,), over all classes
   squares: list[jax.Array]  # (F,), the sums of squared differences from `means`
@@ -103,7 +103,7 @@ def hashed(seed: np.ndarray, positions: np.ndarray) -> np.ndarray:
   """Hash positions with two words of seed; no two of 2**32 positions have the same hash.
 
   >>> hashed(np.array([1, 2], np.uint32), np.arange(3))
-  array([1331417436, 3265405103,  867087431], dtype=uint64)
+  array([ 779996176, 3333651121,  376952191], dtype=uint64)
   """
   words = positions.astype(np.uint32) + seed[0]
   return _mixed(_mixed(words) ^ seed[1]).astype(np.uint64)
@@ -127,10 +127,10 @@ def measure(
   for index, batch in enumerate(itertools.chain([first], batches)):
     running, seen = _examine(functions, running, arrays, *batch)
     _keep(reservoir, Seen(*map(np.asarray, seen)), index, functions.num_classes)
-  _require_every_class(np.asarray(running.count))
+  _require_every_class(np.asarray(running.counts))
   host = jax.tree.map(np.asarray, running)
   pairs = zip(host.means, host.squares, strict=True)
-  deviations = [_deviation(*pair, host.count.sum()) for pair in pairs]
+  deviations = [_deviation(*pair, host.counts.sum()) for pair in pairs]
   dtype = jax.dtypes.canonicalize_dtype(first.inputs.dtype)
   return Measured(
     host.class_means, deviations, host.low, host.high, first.inputs.shape[1:], dtype, reservoir
@@ -216,13 +216,13 @@ def _examine(
 
 def _added(running: Running, found: list[jax.Array], labels: jax.Array, mask: jax.Array) -> Running:
   """Move every mean by the batch's own; only differences from a mean are summed."""
-  num_classes = len(running.count)
+  num_classes = len(running.counts)
   classes = jnp.arange(num_classes, dtype=jnp.int32)
   chosen = (labels.astype(jnp.int32)[:, None] == classes[None]) & mask[:, None]
   of_class = jnp.sum(chosen, axis=0, dtype=jnp.int32)
-  before, now = jnp.sum(running.count), jnp.sum(of_class)
+  before, now = jnp.sum(running.counts), jnp.sum(of_class)
   share = now / jnp.maximum(before + now, 1)
-  per_class = of_class / jnp.maximum(running.count + of_class, 1)
+  per_class = of_class / jnp.maximum(running.counts + of_class, 1)
   class_means, means, squares = [], [], []
   for x, old, mean, square in zip(
     found, running.class_means, running.means, running.squares, strict=True
@@ -236,7 +236,7 @@ def _added(running: Running, found: list[jax.Array], labels: jax.Array, mask: ja
     squares.append(square + jnp.sum(jnp.square(apart), axis=0) + weight * jnp.square(step))
     means.append(mean + share.astype(x.dtype) * step)
   return running._replace(
-    count=running.count + of_class, class_means=class_means, means=means, squares=squares
+    counts=running.counts + of_class, class_means=class_means, means=means, squares=squares
   )
 
 

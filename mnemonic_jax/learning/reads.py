@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _functions, _mesh, _trees
+from mnemonic_jax import _checks, _functions, _mesh, _trees
 from mnemonic_jax._functions import Static
 from mnemonic_jax.fisher import loss_checks, passes, sites
 
@@ -54,12 +54,13 @@ def split(
   precision: str | None,
 ) -> tuple[Functions, Arrays]:
   """Take the functions apart into what `jit` may hash and the arrays that it may trace."""
-  parts = [_functions.split(f) if f else (None, []) for f in (features_fn, statistics_fn)]
-  logits, arrays = _functions.split(logits_fn)
+  optional = lambda function: _functions.split(function) if function else (None, [])
+  logits, of_logits = _functions.split(logits_fn)
+  features, of_features = optional(features_fn)
+  statistics, of_statistics = optional(statistics_fn)
   placement = _mesh.Placement.of(params, (), None)
-  statics = [static for static, _ in parts]
-  functions = Functions(logits, *statics, num_classes, precision, placement)
-  return functions, Arrays(params, arrays, *(arrays for _, arrays in parts))
+  functions = Functions(logits, features, statistics, num_classes, precision, placement)
+  return functions, Arrays(params, of_logits, of_features, of_statistics)
 
 
 def logits_of(functions: Functions, arrays: Arrays, inputs: jax.Array) -> jax.Array:
@@ -112,14 +113,15 @@ def _averaged(named: Any, num_examples: int) -> list[jax.Array]:
   """Features {name: (N, ..., F)} as a list of (N, F), averaged over positions."""
   if not isinstance(named, dict) or not named:
     raise Unfit(
-      f"features_fn: returned {type(named).__name__} {named if not named else ''}; expected a dict "
-      "{name: (N, ..., F)} with at least one array."
+      f"features_fn: returned {_checks.kind(named)}; expected a dict {{name: (N, ..., F)}} with at "
+      "least one array."
     )
   return [_average(name, x, num_examples) for name, x in named.items()]
 
 
 def _average(name: str, x: Any, num_examples: int) -> jax.Array:
-  shape, dtype = getattr(x, "shape", ()), getattr(x, "dtype", np.dtype(object))
+  shape: tuple[int, ...] = getattr(x, "shape", ())
+  dtype = getattr(x, "dtype", np.dtype(object))
   fits = len(shape) >= 2 and shape[0] == num_examples and jnp.issubdtype(dtype, jnp.floating)
   if not fits or 0 in shape:
     raise Unfit(
@@ -169,10 +171,14 @@ def _why_it_fails(shape: tuple[int, ...], error: Exception) -> str:
 def check_independence(functions: Functions, arrays: Arrays, inputs: Any, mask: Any) -> None:
   """Refuse non-finite logits, and examples that depend on each other, measured on a few inputs.
 
-  Inputs that are not finite themselves pass; rows where the mask (N,) is False are taken as 0.
+  In another batch half the places are doubles. Inputs that are not finite themselves pass; rows
+  where the mask (N,) is False are taken as 0.
   """
-  found = _twice(functions, arrays, inputs, mask)
-  logits, again, order, finite = (np.asarray(x) for x in found)
+  places = np.arange(min(len(inputs), _ROWS))
+  order = (places - places % 2 - 1) % len(places)
+  some, finite = _some(functions, inputs, mask, places)
+  logits = np.asarray(logits_program(functions, arrays, some))
+  again = np.asarray(logits_program(functions, arrays, _some(functions, inputs, mask, order)[0]))
   if not finite:
     return
   if not np.all(np.isfinite(logits)):
@@ -206,19 +212,16 @@ def reads_program(
 def logits_program(functions: Functions, arrays: Arrays, inputs: jax.Array) -> jax.Array:
   """`logits_of` as a program."""
   with loss_checks.matmul_precision(functions.precision):
-    return logits_of(functions, arrays, inputs)
+    return copied(functions.placement, logits_of(functions, arrays, inputs))
 
 
 @partial(jax.jit, static_argnums=0)
-def _twice(
-  functions: Functions, arrays: Arrays, inputs: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, ...]:
-  """The logits of some inputs, and in another batch, where half the places are doubles."""
-  inputs = only_real(inputs, mask)[:_ROWS]
-  places = np.arange(len(inputs))
-  order = jnp.asarray((places - places % 2 - 1) % len(inputs))
-  both = (logits_program(functions, arrays, x) for x in (inputs, inputs[order]))
-  return copied(functions.placement, (*both, order, jnp.all(jnp.isfinite(inputs))))
+def _some(
+  functions: Functions, inputs: jax.Array, mask: jax.Array, rows: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Some rows of a batch, on every device; and whether they are finite."""
+  found = only_real(inputs, mask)[rows]
+  return copied(functions.placement, (found, jnp.all(jnp.isfinite(found))))
 
 
 def only_real(x: jax.Array, mask: jax.Array) -> jax.Array:
