@@ -17,6 +17,8 @@ if TYPE_CHECKING:
   from mnemonic_jax.fisher.door import Execution, diagonal_fisher
   from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
   from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, forget, forget_step
+  from mnemonic_jax.learning.door import learn_codes
+  from mnemonic_jax.learning.learned import LearnedCodes
   from mnemonic_jax.losses import softmax_cross_entropy
   from mnemonic_jax.methods.drop_row import DropRow
   from mnemonic_jax.methods.perturbation import (
@@ -43,6 +45,8 @@ _MODULE_OF = {
   "FisherPlan": "fisher.explain",
   "LeafPlan": "fisher.explain",
   "explain_fisher": "fisher.explain",
+  "LearnedCodes": "learning.learned",
+  "learn_codes": "learning.door",
   "Scores": "evaluation",
   "evaluate": "evaluation",
   "Projection": "methods.projection",

@@ -266,3 +266,99 @@ def row_dropped(kernel, bias, remain):
     if not remain[c]:
       kernel[:, c], bias[c] = row, offset
   return kernel, bias
+
+
+def class_means(vectors, labels, num_classes):
+  """(N, F) -> (C, F), one example at a time."""
+  total, count = np.zeros((num_classes, len(vectors[0]))), [0] * num_classes
+  for vector, label in zip(np.asarray(vectors, np.float64), labels, strict=True):
+    total[label] += vector
+    count[label] += 1
+  return np.array([total[c] / count[c] for c in range(num_classes)])
+
+
+def deviations(vectors):
+  """Each channel's standard deviation, and 0.05 of that of all values."""
+  vectors = np.asarray(vectors, np.float64)
+  spread = lambda values: math.sqrt(sum((v - sum(values) / len(values)) ** 2 for v in values)
+                                    / len(values))  # fmt: skip
+  overall = spread(list(vectors.ravel()))
+  return np.array([spread(list(channel)) + 0.05 * overall for channel in vectors.T])
+
+
+def position_hash(seed, position):
+  """Twice the finaliser of MurmurHash3, with a word of seed before each."""
+
+  def finalise(word):
+    word = ((word ^ word >> 16) * 0x85EBCA6B) % 2**32
+    word = ((word ^ word >> 13) * 0xC2B2AE35) % 2**32
+    return word ^ word >> 16
+
+  return finalise(finalise((position + int(seed[0])) % 2**32) ^ int(seed[1]))
+
+
+def reservoir(seed, labels, num_classes, size):
+  """Which positions of the data each class keeps, those of the smallest hash first."""
+  order = sorted(range(len(labels)), key=lambda position: position_hash(seed, position))
+  return [[p for p in order if labels[p] == c][:size] for c in range(num_classes)]
+
+
+def match_loss(read, wanted, deviation):
+  """Of one input and one array: the mean of ((read - wanted) / deviation)^2."""
+  terms = [((r - w) / d) ** 2 for r, w, d in zip(read, wanted, deviation, strict=True)]
+  return sum(terms) / len(terms)
+
+
+def smoothed_cross_entropy(logits, label, smoothing=0.1):
+  """The cross-entropy to (1 - smoothing) of the label and smoothing / C of every class."""
+  share = smoothing / len(logits)
+  losses = [cross_entropy(logits, j) for j in range(len(logits))]
+  return (1 - smoothing) * losses[label] + share * sum(losses)
+
+
+def statistics_distance(layers):
+  """The mean over layers (values (..., F), mean, variance) and channels of both distances."""
+  found = []
+  for values, mean, variance in layers:
+    values = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])
+    channels = []
+    for f in range(values.shape[1]):
+      m = sum(values[:, f]) / len(values)
+      v = sum((x - m) ** 2 for x in values[:, f]) / len(values)
+      ratio = math.sqrt(v + 1e-6) / math.sqrt(variance[f] + 1e-6)
+      channels.append((m - mean[f]) ** 2 / (variance[f] + 1e-4) + (ratio - 1) ** 2)
+    found.append(sum(channels) / len(channels))
+  return sum(found) / len(found)
+
+
+def margin(logits, label):
+  return logits[label] - max(logits[j] for j in range(len(logits)) if j != label)
+
+
+def _normal(x):
+  return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def margin_scale(before, weights, accuracy):
+  """t with sum w Phi(m / t) = sum w accuracy, by bisection of a falling function."""
+  pairs = [(m, w) for ms, ws in zip(before, weights, strict=True)
+           for m, w in zip(ms, ws, strict=True)]  # fmt: skip
+  wanted = sum(w * a for ws, accs in zip(weights, accuracy, strict=True)
+               for w, a in zip(ws, accs, strict=True))  # fmt: skip
+  low, high = 1e-6, 1e6
+  for _ in range(200):
+    t = math.sqrt(low * high)
+    low, high = (t, high) if sum(w * _normal(m / t) for m, w in pairs) > wanted else (low, t)
+  return math.sqrt(low * high)
+
+
+def predict(before, after, weights, accuracy, forget, kept):
+  """(A_R, E_F) from the judges' margins; None without a judge."""
+  t = margin_scale(before, weights, accuracy)
+  right = [sum(w * _normal(m / t) for m, w in zip(ms, ws, strict=True)) if sum(ws) else None
+           for ms, ws in zip(after, weights, strict=True)]  # fmt: skip
+  of_kept = [right[c] for c in kept if right[c] is not None]
+  a_r = sum(of_kept) / len(of_kept) if of_kept else None
+  if any(right[c] is None for c in forget):
+    return a_r, None
+  return a_r, sum(1 - right[c] for c in forget) / len(forget)
