@@ -20,6 +20,7 @@ if TYPE_CHECKING:
   from mnemonic_jax.learning.door import learn_codes
   from mnemonic_jax.learning.learned import LearnedCodes
   from mnemonic_jax.losses import softmax_cross_entropy
+  from mnemonic_jax.methods.dampening import Dampening
   from mnemonic_jax.methods.drop_row import DropRow
   from mnemonic_jax.methods.perturbation import (
     Perturbation,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     perturb,
   )
   from mnemonic_jax.methods.projection import Projection, ProjectionPlan, explain_projection
+  from mnemonic_jax.methods.search import CannotForget
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -53,11 +55,13 @@ _MODULE_OF = {
   "ProjectionPlan": "methods.projection",
   "explain_projection": "methods.projection",
   "DropRow": "methods.drop_row",
+  "Dampening": "methods.dampening",
   "Perturbation": "methods.perturbation",
   "amplitude": "methods.perturbation",
   "layer_scale": "methods.perturbation",
   "perturb": "methods.perturbation",
   "choose_sign": "methods.perturbation",
+  "CannotForget": "methods.search",
   "ForgetInfo": "forgetting",
   "ForgetResult": "forgetting",
   "forget": "forgetting",

@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _checks, _mesh, _trees
+from mnemonic_jax import _checks, _mesh, _trees, learning
 from mnemonic_jax._functions import Static
 from mnemonic_jax._types import PerExampleLoss
 from mnemonic_jax.evaluation import retain_and_forget
 from mnemonic_jax.fisher import loss_checks, passes, sites
+from mnemonic_jax.learning import Predicted
 
 PyTree = Any
 
@@ -48,6 +49,14 @@ class Site(NamedTuple):
   writes: jax.Array  # (C, O), or (layers, C, O)
 
 
+class Judges(NamedTuple):
+  """Codes that stand for clusters of examples, see `LearnedCodes`."""
+
+  inputs: jax.Array  # (C, J, *shape)
+  weights: jax.Array  # (C, J)
+  accuracy: jax.Array  # (C, J)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """The static part of a forget. Equal requests share their compiled programs."""
@@ -73,6 +82,7 @@ class Problem:
     params: what may be changed, as it was given.
     codes: (C, K, *shape).
     forget, remain: (C,) bool, the classes of both sides; a class may be in neither.
+    judges: what foretells accuracy on data; None if the codes have none.
   """
 
   request: Request = dataclasses.field(metadata={"static": True})
@@ -81,6 +91,7 @@ class Problem:
   codes: jax.Array
   forget: jax.Array
   remain: jax.Array
+  judges: Judges | None = None
 
   @property
   def inputs(self) -> jax.Array:
@@ -150,6 +161,18 @@ class Problem:
   def scores_of(self, logits: jax.Array, params: PyTree) -> CodeScores:
     """Score params by the logits (N, C) that they give on the codes."""
     return _scores(self.request.loss, logits, self.labels, self.forget, self.remain, params)
+
+  def predicted(self, params: PyTree, *, head_edited: bool = False) -> Predicted:
+    """Predict A_R and E_F on data, by the judges; a problem without judges has no prediction.
+
+    `head_edited`: with the logits of the classes to forget out of the way, as the head edit has it.
+    """
+    if self.judges is None:
+      raise ValueError("judges: got None; expected codes of mnemonic_jax.learn_codes with judges.")
+    inputs, *measured = self.judges
+    shape, flat = inputs.shape[:2], inputs.reshape(-1, *inputs.shape[2:])
+    before, after = (self.logits(p, flat).reshape(*shape, -1) for p in (self.params, params))
+    return _predict(before, after, *measured, self.forget, self.remain, head_edited)
 
   def sites(self, params: PyTree) -> list[Site]:
     """Find what the contractions of the model read and write, on average over each class's codes.
@@ -323,6 +346,23 @@ def _scores(
     return jnp.sum(jnp.where(side, losses, 0)) / jnp.sum(side, dtype=losses.dtype)
 
   return CodeScores(retain_accuracy, forget_error, mean_loss(forget) - mean_loss(remain))
+
+
+@partial(jax.jit, static_argnums=6)
+def _predict(
+  before: jax.Array,
+  after: jax.Array,
+  weights: jax.Array,
+  accuracy: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
+  head_edited: bool,
+) -> Predicted:
+  """Predict from the judges' logits (C, J, C) before and after."""
+  if head_edited:
+    after = jnp.where(forget, -jnp.inf, after)
+  both = learning.margins(before), learning.margins(after)
+  return learning.predict(*both, weights, accuracy, forget, remain)
 
 
 @partial(jax.jit, static_argnums=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,14 @@ import numpy as np
 
 from mnemonic_jax import _checks, _functions, _trees
 from mnemonic_jax._types import LogitsFn
-from mnemonic_jax.methods import network, places
+from mnemonic_jax.methods import network, places, search
 from mnemonic_jax.methods.problem import Problem, plan_of_logits
 from mnemonic_jax.methods.protocol import Info, method
 
 PyTree = Any
+_DEEPEST = 8  # that a search tries
+_CHEAP = 0.005  # predicted A_R that a deeper cut may cost
+_RECALLED_DEPTH = 1  # without judges
 _static: Any = partial(dataclasses.field, metadata={"static": True})
 
 
@@ -47,7 +50,8 @@ class Projection:
       reads, by D and W of the model as it was.
 
   Attributes:
-    depth: how many sites, counted from the head; 0 is the head alone.
+    depth: how many sites, counted from the head; 0 is the head alone. None: searched. With judges
+      the deepest of 0 to 8 whose predicted A_R is within 0.5 points of depth 0's; without, 1.
     sites: names of sites to cut instead (`explain_projection` lists them).
     drop_row: drop the rows as `DropRow` does, as the last step.
 
@@ -72,25 +76,48 @@ class Projection:
     if self.depth is not None:
       object.__setattr__(self, "depth", _checks.require_size("depth", self.depth, 0))
 
+  @property
+  def to_search(self) -> tuple[str, ...]:
+    """The settings that a search chooses."""
+    return ("depth",) if self.depth is None and not self.sites else ()
+
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
-    """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups."""
-    if self.depth is None and not self.sites:
+    """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
+
+    A search adds the "method", and A_R and E_F as predicted for depth 0, 1, ... ("curve_...").
+    """
+    outline = project_program.eval_shape(self.sites, self.drop_row, problem, np.int32(0))[2]
+    if (self.depth or 0) > outline.depths:
       raise ValueError(
-        "depth: got None; expected how many sites to cut, or their names as sites. Learned codes "
-        "with judges choose a depth in mnemonic_jax.forget."
-      )
-    depth = np.int32(0 if self.depth is None else self.depth)
-    arguments = self.sites, self.drop_row, problem, depth
-    outline = project_program.eval_shape(*arguments)[2]
-    if depth > outline.depths:
-      raise ValueError(
-        f"depth: got {depth}; this model has {outline.depths} sites. "
+        f"depth: got {self.depth}; this model has {outline.depths} sites. "
         "mnemonic_jax.explain_projection lists them."
       )
     if self.drop_row:
       outline.require_margin(problem.remain)
-    params, info, _ = project_program(*arguments)
-    return params, info
+    run = lambda depth: project_program(self.sites, self.drop_row, problem, np.int32(depth))
+    if not self.to_search:
+      params, info, _ = run(self.depth or 0)
+      return params, info
+    depth, curve = self._searched(problem, outline.depths, lambda depth: run(depth)[0])
+    params, info, _ = run(depth)
+    found = dataclasses.replace(self, depth=depth)
+    return params, {**info, **curve, "method": found}
+
+  def _searched(
+    self, problem: Problem, depths: int, apply: Callable[[Any], PyTree]
+  ) -> tuple[int, dict[str, np.ndarray]]:
+    """The depth to take, and what judges foresee of each that was tried."""
+    if problem.judges is None and self.drop_row:
+      return min(_RECALLED_DEPTH, depths), {}
+    search.require_judges(problem, "depth")
+    tried = np.arange(min(_DEEPEST, depths) + 1, dtype=np.int32)
+    if not self.drop_row:
+      return search.best(problem, "depth", tried, apply, tried)
+    found = search.predictions(problem, tried, apply)
+    retain = np.asarray(found.retain_accuracy, np.float64)
+    curve = {"curve_retain_accuracy": retain, "curve_forget_error": np.asarray(found.forget_error)}
+    cheap = np.flatnonzero(retain >= retain[0] - _CHEAP)
+    return int(cheap.max(initial=0)), curve
 
 
 @partial(jax.jit, static_argnums=(0, 1))
