@@ -337,6 +337,16 @@ def test_shapes_and_a_seed_gives_the_same_codes():
     np.testing.assert_array_equal(a, b)
 
 
+def test_more_codes_than_judges_and_no_judges():
+  found = learn(per_class=3, num_judges=0, steps=2)
+  assert found.codes.shape == (4, 3, 5) and found.judges.shape == (4, 0, 5)
+  found = learn(per_class=3, steps=200)
+  for k in range(3):
+    read, known = hidden(found.codes[:, k]), measured()
+    for c in range(CLASSES):
+      assert reference.match_loss(read[c], known.means[1][c], known.deviations[1]) < 0.1
+
+
 def test_codes_some_at_a_time_are_those_of_all_at_once():
   whole = learn()
   parts = learn(execution=mj.Execution(microbatch=5))

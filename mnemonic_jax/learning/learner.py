@@ -42,8 +42,9 @@ class Learner:
   ) -> None:
     self.settings, self.functions, self.arrays = settings, functions, arrays
     self.input_range, self.microbatch, self.progress = input_range, microbatch, progress
-    # Of the sample of the data, the start of learned codes, and that of recalled ones.
-    self.seed_key, self.learn_key, self.recall_key = jax.random.split(key, 3)
+    # NumPy draws: the sample of the data, the start of learned and of recalled codes.
+    words = np.asarray(jax.random.key_data(key)).ravel()
+    self.of_sample, self.of_learned, self.of_recalled = np.random.SeedSequence(words).spawn(3)
     self.done = self.of = 0
 
   def recalled(self, shape: tuple[int, ...]) -> LearnedCodes:
@@ -52,30 +53,37 @@ class Learner:
     bounds = checks.require_range(self.input_range or _UNIT, shape)
     some = jax.ShapeDtypeStruct((settings.num_classes, *shape), dtype)
     reads.check_shapes(self.functions, self.arrays, some, reads=False)
-    start = self._start(self.recall_key, settings.per_class + settings.recall, bounds)
+    rng = np.random.default_rng(self.of_recalled)
+    start = self._start(rng, settings.per_class + settings.recall, bounds)
     reads.check_independence(self.functions, self.arrays, start[:, 0], np.ones(len(start), bool))
     self._check_statistics(start[:, 0], dtype)
     self.of = self._recall_steps(start)
-    codes, more = jnp.split(self._recall(start, bounds, dtype), [settings.per_class], axis=1)
-    none = jnp.zeros((len(codes), 0))
-    return LearnedCodes(codes, codes[:, :0], none, none, more)
+    made = self._recall(start, bounds, dtype, rng)
+    codes, more = np.split(made, [settings.per_class], axis=1)
+    none = np.zeros((len(codes), 0), np.float32)
+    return _result(codes, codes[:, :0], none, none, more)
 
   def learned(self, batches: Any, shape: tuple[int, ...] | None) -> LearnedCodes:
     """Learn codes and judges from one pass over data; recall what is asked for beside them."""
     settings = self.settings
-    seed = np.asarray(jax.random.bits(self.seed_key, (2,), jnp.uint32))
+    seed = self.of_sample.generate_state(2)
     first, others = checked(batches, settings.num_classes, shape)
     if settings.recall:
       self._check_statistics(reads.only_real(first.inputs, first.mask), first.inputs.dtype)
     known = measure(self.functions, self.arrays, first, others, seed)
     bounds = self._bounds(known)
     found = judges.centroids(
-      known.reservoir, settings.num_judges, settings.min_members, np.random.default_rng(seed)
+      known.reservoir,
+      settings.num_judges,
+      settings.min_members,
+      np.random.default_rng(self.of_sample),
     )
     _warn_of_unjudged(found, settings)
     labels, places = _wanted(found, settings.per_class)
-    start = self._start(self.learn_key, settings.per_class + settings.num_judges, bounds)
-    more = self._start(self.recall_key, settings.recall, bounds)
+    rng = np.random.default_rng(self.of_learned)
+    start = self._start(rng, settings.per_class + settings.num_judges, bounds)
+    rng = np.random.default_rng(self.of_recalled)
+    more = self._start(rng, settings.recall, bounds)
     inputs = start[labels, places]
     at_once = self._at_once(inputs)
     rate = self._rate(settings.steps, bounds)
@@ -88,10 +96,9 @@ class Learner:
     )
     whole = np.zeros_like(start)
     whole[labels, places] = made
-    codes, judged = jnp.split(jnp.asarray(whole, known.dtype), [settings.per_class], axis=1)
-    recalled = self._recall(more, bounds, known.dtype)
-    weights, accuracy = jnp.asarray(found.weights), jnp.asarray(found.accuracy)
-    return LearnedCodes(codes, judged, weights, accuracy, recalled)
+    codes, judged = np.split(whole.astype(known.dtype), [settings.per_class], axis=1)
+    recalled = self._recall(more, bounds, known.dtype, rng)
+    return _result(codes, judged, found.weights, found.accuracy, recalled)
 
   def _bounds(self, known: Measured) -> Bounds:
     if self.input_range is not None:
@@ -101,11 +108,11 @@ class Learner:
     )
     return low, high
 
-  def _start(self, key: jax.Array, count: int, bounds: Bounds) -> np.ndarray:
+  def _start(self, rng: np.random.Generator, count: int, bounds: Bounds) -> np.ndarray:
     """Uniform noise within bounds, (C, count, *shape)."""
     low, high = bounds
     shape = self.settings.num_classes, count, *low.shape
-    return low + (high - low) * np.asarray(jax.random.uniform(key, shape, jnp.float32))
+    return low + (high - low) * rng.random(shape, np.float32)
 
   def _check_statistics(self, inputs: Any, dtype: Any) -> None:
     checks.require_statistics(self.functions, self.arrays, inputs.astype(dtype))
@@ -128,7 +135,7 @@ class Learner:
       self.functions.precision,
       placement=self.functions.placement,
     )
-    one_group = jnp.ones((1, len(inputs)))
+    one_group: Any = np.ones((1, len(inputs)), np.float32)
     return passes.examples_at_once(objective, whole, (inputs, None), one_group, self.microbatch)
 
   def _recall_at_once(self, inputs: np.ndarray) -> int:
@@ -143,11 +150,13 @@ class Learner:
     rounds = recalling.steps_a_round(len(inputs), self._recall_at_once(inputs))
     return self.settings.recall_steps * rounds
 
-  def _recall(self, start: np.ndarray, bounds: Bounds, dtype: Any) -> jax.Array:
+  def _recall(
+    self, start: np.ndarray, bounds: Bounds, dtype: Any, rng: np.random.Generator
+  ) -> np.ndarray:
     """Recall codes (C, R, *shape) from their start."""
     num_classes, per_class = start.shape[:2]
     if not per_class:
-      return jnp.asarray(start, dtype)
+      return start.astype(dtype)
     inputs, labels = _flat(start), np.repeat(np.arange(num_classes, dtype=np.int32), per_class)
     made = recalling.recall(
       self.functions,
@@ -157,10 +166,14 @@ class Learner:
       self._rate(self.settings.recall_steps, bounds),
       dtype,
       self._recall_at_once(inputs),
-      np.random.default_rng(np.asarray(jax.random.bits(self.recall_key, (2,), jnp.uint32))),
+      rng,
       self._tick,
     )
-    return jnp.asarray(made.reshape(start.shape), dtype)
+    return made.reshape(start.shape).astype(dtype)
+
+
+def _result(*arrays: np.ndarray) -> LearnedCodes:
+  return LearnedCodes(*map(jnp.asarray, arrays))
 
 
 def _flat(codes: np.ndarray) -> np.ndarray:
@@ -191,9 +204,9 @@ def _targets(known: Measured, found: Centroids, labels: np.ndarray, judge: np.nd
 
   `judge` is the place of an input among its class's judges; negative for codes.
   """
-  is_judge = judge >= 0
+  rows = np.flatnonzero(judge >= 0)
   vectors = [mean[labels] for mean in known.means]
-  vectors[-1] = np.where(is_judge[:, None], found.vectors[labels, judge], vectors[-1])
+  vectors[-1][rows] = found.vectors[labels[rows], judge[rows]]
   everywhere = np.ones(len(labels), np.float32)
-  counts = [(~is_judge).astype(np.float32)] * (len(vectors) - 1) + [everywhere]
+  counts = [(judge < 0).astype(np.float32)] * (len(vectors) - 1) + [everywhere]
   return Targets(vectors, known.deviations, counts)

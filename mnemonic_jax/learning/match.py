@@ -45,10 +45,13 @@ class Rate(NamedTuple):
     return np.float32(self.share * 0.5 * (1 + np.cos(np.pi * step / self.steps)))
 
 
-def start(inputs: jax.Array) -> State:
-  """The state before the first step."""
-  made: Any = optax.scale_by_adam().init(inputs)
-  return State(inputs, made)
+def start(functions: Functions, inputs: np.ndarray) -> State:
+  """The state before the first step, where the params lie."""
+  moments: Any = np.zeros_like(inputs), np.zeros_like(inputs)
+  none: Any = np.zeros((), np.int32)
+  host: Any = State(inputs, optax.ScaleByAdamState(none, *moments))  # type: ignore[arg-type]
+  made: State = reads.placed(functions.placement, host)
+  return made
 
 
 def moved(state: State, gradient: jax.Array, rate: Any, width: jax.Array) -> State:
@@ -82,12 +85,12 @@ def match(
         vectors=[x[rows] for x in targets.vectors], counts=[x[rows] for x in targets.counts]
       )
     )
-    state = start(put(inputs[rows]))
+    state = start(functions, inputs[rows])
     for step in range(rate.steps):
       state, losses = _step(functions, dtype, arrays, state, some, rate.at(step), width)
       check(losses, step, rate)
       tick()
-    made.append(np.asarray(reads.copied_program(functions.placement, state.inputs)))
+    made.append(reads.on_host(functions.placement, state.inputs))
   return np.concatenate(made)[: len(inputs)]
 
 

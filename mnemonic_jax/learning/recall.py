@@ -44,8 +44,7 @@ def recall(
   Statistics are those of all inputs, or of batches of `at_once`, drawn anew for each round over
   them. `tick` is called after each step.
   """
-  put = partial(reads.placed, functions.placement)
-  state, width = match.start(put(inputs)), put(rate.width)
+  state, width = match.start(functions, inputs), reads.placed(functions.placement, rate.width)
   whole = len(inputs) <= at_once
   for step in range(rate.steps if whole else 0):
     state, loss = _step(functions, dtype, arrays, state, labels, rate.at(step), width)
@@ -58,7 +57,7 @@ def recall(
       )
       tick()
     match.check(loss, step, rate)
-  return np.asarray(reads.copied_program(functions.placement, state.inputs))
+  return reads.on_host(functions.placement, state.inputs)
 
 
 def steps_a_round(num_inputs: int, at_once: int) -> int:
