@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from mnemonic_jax.codes import make_codes, mix
   from mnemonic_jax.evaluation import Scores, evaluate
-  from mnemonic_jax.fisher.door import Execution, diagonal_fisher
-  from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
+  from mnemonic_jax.fisher.door import (
+    Execution,
+    FisherPlan,
+    LeafPlan,
+    diagonal_fisher,
+    explain_fisher,
+  )
   from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, forget, forget_step
   from mnemonic_jax.learning.door import learn_codes
   from mnemonic_jax.learning.learned import LearnedCodes
@@ -44,9 +49,9 @@ _MODULE_OF = {
   "make_train_step": "training",
   "Execution": "fisher.door",
   "diagonal_fisher": "fisher.door",
-  "FisherPlan": "fisher.explain",
-  "LeafPlan": "fisher.explain",
-  "explain_fisher": "fisher.explain",
+  "FisherPlan": "fisher.door",
+  "LeafPlan": "fisher.door",
+  "explain_fisher": "fisher.door",
   "LearnedCodes": "learning.learned",
   "learn_codes": "learning.door",
   "Scores": "evaluation",

@@ -7,25 +7,24 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
 
-from mnemonic_jax import report as reports
-from mnemonic_jax.cli import compilation_cache, jobs
-from mnemonic_jax.data import decoded
-from mnemonic_jax.errors import MnemonicError, UsageError, nearest
-from mnemonic_jax.multihost import paths, processes
-from mnemonic_jax.report import schema, tables, wording
+from mnemonic_jax.cli import compilation_cache
+from mnemonic_jax.data import prepared
+from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.processes import Watchdog
+from mnemonic_jax.report import schema, wording
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evaluate as evaluate_run
-from mnemonic_jax.runs import export as export_run
-from mnemonic_jax.runs import files, records, setup
+from mnemonic_jax.runs import files, finished, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
-from mnemonic_jax.runs.checkpoints import is_checkpoint, newest, restore_codes
+from mnemonic_jax.runs.checkpoints import is_checkpoint, newest
 from mnemonic_jax.runs.folder import RunFolder
 
 
@@ -34,7 +33,7 @@ def run(options: argparse.Namespace) -> None:
   if not os.environ.get("MNEMONIC_DEBUG"):
     _leave_stderr_to_us()
   compilation_cache.enable()
-  decoded.drop_orphans()
+  prepared.drop_orphans()
   result, text = _VERBS[options.command](options)
   if not processes.is_writer():
     return
@@ -46,6 +45,20 @@ def run(options: argparse.Namespace) -> None:
     raise OSError(
       f"stdout: {error}; {options.command} itself is done, only its result could not be printed"
     ) from error
+
+
+@contextmanager
+def joined(options: argparse.Namespace) -> Iterator[Watchdog]:
+  """Join the other processes, if there are any, and watch them for the length of the block."""
+  processes.initialize(
+    options.coordinator,
+    options.process_id,
+    options.num_processes,
+    startup_timeout=options.startup_timeout,
+    peer_timeout=options.peer_timeout,
+  )
+  with Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+    yield watchdog
 
 
 def _leave_stderr_to_us() -> None:
@@ -71,7 +84,7 @@ def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  with jobs.joined(options) as watchdog:
+  with joined(options) as watchdog:
     config = configs.load(options.config, options.overrides)
     watchdog.phase(f"opening the data set {config.data.name}")
     dataset = setup.load_data(config, options.data_dir)
@@ -161,10 +174,10 @@ def _forget_text(result: dict[str, Any], names: Sequence[str]) -> str:
   total = seconds.pop("total")
   parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
   settings = dict(result["method"])
-  method = f"{settings.pop('name')}, {tables.named_values(settings)}"
+  method = f"{settings.pop('name')}, {wording.named_values(settings)}"
   return (
     f"{done} {classes} in {total:.2f} s ({parts})\n{table}\n"
-    f"  method   {method}; {tables.named_values(result['info'])}\n"
+    f"  method   {method}; {wording.named_values(result['info'])}\n"
     f"  verdict  {told}\n  report   {result['report']}"
   )
 
@@ -176,7 +189,7 @@ def _percent(share: float | None) -> str:
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = setup.load_data(folder.config, options.data_dir, training=False)
-  result = evaluate_run.evaluate(folder, dataset, options.classes)
+  result = finished.evaluate(folder, dataset, options.classes)
   classes = ", ".join(wording.class_label(c, dataset.class_names) for c in result["classes"])
   lines = [f"test set of {dataset.name}, classes {classes} counted as forgotten"]
   shown = {
@@ -198,24 +211,12 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
-  finished = folder.finished_forget(options.number)
-  report, evidence = records.read(finished)
-  codes = None
-  if not options.hide_codes:
-    if not paths.children(folder.checkpoints, "[0-9]*"):
-      raise MnemonicError(
-        f"{folder.path}: has no checkpoint, so the codes are missing. Leave them out with "
-        "--hide-codes."
-      )
-    codes = restore_codes(folder.checkpoints)
-  page = finished / "report.html"
-  with folder.locked():
-    files.write_text(page, reports.render(report, evidence, codes))
+  page = finished.write_page(folder, options.number, hide_codes=options.hide_codes)
   return {"report": str(page)}, str(page)
 
 
 def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  result = export_run.export(options.run, options.out, options.number, ema=options.ema)
+  result = finished.export(options.run, options.out, options.number, ema=options.ema)
   classes = ", ".join(map(str, result["classes"]))
   text = (
     f"exported {result['arrays']} arrays of {result['forget']} (forgot {classes})\n"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnemonic_jax.report.schema import moving_average, number
-from mnemonic_jax.report.wording import UNIT, clean, duration, percent, scientific
+from mnemonic_jax.report.wording import UNIT, clean, duration, named_values, percent, scientific
 
 LAYERS_SHOWN = 24  # with more, the most moved ones
 
@@ -161,16 +161,6 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
       ", ".join(f"{clean(str(k))} {clean(str(v))}" for k, v in sorted(report["versions"].items())),
     ),
   )
-
-
-def named_values(values: Mapping[str, Any]) -> str:
-  """Return settings or info as text: "lambda1 = 0.001, lambda2 = 10"."""
-  return ", ".join(f"{clean(str(k))} = {_value(v)}" for k, v in values.items()) or "none"
-
-
-def _value(value: Any) -> str:
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return f"{value:g}" if is_number else clean(str(value), 120)
 
 
 def _title(name: str) -> str:

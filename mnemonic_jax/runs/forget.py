@@ -13,20 +13,16 @@ from etils import epath
 from mnemonic_jax import forgetting, methods
 from mnemonic_jax import report as reports
 from mnemonic_jax.data import Dataset
-from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
-from mnemonic_jax.report import verdicts
+from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
-from mnemonic_jax.runs import classes as run_classes
-from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evidence, files, setup
+from mnemonic_jax.runs import files, scoring
 from mnemonic_jax.runs.checkpoints import require_plain, save_params
-from mnemonic_jax.runs.config import Config
-from mnemonic_jax.runs.evidence import Predict, Scored
+from mnemonic_jax.runs.config import Config, make_method
 from mnemonic_jax.runs.folder import RunFolder, versions
-from mnemonic_jax.runs.hashing import params_sha256, to_host
-from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.scoring import Predict, Scored
 from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 OneShot = Callable[[Any], ForgetResult]  # the params before -> the forgotten ones
@@ -45,31 +41,27 @@ def check_request(
   requested: Sequence[int | str],
   class_names: Sequence[str],
   earlier: Sequence[int] = (),
+  *,
+  ours: bool = True,
 ) -> Asked:
-  """Refuse what a run of this config cannot forget, before anything is computed.
+  """Refuse what cannot be forgotten, before anything is computed.
+
+  Args:
+    earlier: classes that the run was asked to forget before.
+    ours: whether the model was trained by this config, so that its `codes.rate` tells of codes.
 
   Raises:
     UsageError: bad classes, or a method that is missing or has bad settings.
     MnemonicError: the run was trained without codes.
   """
-  asked = _asked(config, requested, class_names, earlier)
-  if config.codes.rate == 0:
+  indices = resolve(requested, class_names)
+  asked = Asked(indices, union(indices, earlier, class_names), make_method(config.forget))
+  if ours and config.codes.rate == 0:
     raise MnemonicError(
       "codes.rate: got 0; the model was trained without codes, so codes tell nothing about its "
       "classes. Train with --codes.rate 0.1 into a new folder."
     )
   return asked
-
-
-def _asked(
-  config: Config,
-  requested: Sequence[int | str],
-  class_names: Sequence[str],
-  earlier: Sequence[int] = (),
-) -> Asked:
-  found = run_classes.resolve(requested, class_names)
-  classes = run_classes.union(found, earlier, class_names)
-  return Asked(found, classes, configs.make_method(config.forget))
 
 
 def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> dict[str, Any]:
@@ -100,7 +92,7 @@ def forget_plain(
   starts from the checkpoint alone: name all classes to forget, earlier ones too.
   """
   require_plain(out)
-  asked = _asked(config, requested, dataset.class_names)
+  asked = check_request(config, requested, dataset.class_names, ours=False)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise MnemonicError(
       f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out."
@@ -135,7 +127,7 @@ def described(
   """
   one_shot = one_shot or _on_one_device(trained, config, asked)
   if predict is None:
-    predict = lambda candidates, split: predict_each(
+    predict = lambda candidates, split: scoring.predict_each(
       trained.logits_fn, candidates, split, dataset.preprocess
     )
   before, average = trained.params, trained.ema_params
@@ -146,7 +138,7 @@ def described(
     of_average = one_shot(average)
     kept["ema_params"] = of_average.params
     candidates += [average, of_average.params]
-  scores = evidence.scored(predict, candidates, dataset, asked.classes)
+  scores = scoring.scored(predict, candidates, dataset, asked.classes)
   names = dataset.class_names
   report = {
     "requested": asked.requested,
@@ -159,16 +151,16 @@ def described(
     },
     **_outcome(before, result, scores[:2], asked, names),
     "checkpoint": str(trained.checkpoint),
-    "codes_sha256": setup.array_sha256(trained.codes),
+    "codes_sha256": files.array_sha256(trained.codes),
     "versions": versions(),
   }
   if average is not None:
     report["copies"] = {"ema": _outcome(average, of_average, scores[3:], asked, names)}
-  report["verdict"] = verdicts.all_of([report, *report.get("copies", {}).values()])
-  shown = evidence.gather(config, dataset, before, result.params, scores[:3])
+  report["verdict"] = wording.worst([report, *report.get("copies", {}).values()])
+  shown = scoring.gather(config, dataset, before, result.params, scores[:3])
 
   def fill(folder: epath.Path) -> None:
-    page = reports.render(files.plain(report), files.plain(shown), to_host(trained.codes))
+    page = reports.render(files.plain(report), files.plain(shown), files.to_host(trained.codes))
     for name, params in kept.items():
       save_params(folder / name, params)
     # In one line: the confusions of 1000 classes are two million counts.
@@ -208,8 +200,75 @@ def _outcome(
     outcome[f"per_class_accuracy_{when}"] = scored.scores.per_class
   after = outcome["per_class_accuracy_after"]
   return outcome | {
-    "verdicts": verdicts.by_name(after, asked.classes, names),
+    "verdicts": wording.verdicts(after, asked.classes, names),
     "seconds": dict(result.seconds),
-    "params_sha256_before": params_sha256(before),
-    "params_sha256_after": params_sha256(result.params),
+    "params_sha256_before": files.params_sha256(before),
+    "params_sha256_after": files.params_sha256(result.params),
   }
+
+
+def resolve(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+  """Return the indices of `classes`, each an index or the exact name of a class.
+
+  A word that is the name of a class means that class, even where it looks like an index.
+
+  Args:
+    classes: integers are indices; words are names, or indices where no class is called so.
+    names: the class names of the data set, in label order.
+
+  Raises:
+    UsageError: no class, an unknown one, a name that two classes have, or one class twice.
+
+  >>> resolve(["dog", 0, "1"], ["cat", "bird", "dog"])
+  [2, 0, 1]
+  """
+  if not classes:
+    raise UsageError("classes: got none; expected at least one, for example --classes 0.")
+  found = [_index(one, names) for one in classes]
+  for position, index in enumerate(found):
+    if index in found[:position]:
+      asked = ", ".join(map(str, classes))
+      raise UsageError(
+        f"classes: got {asked}; class {index} ({names[index]}) is in it twice; expected each class "
+        "once."
+      )
+  return found
+
+
+def union(requested: Sequence[int], earlier: Sequence[int], names: Sequence[str]) -> list[int]:
+  """Return all classes to forget, those of earlier requests too; one class must stay."""
+  for index in earlier:
+    if not 0 <= index < len(names):
+      raise MnemonicError(
+        f"classes: an earlier forget of this run names class {index}; the data set has classes 0 "
+        f"to {len(names) - 1}. Its report.json was edited, or belongs to another run."
+      )
+  classes = sorted({*requested, *earlier})
+  if len(classes) == len(names):
+    before = " with those forgotten before" if earlier else ""
+    raise UsageError(f"classes: {list(requested)}{before} are all {len(names)}; one must stay.")
+  return classes
+
+
+def _index(one: int | str, names: Sequence[str]) -> int:
+  called = [index for index, name in enumerate(names) if name == one]
+  if len(called) > 1:
+    indices = " and ".join(map(str, called))
+    raise UsageError(f"classes: got {one!r}, which classes {indices} are called. Pass the index.")
+  if called:
+    return called[0]
+  index = _integer(one)
+  if index is not None and 0 <= index < len(names):
+    return index
+  expected = f"expected an index from 0 to {len(names) - 1}"
+  if list(names) == [str(index) for index in range(len(names))]:
+    raise UsageError(f"classes: got {one}; {expected}: no class has a name here.")
+  near = "" if index is not None else f" {nearest(str(one), names)}"
+  raise UsageError(f"classes: got {one}; {expected}, or the name of a class.{near}")
+
+
+def _integer(one: int | str) -> int | None:
+  try:
+    return int(one)
+  except ValueError:
+    return None

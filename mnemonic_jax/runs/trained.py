@@ -14,9 +14,8 @@ from mnemonic_jax import _trees, data
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
-from mnemonic_jax.multihost import paths
 from mnemonic_jax.multihost.sharding import Layout
-from mnemonic_jax.runs import setup
+from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.checkpoints import Checkpoints, restore_parts, stored_shapes
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
@@ -50,7 +49,7 @@ def restore(run: RunFolder, dataset: Dataset, layout: Layout | None = None) -> T
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
     model = _make_model(run.config, dataset, run.checkpoints / str(newest) / "default")
     first = jax.eval_shape(
-      lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl)
+      lambda: setup.init_state(run.config, dataset, model, optimizer, run.prng_impl)
     )
     state, codes = checkpoints.restore(*(layout or Layout()).abstract(first))
   done, asked, unit = _progress(run, dataset, int(state.step))
@@ -153,7 +152,7 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   average = tree.get("ema_params", tree.get("optimizer_state", {}).get("average"))
   logits_fn = model.logits_fn(model_state)
   return Trained(
-    model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn
+    model, tree["params"], average, model_state, tree["codes"], files.absolute(folder), logits_fn
   )
 
 
