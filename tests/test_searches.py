@@ -152,13 +152,9 @@ def test_recalled_codes_take_one_depth_and_predict_nothing(digits, trained):
 
 def test_without_judges_a_search_is_refused_and_plain_codes_name_learn_codes(trained, learned):
   for method in (mj.Dampening(), mj.Perturbation(), mj.Projection(drop_row=False)):
-    with pytest.raises(
-      ValueError, match=r"searched by judges.*learn_codes"
-    ):
+    with pytest.raises(ValueError, match=r"searched by judges.*learn_codes"):
       mj.forget(net, trained, learned.codes, [3], method=method)
-  with pytest.raises(
-    ValueError, match=r"got None with plain codes.*learn_codes.*Perturbation"
-  ):
+  with pytest.raises(ValueError, match=r"got None with plain codes.*learn_codes.*Perturbation"):
     mj.forget(net, trained, learned.codes, [3])
   weights = learned.judge_weights.at[3].set(0)
   unjudged = LearnedCodes(

@@ -16,11 +16,12 @@ from etils import epath
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.data import prepared
 from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.methods.search import CannotForget
 from mnemonic_jax.multihost import processes
 from mnemonic_jax.multihost.processes import Watchdog
 from mnemonic_jax.report import schema, wording
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import files, finished, setup
+from mnemonic_jax.runs import files, finished, learned, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
@@ -34,7 +35,12 @@ def run(options: argparse.Namespace) -> None:
     _leave_stderr_to_us()
   compilation_cache.enable()
   prepared.drop_orphans()
-  result, text = _VERBS[options.command](options)
+  try:
+    result, text = _VERBS[options.command](options)
+  except CannotForget as error:
+    if options.json and processes.is_writer():
+      print(files.dumps({"error": str(error), "curve": error.curve}), flush=True)
+    raise
   if not processes.is_writer():
     return
   try:
@@ -74,13 +80,22 @@ def _leave_stderr_to_us() -> None:
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
   dataset = setup.load_data(config, options.data_dir)
-  forget_run.check_request(config, config.forget.classes, dataset.class_names)
+  names, learns = dataset.class_names, config.codes.rate == 0
+  forget_run.check_request(config, config.forget.classes, names, learned=learns)
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   layout = setup.make_layout(config, dataset)
   trained = train_run.train(folder, dataset, train_run.Options(layout))
-  forgotten = forget_run.forget(folder, dataset, config.forget.classes)
-  text = f"{_train_text(trained)}\n\n{_forget_text(forgotten, dataset.class_names)}"
-  return {"train": trained, "forget": forgotten}, text
+  result, texts = {"train": trained}, [_train_text(trained)]
+  path = learned.path_in(folder)
+  if learns and not path.exists():
+    found = learned.learn(
+      trained_run.restore(folder, dataset), config, dataset, path, learned.Request()
+    )
+    result["codes"] = found
+    texts.append(_codes_text(found))
+  result["forget"] = forget_run.forget(folder, dataset, config.forget.classes)
+  texts.append(_forget_text(result["forget"], names))
+  return result, "\n\n".join(texts)
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -104,6 +119,42 @@ def _train_text(result: dict[str, Any]) -> str:
   )
 
 
+def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  request = learned.Request(options.recall, options.per_class, options.beside, options.seed)
+  if options.config is not None or is_checkpoint(options.run):
+    if options.config is None or options.out is None:
+      missing = "--config" if options.config is None else "--out"
+      raise UsageError(
+        f"{missing}: missing; {options.run} is no run folder. For a plain checkpoint: mnemonic "
+        f"codes {options.run} --config CONFIG --out FILE"
+      )
+    learned.refuse_existing(options.out)
+    config = configs.load(options.config, options.overrides)
+    dataset = setup.load_data(config, options.data_dir)
+    trained = trained_run.restore_plain(options.run, config, dataset, needs_codes=False)
+    result = learned.learn(trained, config, dataset, options.out, request)
+    return result, _codes_text(result)
+  if options.out is not None:
+    raise UsageError("--out: is for a plain checkpoint; a run keeps its codes in RUN/codes.")
+  folder = RunFolder.open(options.run)
+  path = learned.path_in(folder)
+  learned.refuse_existing(path)
+  dataset = setup.load_data(folder.config, options.data_dir)
+  with folder.locked():
+    trained = trained_run.restore(folder, dataset)
+    result = learned.learn(trained, folder.config, dataset, path, request)
+  return result, _codes_text(result)
+
+
+def _codes_text(result: dict[str, Any]) -> str:
+  judges = f", {result['judges']} judges" if result["judges"] else ""
+  done = "learned" if "training examples" in result["read"] else "recalled"
+  return (
+    f"{done} {result['per_class']} codes of each of {result['classes']} classes{judges} in "
+    f"{result['seconds']:.1f} s\n  read  {', '.join(result['read'])}\n  file  {result['file']}"
+  )
+
+
 def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   if options.config is not None or is_checkpoint(options.run):
     return _forget_plain(options)
@@ -111,6 +162,8 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     raise UsageError(
       "--out: is for a plain checkpoint, with --config; a run keeps its forgets in RUN/forgets."
     )
+  if options.codes is not None:
+    raise UsageError("--codes: is for a plain checkpoint; a run has its own in RUN/codes.")
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
   folder.config = configs.build(
@@ -141,7 +194,9 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dataset = trained_run.without_data(config, options.run)
   else:
     dataset = setup.load_data(config, options.data_dir, training=False)
-  result = forget_run.forget_plain(options.run, options.out, config, dataset, options.classes)
+  result = forget_run.forget_plain(
+    options.run, options.out, config, dataset, options.classes, options.codes
+  )
   return result, _forget_text(result, dataset.class_names)
 
 
@@ -240,6 +295,7 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 _VERBS = {
   "run": _run,
   "train": _train,
+  "codes": _codes,
   "forget": _forget,
   "evaluate": _evaluate,
   "report": _report,

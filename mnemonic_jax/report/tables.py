@@ -153,6 +153,7 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
     ("Method", clean(method.pop("name"))),
     ("Its settings", named_values(method)),
     ("What it reports", named_values(report["info"])),
+    ("Predicted by judges", _prediction(report.get("predicted"))),
     ("Read to forget", _listed(read["forget"])),
     ("Read to score", "nothing" if read["score"] is None else f"{clean(read['score'])} examples"),
     ("Time", "not recorded" if report["time"] is None else clean(report["time"])),
@@ -169,6 +170,14 @@ def _title(name: str) -> str:
 
 def _listed(names: Sequence[str]) -> str:
   return " and ".join(clean(name) for name in names)
+
+
+def _prediction(predicted: Mapping[str, Any] | None) -> str:
+  """What judges foresaw, beside which the measured scores stand."""
+  if predicted is None:
+    return "not predicted"
+  retain, error = (percent(number(predicted[k])) for k in ("retain_accuracy", "forget_error"))
+  return f"accuracy of kept classes {retain}, error of forgotten ones {error}"
 
 
 def fingerprints(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -256,39 +256,49 @@ def as_dict(config: Config) -> dict[str, Any]:
   return dataclasses.asdict(config)
 
 
-def make_method(forget: ForgetConfig) -> Any:
+def make_method(forget: ForgetConfig, *, learned: bool = False) -> Any:
   """Make the method that `forget` names, one of `mnemonic_jax.methods.METHODS`.
+
+  Args:
+    learned: whether there are learned codes, for which the method or its settings may be left out.
+
+  Returns:
+    The method; None for the default one, which learned codes have.
 
   Raises:
     UsageError: the method is missing or unknown, or a setting is missing, unknown or refused.
   """
   if not forget.method:
+    if learned and not forget.settings:
+      return None
     raise UsageError(
       f"forget.method: missing; expected one of {', '.join(methods.METHODS)}. For example: "
-      "--method perturbation --set lambda1=1e-3 --set lambda2=10"
+      "--method perturbation --set lambda1=1e-3 --set lambda2=10. Learned codes have a default: "
+      "mnemonic codes RUN."
     )
   if forget.method not in methods.METHODS:
     known = nearest(forget.method, methods.METHODS)
     raise UsageError(
       f"forget.method: got {forget.method!r}; expected the name of a method. {known}"
     )
-  kind = methods.METHODS[forget.method]
+  kind: Any = methods.METHODS[forget.method]
   takes = {field.name: field for field in dataclasses.fields(kind)}
   for name in forget.settings:
     if name not in takes:
       raise UsageError(
         f"{_SETTINGS}.{name}: unknown setting of {forget.method}. {nearest(name, takes)}"
       )
-  for name, field in takes.items():
-    if name not in forget.settings and field.default is field.default_factory:
-      raise UsageError(
-        f"{_SETTINGS}.{name}: missing; {forget.method} needs it. Write it in the config, or pass "
-        f"--{_SETTINGS}.{name} NUMBER, or --set {name}=NUMBER to mnemonic forget."
-      )
+  number = lambda name, x: float(x) if type(x) is int and not takes[name].metadata else x
   try:
-    return kind(**forget.settings)
+    made = kind(**{name: number(name, value) for name, value in forget.settings.items()})
   except (TypeError, ValueError) as error:
     raise UsageError(f"{_SETTINGS}: {error}") from error
+  for name in () if learned else getattr(made, "to_search", ()):
+    raise UsageError(
+      f"{_SETTINGS}.{name}: missing; {forget.method} needs it. Write it in the config, or pass "
+      f"--{_SETTINGS}.{name} NUMBER, or --set {name}=NUMBER to mnemonic forget."
+    )
+  return made
 
 
 def _known_settings() -> list[str]:
@@ -327,7 +337,7 @@ def _check_together(config: Config) -> None:
       "most. Set the other to 0."
     )
   if forget.method or forget.settings:
-    make_method(forget)
+    make_method(forget, learned=True)  # whether there are learned codes is told later
 
 
 def _folder() -> Any:

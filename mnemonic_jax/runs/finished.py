@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import safetensors
 from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -18,7 +19,7 @@ from mnemonic_jax import _trees, evaluation
 from mnemonic_jax import report as reports
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.runs import files, format1
+from mnemonic_jax.runs import files, format1, learned
 from mnemonic_jax.runs.checkpoints import (
   is_checkpoint,
   newest,
@@ -115,6 +116,17 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
   return result
 
 
+def _codes_of(run: RunFolder, report: dict[str, Any]) -> Any:
+  """The codes that a forget used: learned ones if they are those, else those of the training."""
+  path = learned.path_in(run)
+  if path.exists():
+    with safetensors.safe_open(str(path), framework="np") as stored:
+      codes = stored.get_tensor("codes")
+    if files.array_sha256(codes) == report["codes_sha256"]:
+      return codes
+  return restore_codes(run.checkpoints)
+
+
 def write_page(
   run: RunFolder, number: int | None = None, *, hide_codes: bool = False
 ) -> epath.Path:
@@ -133,7 +145,7 @@ def write_page(
         f"{run.path}: has no checkpoint, so the codes are missing. Leave them out with "
         "--hide-codes."
       )
-    codes = restore_codes(run.checkpoints)
+    codes = _codes_of(run, report)
   page = folder / "report.html"
   with run.locked():
     files.write_text(page, reports.render(report, evidence, codes))

@@ -19,6 +19,7 @@ from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import files, scoring
+from mnemonic_jax.runs import learned as learned_codes
 from mnemonic_jax.runs.checkpoints import require_plain, save_params
 from mnemonic_jax.runs.config import Config, make_method
 from mnemonic_jax.runs.folder import RunFolder, versions
@@ -43,25 +44,27 @@ def check_request(
   earlier: Sequence[int] = (),
   *,
   ours: bool = True,
+  learned: bool = False,
 ) -> Asked:
   """Refuse what cannot be forgotten, before anything is computed.
 
   Args:
     earlier: classes that the run was asked to forget before.
     ours: whether the model was trained by this config, so that its `codes.rate` tells of codes.
+    learned: whether there are learned codes.
 
   Raises:
     UsageError: bad classes, or a method that is missing or has bad settings.
-    MnemonicError: the run was trained without codes.
+    MnemonicError: the run was trained without codes, and has not learned them since.
   """
   indices = resolve(requested, class_names)
-  asked = Asked(indices, union(indices, earlier, class_names), make_method(config.forget))
-  if ours and config.codes.rate == 0:
+  if ours and config.codes.rate == 0 and not learned:
     raise MnemonicError(
-      "codes.rate: got 0; the model was trained without codes, so codes tell nothing about its "
-      "classes. Train with --codes.rate 0.1 into a new folder."
+      "codes.rate: got 0; the model was trained without codes, and has no learned ones. Learn "
+      "them: mnemonic codes RUN."
     )
-  return asked
+  method = make_method(config.forget, learned=learned)
+  return Asked(indices, union(indices, earlier, class_names), method)
 
 
 def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> dict[str, Any]:
@@ -73,10 +76,22 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> 
   require_plain(run.path)
   with run.locked():
     earlier = run.forgotten_classes()
-    asked = check_request(run.config, requested, dataset.class_names, earlier)
-    report, fill = described(restore(run, dataset), run.config, dataset, asked)
+    path = learned_codes.path_in(run)
+    names = dataset.class_names
+    asked = check_request(run.config, requested, names, earlier, learned=path.exists())
+    trained = restore(run, dataset)
+    if path.exists():
+      trained = with_learned(trained, path, dataset)
+    report, fill = described(trained, run.config, dataset, asked)
     folder = run.add_forget(fill)
   return _placed(report, folder)
+
+
+def with_learned(trained: Trained, path: epath.Path, dataset: Dataset) -> Trained:
+  """The trained model with the learned codes of a file in place of its own."""
+  params = files.params_sha256(trained.params)
+  found = learned_codes.load(path, params, len(dataset.class_names), dataset.shape)
+  return trained._replace(codes=found)
 
 
 def forget_plain(
@@ -85,14 +100,17 @@ def forget_plain(
   config: Config,
   dataset: Dataset,
   requested: Sequence[int | str],
+  codes: epath.Path | None = None,
 ) -> dict[str, Any]:
   """Forget `requested` in a checkpoint that the user's own training loop wrote.
 
   `out`, a new folder, gets what forgets/NNNN of a run has. The checkpoint is not changed. Each call
-  starts from the checkpoint alone: name all classes to forget, earlier ones too.
+  starts from the checkpoint alone: name all classes to forget, earlier ones too. `codes` is a file
+  of learned codes; without it the checkpoint must hold the codes of its training.
   """
   require_plain(out)
-  asked = check_request(config, requested, dataset.class_names, ours=False)
+  names, learned = dataset.class_names, codes is not None
+  asked = check_request(config, requested, names, ours=False, learned=learned)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise MnemonicError(
       f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out."
@@ -102,7 +120,9 @@ def forget_plain(
       f"{out}: lies inside the checkpoint, which must not be changed. Choose another folder for "
       "--out."
     )
-  trained = restore_plain(checkpoint, config, dataset)
+  trained = restore_plain(checkpoint, config, dataset, needs_codes=codes is None)
+  if codes is not None:
+    trained = with_learned(trained, codes, dataset)
   report, fill = described(trained, config, dataset, asked)
   files.make_folder(out, fill)
   return _placed(report, out)
@@ -140,6 +160,7 @@ def described(
     candidates += [average, of_average.params]
   scores = scoring.scored(predict, candidates, dataset, asked.classes)
   names = dataset.class_names
+  codes = getattr(trained.codes, "codes", trained.codes)
   report = {
     "requested": asked.requested,
     "classes": asked.classes,
@@ -151,7 +172,7 @@ def described(
     },
     **_outcome(before, result, scores[:2], asked, names),
     "checkpoint": str(trained.checkpoint),
-    "codes_sha256": files.array_sha256(trained.codes),
+    "codes_sha256": files.array_sha256(codes),
     "versions": versions(),
   }
   if average is not None:
@@ -160,7 +181,7 @@ def described(
   shown = scoring.gather(config, dataset, before, result.params, scores[:3])
 
   def fill(folder: epath.Path) -> None:
-    page = reports.render(files.plain(report), files.plain(shown), files.to_host(trained.codes))
+    page = reports.render(files.plain(report), files.plain(shown), files.to_host(codes))
     for name, params in kept.items():
       save_params(folder / name, params)
     # In one line: the confusions of 1000 classes are two million counts.
@@ -193,6 +214,7 @@ def _outcome(
     "info": dict(result.info),
     "code_retain_accuracy": result.code_retain_accuracy,
     "code_forget_error": result.code_forget_error,
+    "predicted": None if result.predicted is None else result.predicted._asdict(),
   }
   for when, scored in zip(("before", "after"), scores, strict=True):
     outcome[f"retain_accuracy_{when}"] = scored.scores.retain_accuracy
