@@ -34,6 +34,12 @@ class DropRow:
       embedding): a ValueError that says why.
     a head without a bias: the score is the mean kept score; with one kept class, a ValueError.
 
+  >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
+  >>> params = {"kernel": codes[:, 0].T, "bias": jnp.zeros(3)}
+  >>> model = lambda p, x: x @ p["kernel"] + p["bias"]
+  >>> mj.forget(model, params, codes, [0], method=DropRow()).params["bias"]
+  Array([-1.,  0.,  0.], dtype=float32)
+
   Source: this project; it equals the head edit that every table carries as a control.
   """
 

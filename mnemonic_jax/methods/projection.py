@@ -55,6 +55,13 @@ class Projection:
     sites: names of sites to cut instead (`explain_projection` lists them).
     drop_row: drop the rows as `DropRow` does, as the last step.
 
+  >>> codes = jax.random.normal(jax.random.key(0), (3, 1, 8))
+  >>> params = {"hidden": jnp.eye(8), "output": codes[:, 0].T, "bias": jnp.zeros(3)}
+  >>> model = lambda p, x: jnp.tanh(x @ p["hidden"]) @ p["output"] + p["bias"]
+  >>> result = mj.forget(model, params, codes, [0], method=Projection(depth=1))
+  >>> result.info["rank"], result.code_forget_error
+  (array([1], dtype=int32), 1.0)
+
   Source: this project. DAMP (Hatami, Aalishah, Monosov, 2026, arXiv 2604.15166) projects what
   kernels read, orthogonally, by prototypes of real data.
   """
@@ -140,6 +147,9 @@ class ProjectionPlan:
     head: the path of the head's kernel, "" where the row cannot be dropped.
     head_reason: why it cannot, else "".
     not_edited: the dotted path of each kernel that no site reaches -> why.
+
+  >>> str(ProjectionPlan((), "head.kernel", "", {"tied": "used more than once"})).splitlines()[-1]
+  'tied                not edited: used more than once'
   """
 
   sites: tuple[network.Site, ...]

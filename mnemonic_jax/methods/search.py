@@ -23,6 +23,11 @@ class CannotForget(ValueError):
 
   Attributes:
     curve: one dict a candidate: its settings, "retain_accuracy" and "forget_error" as predicted.
+
+  >>> raise CannotForget("quantile: none of 11 candidates ...", [])
+  Traceback (most recent call last):
+    ...
+  mnemonic_jax.methods.search.CannotForget: quantile: none of 11 candidates ...
   """
 
   def __init__(self, message: str, curve: Sequence[dict[str, Any]]) -> None:
