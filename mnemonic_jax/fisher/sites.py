@@ -101,8 +101,8 @@ class _Walk(Engine):
     """Evaluate the operation, and keep its mean arrays."""
     (output,), rule = on_batch(run, args), step.rule
     if rule.read is not None and rule.written is not None:
-      read = _mean(args[rule.data_index].value, rule.read)
-      self.found.append((read, _mean(output.value, rule.written)))
+      read = mean_over_positions(args[rule.data_index].value, rule.read)
+      self.found.append((read, mean_over_positions(output.value, rule.written)))
     return [output]
 
   def copied(self, param: Param) -> Any:
@@ -171,7 +171,7 @@ class _Untied:
     return on_batch(run, args)
 
 
-def _mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def mean_over_positions(x: jax.Array, axes: Sequence[int]) -> jax.Array:
   """(N, *shape) -> (N, F): the mean over all axes of one example but `axes`, flattened."""
   others = [axis for axis in range(x.ndim - 1) if axis not in axes]
   ordered = x.transpose(0, *(1 + axis for axis in (*others, *axes)))

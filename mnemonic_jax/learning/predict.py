@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -58,6 +60,14 @@ def scale(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Arr
   return jnp.exp((low + high) / 2)
 
 
+class Predicted(NamedTuple):
+  """What judges foresee on data."""
+
+  retain_accuracy: jax.Array  # (), A_R in [0, 1], NaN without a judge of a kept class
+  forget_error: jax.Array  # (), E_F, NaN where a class to forget has no judge
+  class_error: jax.Array  # (C,), of each class, NaN where it has no judge
+
+
 def predict(
   before: jax.Array,
   after: jax.Array,
@@ -65,7 +75,7 @@ def predict(
   accuracy: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> Predicted:
   """Predict A_R and E_F on data from the judges' margins; traceable.
 
       right_c = sum_j weights[c, j] Phi(after[c, j] / t)
@@ -82,13 +92,10 @@ def predict(
     weights, accuracy: (C, J), as in `LearnedCodes`.
     forget, remain: (C,) bool; a class may be in neither.
 
-  Returns:
-    (A_R, E_F), scalars in [0, 1] or NaN.
-
   >>> m, ones = jnp.array([[1.0], [1.0]]), jnp.ones((2, 1))
   >>> forget = jnp.array([True, False])
-  >>> a_r, e_f = predict(m, jnp.array([[-9.0], [1.0]]), ones, 0.8 * ones, forget, ~forget)
-  >>> round(float(a_r), 3), round(float(e_f), 3)
+  >>> found = predict(m, jnp.array([[-9.0], [1.0]]), ones, 0.8 * ones, forget, ~forget)
+  >>> round(float(found.retain_accuracy), 3), round(float(found.forget_error), 3)
   (0.8, 1.0)
   """
   t = scale(before, weights, accuracy)
@@ -98,4 +105,4 @@ def predict(
   retain_accuracy = jnp.sum(kept) / jnp.sum(remain & judged)
   wrong = jnp.where(judged, 1 - right, jnp.nan)
   forget_error = jnp.sum(jnp.where(forget, wrong, 0)) / jnp.sum(forget)
-  return retain_accuracy, forget_error
+  return Predicted(retain_accuracy, forget_error, wrong)
