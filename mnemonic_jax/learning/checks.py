@@ -45,7 +45,7 @@ class Settings:
     if np.ndim(self.learning_rate) or not self.learning_rate > 0:
       raise ValueError(
         f"learning_rate: got {self.learning_rate!r}; expected one positive number, a share of "
-        "input_range such as 0.02."
+        "input_range such as 0.05."
       )
 
 
@@ -94,13 +94,17 @@ def require_source(batches: Any, shape: Any, features_fn: Any) -> tuple[int, ...
   return tuple(_checks.require_size("shape", size) for size in shape)
 
 
-def require_range(input_range: Any, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-  """Return (low, high), each broadcast to the shape of an input."""
+def require_range(
+  input_range: Any, shape: tuple[int, ...] | None
+) -> tuple[np.ndarray, np.ndarray]:
+  """Return (low, high), each broadcast to the shape of an input, or to each other."""
   if not isinstance(input_range, (tuple, list)) or len(input_range) != 2:
     raise TypeError(
       f"input_range: got {input_range!r}; expected a pair (low, high), such as (0.0, 1.0)."
     )
   try:
+    if shape is None:
+      shape = np.broadcast_shapes(*map(np.shape, input_range))
     low, high = (np.broadcast_to(np.asarray(bound, np.float32), shape) for bound in input_range)
   except (TypeError, ValueError):
     raise ValueError(

@@ -38,7 +38,7 @@ def learn_codes(
   min_members: int = 50,
   steps: int = 200,
   recall_steps: int = 150,
-  learning_rate: float = 0.02,
+  learning_rate: float = 0.05,
   precision: str | None = "highest",
   execution: Execution | None = None,
   progress: Callable[[int, int], Any] | None = None,
@@ -122,7 +122,7 @@ def learn_codes(
     num_classes, per_class, recall, num_judges, min_members, steps, recall_steps, learning_rate
   )
   shape = checks.require_source(batches, shape, features_fn)
-  if shape is not None and input_range is not None:
+  if input_range is not None:
     checks.require_range(input_range, shape)
   microbatch = require_execution(execution).microbatch
   if progress is not None:
