@@ -64,7 +64,7 @@ def main() -> int:
       train(options, watchdog)
     return 0
   except MnemonicError as error:
-    print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+    say(error)
     return error.exit_code
 
 
@@ -91,9 +91,17 @@ def hurry_when_stuck(options: argparse.Namespace) -> None:
 
 
 def pass_or_stick(options: argparse.Namespace, where: str) -> None:
-  if options.stuck == where and jax.process_index() == 1:
-    stuck_file(options.run).touch()
-    threading.Event().wait()
+  """Let process 1 stop here for ever, once process 0 has come here too and passed."""
+  if options.stuck != where:
+    return
+  passed = options.run.parent / f"{options.run.name}-passed"
+  if jax.process_index() != 1:
+    passed.touch()
+    return
+  while not passed.exists():
+    time.sleep(0.01)
+  stuck_file(options.run).touch()
+  threading.Event().wait()
 
 
 def read_or_fail(options: argparse.Namespace) -> None:
@@ -109,7 +117,15 @@ def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[ja
     pass_or_stick(options, "input")
 
 
+def say(error: MnemonicError) -> None:
+  print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+
+
 def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
+  try:
+    processes.together(lambda: read_or_fail(options))
+  except MnemonicError as error:
+    say(error)  # and go on to what fails next
   run = RunFolder.create(options.run, configs.load("digits"))
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -130,7 +146,6 @@ def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
     )
 
   pass_or_stick(options, "start-up")
-  processes.together(lambda: read_or_fail(options))
   state, codes = first()
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
     if checkpoints.latest_step() is not None:
