@@ -2,8 +2,8 @@
 
 Run it in a process of its own: python tests/prepared_sets.py OUT NAME... The images are cut from
 the two photographs that scikit-learn ships. TFDS's builders open files with tensorflow and read
-masks with OpenCV. Without them, stand-ins provide the few functions that the builders call. Everything
-else is TFDS's own code.
+masks with OpenCV. Without them, stand-ins provide the few functions that the builders call.
+Everything else is TFDS's own code.
 """
 
 from __future__ import annotations
