@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import threading
@@ -28,7 +29,7 @@ from mnemonic_jax.runs.checkpoints import Checkpoints
 from mnemonic_jax.runs.folder import RunFolder
 
 GROWTH = 0.5  # of a weight, per step and device
-QUICKER = 20  # the watchdogs' clock, once something is stuck on purpose
+QUICKER = 200  # the watchdogs' clock, once something is stuck on purpose
 
 
 def main() -> int:
@@ -37,8 +38,8 @@ def main() -> int:
   parser.add_argument("--coordinator")
   parser.add_argument("--process-id", type=int)
   parser.add_argument("--num-processes", type=int)
-  parser.add_argument("--startup-timeout", type=float, default=60)
-  parser.add_argument("--peer-timeout", type=float, default=60)
+  parser.add_argument("--startup-timeout", type=float, default=600)
+  parser.add_argument("--peer-timeout", type=float, default=600)
   parser.add_argument("--steps", type=int, default=4)
   parser.add_argument("--seconds", type=float, default=0.0)
   parser.add_argument(
@@ -51,6 +52,7 @@ def main() -> int:
   )
   options = parser.parse_args()
   hurry_when_stuck(options)
+  outlive_the_others(options)
   try:
     signals.exit_at_once()
     processes.initialize(
@@ -88,6 +90,28 @@ def hurry_when_stuck(options: argparse.Namespace) -> None:
 
   clock = types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
   watchdogs.time = clock  # type: ignore[attr-defined]
+
+
+def outlive_the_others(options: argparse.Namespace) -> None:
+  """Let process 0 end when the others have, which it otherwise gives `processes.LAST` seconds."""
+  file = lambda index: options.run.parent / f"{options.run.name}-pid-{index}"
+  others = range(1, options.num_processes or 1)
+  if options.process_id in others:
+    file(options.process_id).write_text(str(os.getpid()))
+
+  def runs(index: int) -> bool:
+    try:  # the state follows the name, which is in parentheses
+      stat = pathlib.Path("/proc", file(index).read_text(), "stat").read_text()
+    except OSError:
+      return False
+    return stat.rsplit(")", 1)[1].split()[0] not in "TZX"  # neither stopped nor dead
+
+  def sleep(seconds: float) -> None:
+    while any(map(runs, others)):
+      time.sleep(0.01)
+
+  clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+  processes.time = clock  # type: ignore[attr-defined]
 
 
 def pass_or_stick(options: argparse.Namespace, where: str) -> None:

@@ -19,7 +19,7 @@ from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
 import pytest
 from jobs import finish_job, free_address, start_job
 from peers import GROWTH, stuck_file
-from running import snapshot, wait_for
+from running import HANG, snapshot, wait_for
 
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import processes
@@ -105,9 +105,9 @@ def test_a_dead_or_stuck_process_ends_the_others_with_a_message(signum, lost, co
   ("where", "said"),
   [
     pytest.param(
-      "start-up", "start-up did not end within 60 s (--startup-timeout)", marks=pytest.mark.long
+      "start-up", "start-up did not end within 600 s (--startup-timeout)", marks=pytest.mark.long
     ),
-    ("checkpoint", "the checkpoint of step 4 did not end within 60 s (--startup-timeout)"),
+    ("checkpoint", "the checkpoint of step 4 did not end within 600 s (--startup-timeout)"),
   ],
   ids=["start-up", "checkpoint"],
 )
@@ -129,7 +129,7 @@ def test_a_process_without_input_says_so_and_the_others_that_it_may_be_that(tmp_
   waiting, stuck = finish_job(start(tmp_path / "run", 2, "--stuck", "input"))
   for outcome in (waiting, stuck):
     assert outcome.code == 1
-    assert "no step finished for 60 s after step 1 (--peer-timeout)" in ours(outcome)
+    assert "no step finished for 600 s after step 1 (--peer-timeout)" in ours(outcome)
     assert "with a larger --peer-timeout if all was well and only slow" in ours(outcome)
   assert "another process is dead or stuck, or waits for its input; its own log says more" in ours(
     waiting
@@ -179,7 +179,7 @@ def test_what_one_process_cannot_do_fails_on_all(tmp_path):
   assert snapshot(tmp_path) == before
 
 
-def meet(*counts_and_ids, timeout=200.0):
+def meet(*counts_and_ids, timeout=HANG):
   """The errors of a roll call of threads, by process; None where all is well."""
   address = free_address()
 
@@ -221,18 +221,18 @@ def test_who_did_not_come_to_a_roll_call_is_told_to_all(monkeypatch):
     return line
 
   clock = types.SimpleNamespace(
-    monotonic=lambda: time.monotonic() + 1000 * there.is_set(), sleep=time.sleep
+    monotonic=lambda: time.monotonic() + 2 * HANG * there.is_set(), sleep=time.sleep
   )
   monkeypatch.setattr(roll_calls, "_read_line", read_line)
   monkeypatch.setattr(roll_calls, "time", clock)
   for message in meet((0, 4), (2, 4)):
-    assert "of 4 processes, 1, 3 did not come within 200 s" in message, message
+    assert "of 4 processes, 1, 3 did not come within 1800 s" in message, message
 
 
 def test_a_roll_call_ignores_strangers():
   address = free_address()
   with concurrent.futures.ThreadPoolExecutor(2) as pool:
-    first = pool.submit(roll_call, address, 0, 2, 200.0)
+    first = pool.submit(roll_call, address, 0, 2, HANG)
     host, port = address.split(":")
     while True:
       try:
@@ -241,7 +241,7 @@ def test_a_roll_call_ignores_strangers():
         break
       except OSError:
         continue
-    pool.submit(roll_call, address, 1, 2, 200.0).result()
+    pool.submit(roll_call, address, 1, 2, HANG).result()
     assert first.result() is None
 
 
@@ -316,7 +316,7 @@ class Clock:
     self.now += seconds
     with self._looked:
       seen = self._looks  # the look after the next one begins when the next one is acted on
-      assert self._looked.wait_for(lambda: self._looks >= seen + 2, timeout=100)
+      assert self._looked.wait_for(lambda: self._looks >= seen + 2, timeout=HANG)
 
 
 @pytest.fixture

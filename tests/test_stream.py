@@ -16,7 +16,7 @@ import numpy as np
 import prepared_sets as archives
 import pytest
 from PIL import Image
-from running import call, snapshot
+from running import HANG, call, snapshot
 from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees, data
@@ -119,7 +119,7 @@ if __name__ == "__main__":
   workers = [int(pid) for pid in process.stdout.readline().split()]
   assert workers and all(alive(pid) for pid in workers)
   process.kill()
-  process.communicate(timeout=300)  # until all of them have closed the pipe
+  process.communicate(timeout=HANG)  # until all of them have closed the pipe
   assert not any(map(alive, workers))
 
 
