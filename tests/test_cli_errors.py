@@ -10,7 +10,18 @@ import subprocess
 import sys
 
 import pytest
-from running import COMMAND, TINY, call, command, environment, finish, snapshot, start, wait_for
+from running import (
+  COMMAND,
+  HANG,
+  TINY,
+  call,
+  command,
+  environment,
+  finish,
+  snapshot,
+  start,
+  wait_for,
+)
 
 from mnemonic_jax.cli import commands
 
@@ -358,7 +369,7 @@ def test_stderr_is_closed(trained):
     "--json",
   ]
   outcome = subprocess.run(
-    words, stdout=subprocess.PIPE, env=environment(), check=True, timeout=300
+    words, stdout=subprocess.PIPE, env=environment(), check=True, timeout=HANG
   )
   assert json.loads(outcome.stdout)["classes"] == [3]
 
