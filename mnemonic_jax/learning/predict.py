@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 _HALVINGS = 40
+_CALIBRATED = 0.02
 _RANGE = 1e3  # by how much the scale of margins may differ from their mean size
 
 
@@ -58,6 +59,26 @@ def scale(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Arr
   bounds = middle - jnp.log(_RANGE), middle + jnp.log(_RANGE)
   low, high = jax.lax.fori_loop(0, _HALVINGS, halve, bounds)
   return jnp.exp((low + high) / 2)
+
+
+def calibrated(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Array:
+  """Tell whether judges, with their t, give the accuracy that was measured, within 2 points.
+
+  Where most of them are classified wrong, no t is right, and what they foresee means nothing.
+
+  Args:
+    before, weights, accuracy: as `scale` takes them.
+
+  Returns:
+    () bool.
+
+  >>> ones = jnp.ones((2, 1))
+  >>> bool(calibrated(ones, ones, 0.9 * ones)), bool(calibrated(-ones, ones, 0.9 * ones))
+  (True, False)
+  """
+  right = jax.scipy.stats.norm.cdf(before / scale(before, weights, accuracy))
+  gap = jnp.sum(weights * (right - accuracy)) / jnp.maximum(jnp.sum(weights), 1e-30)
+  return jnp.abs(gap) <= _CALIBRATED
 
 
 class Predicted(NamedTuple):
