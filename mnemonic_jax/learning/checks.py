@@ -94,9 +94,7 @@ def require_source(batches: Any, shape: Any, features_fn: Any) -> tuple[int, ...
   return tuple(_checks.require_size("shape", size) for size in shape)
 
 
-def require_range(
-  input_range: Any, shape: tuple[int, ...] | None
-) -> tuple[np.ndarray, np.ndarray]:
+def require_range(input_range: Any, shape: tuple[int, ...] | None) -> tuple[np.ndarray, np.ndarray]:
   """Return (low, high), each broadcast to the shape of an input, or to each other."""
   if not isinstance(input_range, (tuple, list)) or len(input_range) != 2:
     raise TypeError(
