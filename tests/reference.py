@@ -339,51 +339,40 @@ def _normal(x):
   return (1 + math.erf(x / math.sqrt(2))) / 2
 
 
+def _inverse_normal(p):
+  low, high = -10.0, 10.0
+  for _ in range(100):
+    x = (low + high) / 2
+    low, high = (x, high) if _normal(x) < p else (low, x)
+  return x
+
+
 def margin_scale(before, weights, accuracy):
-  """t with sum w Phi(m / t) = sum w accuracy, by bisection of a falling function."""
-  pairs = [(m, w) for ms, ws in zip(before, weights, strict=True)
-           for m, w in zip(ms, ws, strict=True)]  # fmt: skip
-  wanted = sum(w * a for ws, accs in zip(weights, accuracy, strict=True)
-               for w, a in zip(ws, accs, strict=True))  # fmt: skip
-  low, high = 1e-6, 1e6
-  for _ in range(200):
-    t = math.sqrt(low * high)
-    low, high = (t, high) if sum(w * _normal(m / t) for m, w in pairs) > wanted else (low, t)
-  return math.sqrt(low * high)
+  """t that minimises sum w (Phi(m / t) - accuracy)^2, the best of very many."""
+  judges = [judge for rows in zip(before, weights, accuracy, strict=True)
+            for judge in zip(*rows, strict=True)]  # fmt: skip
+  size = sum(w * abs(m) for m, w, _ in judges) / sum(w for _, w, _ in judges)
+  off = lambda t: sum(w * (_normal(m / t) - _clipped(a)) ** 2 for m, w, a in judges)
+  return min((size * 100 ** (k / 2000) for k in range(-2000, 2001)), key=off)
+
+
+def _clipped(accuracy):
+  return min(max(accuracy, 0.005), 0.995)
 
 
 def predict(before, after, weights, accuracy, forget, kept):
   """(A_R, E_F) from the judges' margins; None without a judge."""
   t = margin_scale(before, weights, accuracy)
-  right = [sum(w * _normal(m / t) for m, w in zip(ms, ws, strict=True)) if sum(ws) else None
-           for ms, ws in zip(after, weights, strict=True)]  # fmt: skip
+  right = []
+  for judges in zip(before, after, weights, accuracy, strict=True):
+    if not sum(judges[2]):
+      right.append(None)
+      continue
+    shares = [w * _normal(new / t + _inverse_normal(_clipped(a)) - old / t)
+              for old, new, w, a in zip(*judges, strict=True)]  # fmt: skip
+    right.append(sum(shares))
   of_kept = [right[c] for c in kept if right[c] is not None]
   a_r = sum(of_kept) / len(of_kept) if of_kept else None
   if any(right[c] is None for c in forget):
     return a_r, None
   return a_r, sum(1 - right[c] for c in forget) / len(forget)
-
-
-def dampened(params, codes, classes, quantile):
-  """Dampening of the MLP: each weight by the smallest min(t_c / eta_c, 1)."""
-  num_classes, per_class = codes.shape[:2]
-
-  def fisher(chosen):
-    total = {name: np.zeros(leaf.shape) for name, leaf in params.items()}
-    for c in chosen:
-      for k in range(per_class):
-        gradient = mlp_gradient(params, np.asarray(codes[c, k], np.float64), c)
-        for name in total:
-          total[name] += gradient[name] ** 2 / (len(chosen) * per_class)
-    return total
-
-  kept = fisher([c for c in range(num_classes) if c not in classes])
-  result = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
-  factors = {name: np.ones(leaf.shape) for name, leaf in params.items()}
-  for c in classes:
-    one = fisher([c])
-    eta = {name: one[name] / kept[name] for name in sorted(one)}
-    limit = np.quantile(np.concatenate([x.ravel() for x in eta.values()]), quantile)
-    for name in factors:
-      factors[name] = np.minimum(factors[name], np.minimum(limit / eta[name], 1))
-  return {name: result[name] * factors[name] for name in result}

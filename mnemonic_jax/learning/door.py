@@ -52,7 +52,7 @@ def learn_codes(
   by Adam from uniform noise. The arrays h are the inputs of the last half of the model's
   contractions, two at least, averaged over positions. mean_c is the mean of h over the class, sd
   each channel's deviation plus 0.05 of that of all values. Judges are learned likewise, each from
-  the centroid of a cluster of its class's examples in the last array.
+  the means over a cluster of its class's examples. Clusters are those of k-means in the last array.
 
   Without data (`batches=None`, `shape=...`) codes are recalled:
 
@@ -70,9 +70,10 @@ def learn_codes(
     judge stands for `min_members` examples at least.
 
   Edge cases:
-    a class of fewer than `min_members` examples has no judge, and a warning says so; judges of a
-    class stand for at most 1,000 of its examples. Codes are not clipped to `input_range`. Masked
-    rows count nowhere.
+    a class of fewer than `min_members` examples has no judge, and a warning says so. The judges of
+      a class stand for at most 1,000 of its examples, and match as many of the last arrays as that
+      many vectors of all classes take 2 GiB for, one at least.
+    codes are not clipped to `input_range`. Masked rows count nowhere.
 
   Args:
     key: one typed key.

@@ -25,16 +25,16 @@ class Centroids(NamedTuple):
 
 
 def centroids(
-  reservoir: Reservoir, num_judges: int, min_members: int, rng: np.random.Generator
+  reservoir: Reservoir, width: int, num_judges: int, min_members: int, rng: np.random.Generator
 ) -> Centroids:
-  """Cluster the examples of each class that the reservoir has.
+  """Cluster the examples of each class that the reservoir has, by the last `width` channels.
 
   A class of n examples has min(num_judges, n // min_members) centroids; one with fewer than
   `min_members` examples joins the nearest. A class of fewer than `min_members` has none.
   """
-  num_classes, _, width = reservoir.vectors.shape
+  num_classes, _, channels = reservoir.vectors.shape
   found = Centroids(
-    np.zeros((num_classes, num_judges, width), np.float32),
+    np.zeros((num_classes, num_judges, channels), np.float32),
     np.zeros((num_classes, num_judges), np.float32),
     np.zeros((num_classes, num_judges), np.float32),
   )
@@ -44,7 +44,8 @@ def centroids(
     if not count:
       continue
     vectors = vectors.astype(np.float64)
-    cluster = joined(vectors, k_means(vectors, count, rng), min_members)
+    last = vectors[:, -width:]
+    cluster = joined(last, k_means(last, count, rng), min_members)
     sizes = np.bincount(cluster)
     for place, member in enumerate(np.argsort(-sizes, kind="stable")[: np.sum(sizes > 0)]):
       rows = cluster == member

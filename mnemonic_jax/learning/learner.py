@@ -74,6 +74,7 @@ class Learner:
     bounds = self._bounds(known)
     found = judges.centroids(
       known.reservoir,
+      known.means[-1].shape[1],
       settings.num_judges,
       settings.min_members,
       np.random.default_rng(self.of_sample),
@@ -200,13 +201,17 @@ def _wanted(found: Centroids, per_class: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _targets(known: Measured, found: Centroids, labels: np.ndarray, judge: np.ndarray) -> Targets:
-  """Class means for codes, centroids for judges, which are matched to the last array alone.
+  """Class means for codes, centroids for judges, in the arrays that the reservoir holds.
 
   `judge` is the place of an input among its class's judges; negative for codes.
   """
   rows = np.flatnonzero(judge >= 0)
   vectors = [mean[labels] for mean in known.means]
-  vectors[-1][rows] = found.vectors[labels[rows], judge[rows]]
-  everywhere = np.ones(len(labels), np.float32)
-  counts = [(judge < 0).astype(np.float32)] * (len(vectors) - 1) + [everywhere]
+  end = found.vectors.shape[2]
+  for index in range(len(vectors) - 1, len(vectors) - 1 - known.kept, -1):
+    start = end - vectors[index].shape[1]
+    vectors[index][rows] = found.vectors[labels[rows], judge[rows], start:end]
+    end = start
+  everywhere, of_codes = np.ones(len(labels), np.float32), (judge < 0).astype(np.float32)
+  counts = [of_codes] * (len(vectors) - known.kept) + [everywhere] * known.kept
   return Targets(vectors, known.deviations, counts)

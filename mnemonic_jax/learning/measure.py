@@ -1,8 +1,8 @@
 """The one pass over data: class means and deviations of what is matched, and a sample for judges.
 
-Memory is bounded: running sums on the device, and on the host a reservoir of at most 1,000 vectors
-a class of the last array. The reservoir holds the examples with the smallest hash of seed and
-position in the data, so it is the same whatever the batches and the devices.
+Memory is bounded: running sums on the device, and on the host a reservoir of at most 1,000 examples
+a class, with what was read of each. Those are the examples with the smallest hash of seed and
+position in the data, so the reservoir is the same whatever the batches and the devices.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mnemonic_jax.fisher import loss_checks
 from mnemonic_jax.learning import reads
 from mnemonic_jax.learning.reads import Arrays, Functions
 
-RESERVOIR = 1000  # vectors a class
+RESERVOIR = 1000  # examples a class
+_RESERVOIR_BYTES = 2**31  # above which only the last array is kept of each, or the last few
 _FLOOR = 0.05  # of the deviation of all values, added to each channel's
 
 
@@ -35,6 +36,7 @@ class Measured(NamedTuple):
   shape: tuple[int, ...]  # of one input
   dtype: Any
   reservoir: Reservoir
+  kept: int  # how many arrays the reservoir holds, the last ones, side by side
 
 
 class Running(NamedTuple):
@@ -59,7 +61,7 @@ class Batch(NamedTuple):
 class Seen(NamedTuple):
   """What the host takes from one batch."""
 
-  last: Any  # (N, F), what the last contraction reads
+  vectors: Any  # (N, F), the arrays that the reservoir keeps
   right: Any  # (N,) bool
   labels: Any
   mask: Any
@@ -123,18 +125,24 @@ def measure(
   found, _ = reads.check_shapes(functions, arrays, first.inputs, reads=True)
   reads.check_independence(functions, arrays, first.inputs, first.mask)
   running = reads.placed(functions.placement, _start(found, first.inputs, functions.num_classes))
-  reservoir = Reservoir(seed, functions.num_classes, found[-1].shape[1])
+  kept = _that_fit([x.shape[1] for x in found], functions.num_classes)
+  reservoir = Reservoir(seed, functions.num_classes, sum(x.shape[1] for x in found[-kept:]))
   for index, batch in enumerate(itertools.chain([first], batches)):
-    running, seen = _examine(functions, running, arrays, *batch)
+    running, seen = _examine(functions, kept, running, arrays, *batch)
     _keep(reservoir, Seen(*map(np.asarray, seen)), index, functions.num_classes)
   _require_every_class(np.asarray(running.counts))
   host = jax.tree.map(np.asarray, running)
   pairs = zip(host.means, host.squares, strict=True)
   deviations = [_deviation(*pair, host.counts.sum()) for pair in pairs]
   dtype = jax.dtypes.canonicalize_dtype(first.inputs.dtype)
-  return Measured(
-    host.class_means, deviations, host.low, host.high, first.inputs.shape[1:], dtype, reservoir
-  )
+  shape = first.inputs.shape[1:]
+  return Measured(host.class_means, deviations, host.low, host.high, shape, dtype, reservoir, kept)
+
+
+def _that_fit(widths: list[int], num_classes: int) -> int:
+  """How many arrays, from the last on, fit in the reservoir; the last one always does."""
+  bytes_each = np.cumsum(widths[::-1]) * num_classes * RESERVOIR * 4
+  return max(1, int(np.sum(bytes_each <= _RESERVOIR_BYTES)))
 
 
 def _keep(reservoir: Reservoir, seen: Seen, index: int, num_classes: int) -> None:
@@ -150,7 +158,7 @@ def _keep(reservoir: Reservoir, seen: Seen, index: int, num_classes: int) -> Non
     )
   _require_labels(seen.labels, seen.mask, num_classes)
   mask = seen.mask
-  reservoir.add(seen.last[mask], seen.right[mask], seen.labels[mask].astype(np.int64))
+  reservoir.add(seen.vectors[mask], seen.right[mask], seen.labels[mask].astype(np.int64))
 
 
 def _require_every_class(count: np.ndarray) -> None:
@@ -186,9 +194,10 @@ def _start(found: list[Any], inputs: Any, num_classes: int) -> Running:
   )
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _examine(
   functions: Functions,
+  kept: int,
   running: Running,
   arrays: Arrays,
   inputs: jax.Array,
@@ -209,8 +218,8 @@ def _examine(
   largest = jnp.max(jnp.where(real, inputs, -jnp.inf), axis=others)
   low, high = jnp.minimum(running.low, smallest), jnp.maximum(running.high, largest)
   right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels.astype(jnp.int32)
-  last = found[-1].astype(jnp.float32)
-  seen = Seen(last, right, labels, mask, inputs_finite, reads_finite)
+  vectors = jnp.concatenate([x.astype(jnp.float32) for x in found[-kept:]], axis=1)
+  seen = Seen(vectors, right, labels, mask, inputs_finite, reads_finite)
   return reads.copied(functions.placement, (running._replace(low=low, high=high), seen))
 
 

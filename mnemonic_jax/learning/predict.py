@@ -7,9 +7,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_HALVINGS = 40
-_CALIBRATED = 0.02
-_RANGE = 1e3  # by how much the scale of margins may differ from their mean size
+_LEAST, _MOST = 0.005, 0.995  # accuracies that some fifty examples can tell
+_STEPS = 128  # of each of two searches for the scale
+_RANGE = 100.0  # by how much the scale may differ from the mean size of margins
+_CALIBRATED = 0.1  # how far judges may be from the accuracy that was measured, without offsets
 
 
 def margins(logits: jax.Array) -> jax.Array:
@@ -32,9 +33,9 @@ def margins(logits: jax.Array) -> jax.Array:
 
 
 def scale(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Array:
-  """Find t with which the model before forgetting gets the accuracy that was measured.
+  """Find how far a margin is from sure: t with which the model before forgetting is told best.
 
-      sum_j weights_j Phi(before_j / t) = sum_j weights_j accuracy_j
+      minimise sum_j weights_j (Phi(before_j / t) - accuracy_j)^2
 
   over the judges of all classes.
 
@@ -43,28 +44,32 @@ def scale(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Arr
     weights: (C, J), shares of each class; accuracy: (C, J), those that the pass over data found.
 
   Returns:
-    t, a positive scalar. Where no t is right, the smallest or the largest that is tried.
+    t, a positive scalar within a factor of 100 of the mean size of a margin.
   """
-  wanted = jnp.sum(weights * accuracy)
   size = jnp.sum(weights * jnp.abs(before)) / jnp.maximum(jnp.sum(weights), 1e-30)
-  middle = jnp.log(jnp.maximum(size, jnp.finfo(before.dtype).tiny))
+  middle = jnp.log(jnp.maximum(size, jnp.finfo(before.dtype).tiny * _RANGE))
+  wanted = jnp.clip(accuracy, _LEAST, _MOST)
 
-  def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    low, high = bounds
-    between = (low + high) / 2
-    expected = jnp.sum(weights * jax.scipy.stats.norm.cdf(before / jnp.exp(between)))
-    too_low = expected < wanted  # a smaller t is surer of positive margins
-    return jnp.where(too_low, low, between), jnp.where(too_low, between, high)
+  def best(low: jax.Array, high: jax.Array) -> jax.Array:
+    """The best of some scales between two, all of them logarithms."""
+    tried = jnp.linspace(low, high, _STEPS)
+    off = lambda t: jnp.sum(weights * jnp.square(_normal(before / jnp.exp(t)) - wanted))
+    return tried[jnp.argmin(jax.lax.map(off, tried))]
 
-  bounds = middle - jnp.log(_RANGE), middle + jnp.log(_RANGE)
-  low, high = jax.lax.fori_loop(0, _HALVINGS, halve, bounds)
-  return jnp.exp((low + high) / 2)
+  reach = jnp.log(_RANGE)
+  step = 2 * reach / (_STEPS - 1)
+  found = best(middle - reach, middle + reach)
+  return jnp.exp(best(found - step, found + step))
+
+
+def _normal(x: jax.Array) -> jax.Array:
+  return jax.scipy.stats.norm.cdf(x)
 
 
 def calibrated(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Array:
-  """Tell whether judges, with their t, give the accuracy that was measured, within 2 points.
+  """Tell whether judges with their t alone give the accuracy that was measured, within 10 points.
 
-  Where most of them are classified wrong, no t is right, and what they foresee means nothing.
+  Where most of them are classified wrong, what they foresee means nothing.
 
   Args:
     before, weights, accuracy: as `scale` takes them.
@@ -76,7 +81,7 @@ def calibrated(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> ja
   >>> bool(calibrated(ones, ones, 0.9 * ones)), bool(calibrated(-ones, ones, 0.9 * ones))
   (True, False)
   """
-  right = jax.scipy.stats.norm.cdf(before / scale(before, weights, accuracy))
+  right = _normal(before / scale(before, weights, accuracy))
   gap = jnp.sum(weights * (right - accuracy)) / jnp.maximum(jnp.sum(weights), 1e-30)
   return jnp.abs(gap) <= _CALIBRATED
 
@@ -99,12 +104,14 @@ def predict(
 ) -> Predicted:
   """Predict A_R and E_F on data from the judges' margins; traceable.
 
-      right_c = sum_j weights[c, j] Phi(after[c, j] / t)
+      right_c = sum_j weights[c, j] Phi(after[c, j] / t + offset[c, j])
       A_R = mean of right_c over the kept classes,   E_F = mean of 1 - right_c over the forgotten
 
-  with t from `scale`.
+  with t from `scale`, and the offset such that the model before forgetting gets each judge's
+  accuracy: offset = Phi^-1(accuracy) - before / t.
 
   Edge cases:
+    accuracies count as 0.005 at least and 0.995 at most: fifty examples tell no more.
     a class without a judge is left out of A_R. Where one is to be forgotten, E_F is NaN, and so is
     an A_R without any judge.
 
@@ -120,7 +127,8 @@ def predict(
   (0.8, 1.0)
   """
   t = scale(before, weights, accuracy)
-  right = jnp.sum(weights * jax.scipy.stats.norm.cdf(after / t), axis=1)
+  sure = jax.scipy.stats.norm.ppf(jnp.clip(accuracy, _LEAST, _MOST))
+  right = jnp.sum(weights * _normal(sure + (after - before) / t), axis=1)
   judged = jnp.sum(weights, axis=1) > 0
   kept = jnp.where(remain & judged, right, 0)
   retain_accuracy = jnp.sum(kept) / jnp.sum(remain & judged)
