@@ -376,3 +376,28 @@ def predict(before, after, weights, accuracy, forget, kept):
   if any(right[c] is None for c in forget):
     return a_r, None
   return a_r, sum(1 - right[c] for c in forget) / len(forget)
+
+
+def dampened(params, codes, classes, quantile):
+  """Dampening of the MLP: each weight by the smallest min(t_c / eta_c, 1)."""
+  num_classes, per_class = codes.shape[:2]
+
+  def fisher(chosen):
+    total = {name: np.zeros(leaf.shape) for name, leaf in params.items()}
+    for c in chosen:
+      for k in range(per_class):
+        gradient = mlp_gradient(params, np.asarray(codes[c, k], np.float64), c)
+        for name in total:
+          total[name] += gradient[name] ** 2 / (len(chosen) * per_class)
+    return total
+
+  kept = fisher([c for c in range(num_classes) if c not in classes])
+  result = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+  factors = {name: np.ones(leaf.shape) for name, leaf in params.items()}
+  for c in classes:
+    one = fisher([c])
+    eta = {name: one[name] / kept[name] for name in sorted(one)}
+    limit = np.quantile(np.concatenate([x.ravel() for x in eta.values()]), quantile)
+    for name in factors:
+      factors[name] = np.minimum(factors[name], np.minimum(limit / eta[name], 1))
+  return {name: result[name] * factors[name] for name in result}
