@@ -23,13 +23,13 @@ demo: $(VENV)/.base ## install, train on the digits, forget class 0, report
 	$(BIN)/mnemonic run digits --out runs/demo
 
 test: $(VENV)/.full ## install and run the whole test suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-long: $(VENV)/.full ## install and run the tests that the suite leaves out
-	$(BIN)/python -m pytest -n 2 -m long
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m long
 
 test-all: $(VENV)/.full ## install and run all tests, compiled as users' programs are
-	$(BIN)/python -m pytest -n 2 -m ""
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m ""
 
 check: $(VENV)/.full ## lint, format check, type check, architecture test
 	$(BIN)/ruff check .

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import jax
 import pytest
 
@@ -25,6 +28,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+  # What commands compile is kept for the other commands of this run; workers inherit the name.
+  if "COMPILED_BY_TESTS" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["COMPILED_BY_TESTS"] = folder.name
+    config.add_cleanup(lambda: os.environ.pop("COMPILED_BY_TESTS"))
   # A warning that our own code causes is an error.
   config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
   config.addinivalue_line(

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from running import Outcome, environment
+from running import HANG, Outcome, environment
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -38,7 +38,7 @@ def start_job(
   return processes
 
 
-def finish_job(processes: Sequence[subprocess.Popen[str]], seconds: float = 400) -> list[Outcome]:
+def finish_job(processes: Sequence[subprocess.Popen[str]], seconds: float = HANG) -> list[Outcome]:
   """Wait for all of them; none outlives this."""
   try:
     ends = [process.communicate(timeout=seconds) for process in processes]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -12,6 +15,8 @@ import sys
 import time
 from typing import Any
 
+import pytest
+import running
 from running import Outcome, environment, finish, snapshot, start, wait_for
 
 # Seconds of training on any machine, with a checkpoint every other epoch.
@@ -108,6 +113,23 @@ def stopped_at(where: str, call: int, signum: signal.Signals, *arguments: object
   finally:
     os.close(ready)
     os.close(go)
+
+
+def stopped_here(where: str, call: int, signum: signal.Signals, *arguments: object) -> Outcome:
+  """The same in this process, for a signal that it survives."""
+  module, _, path = where.partition(":")
+  *owners, name = path.split(".")
+  owner = functools.reduce(getattr, owners, importlib.import_module(module))
+  real, calls = getattr(owner, name), itertools.count(1)
+
+  def signalled(*args: Any, **named: Any) -> Any:
+    if next(calls) == call:
+      signal.raise_signal(signum)
+    return real(*args, **named)
+
+  with pytest.MonkeyPatch.context() as patched:
+    patched.setattr(owner, name, signalled)
+    return running.call(*arguments)
 
 
 def stop(process: subprocess.Popen[str], signum: signal.Signals, seconds: float = 0.0) -> Outcome:

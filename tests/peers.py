@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import sys
 import threading
@@ -27,7 +28,7 @@ from mnemonic_jax.runs.checkpoints import Checkpoints
 from mnemonic_jax.runs.folder import RunFolder
 
 GROWTH = 0.5  # of a weight, per step and device
-QUICKER = 20  # the watchdogs' clock, once something is stuck on purpose
+QUICKER = 200  # the watchdogs' clock, once something is stuck on purpose
 
 
 def main() -> int:
@@ -36,8 +37,8 @@ def main() -> int:
   parser.add_argument("--coordinator")
   parser.add_argument("--process-id", type=int)
   parser.add_argument("--num-processes", type=int)
-  parser.add_argument("--startup-timeout", type=float, default=60)
-  parser.add_argument("--peer-timeout", type=float, default=60)
+  parser.add_argument("--startup-timeout", type=float, default=600)
+  parser.add_argument("--peer-timeout", type=float, default=600)
   parser.add_argument("--steps", type=int, default=4)
   parser.add_argument("--seconds", type=float, default=0.0)
   parser.add_argument(
@@ -50,6 +51,7 @@ def main() -> int:
   )
   options = parser.parse_args()
   hurry_when_stuck(options)
+  outlive_the_others(options)
   try:
     signals.exit_at_once()
     processes.initialize(
@@ -63,7 +65,7 @@ def main() -> int:
       train(options, watchdog)
     return 0
   except MnemonicError as error:
-    print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+    say(error)
     return error.exit_code
 
 
@@ -89,10 +91,40 @@ def hurry_when_stuck(options: argparse.Namespace) -> None:
   processes.time = clock  # type: ignore[attr-defined]
 
 
+def outlive_the_others(options: argparse.Namespace) -> None:
+  """Let process 0 end when the others have, which it otherwise gives `processes.LAST` seconds."""
+  file = lambda index: options.run.parent / f"{options.run.name}-pid-{index}"
+  others = range(1, options.num_processes or 1)
+  if options.process_id in others:
+    file(options.process_id).write_text(str(os.getpid()))
+
+  def runs(index: int) -> bool:
+    try:  # the state follows the name, which is in parentheses
+      stat = pathlib.Path("/proc", file(index).read_text(), "stat").read_text()
+    except OSError:
+      return False
+    return stat.rsplit(")", 1)[1].split()[0] not in "TZX"  # neither stopped nor dead
+
+  def sleep(seconds: float) -> None:
+    while any(map(runs, others)):
+      time.sleep(0.01)
+
+  clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+  processes.time = clock  # type: ignore[attr-defined]
+
+
 def pass_or_stick(options: argparse.Namespace, where: str) -> None:
-  if options.stuck == where and jax.process_index() == 1:
-    stuck_file(options.run).touch()
-    threading.Event().wait()
+  """Let process 1 stop here for ever, once process 0 has come here too and passed."""
+  if options.stuck != where:
+    return
+  passed = options.run.parent / f"{options.run.name}-passed"
+  if jax.process_index() != 1:
+    passed.touch()
+    return
+  while not passed.exists():
+    time.sleep(0.01)
+  stuck_file(options.run).touch()
+  threading.Event().wait()
 
 
 def read_or_fail(options: argparse.Namespace) -> None:
@@ -108,7 +140,15 @@ def batches(options: argparse.Namespace, sharding: NamedSharding) -> Iterator[ja
     pass_or_stick(options, "input")
 
 
+def say(error: MnemonicError) -> None:
+  print(f"mnemonic: {error}", file=sys.stderr, flush=True)
+
+
 def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
+  try:
+    processes.together(lambda: read_or_fail(options))
+  except MnemonicError as error:
+    say(error)  # and go on to what fails next
   run = RunFolder.create(options.run, configs.load("digits"))
   mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
   split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
@@ -129,7 +169,6 @@ def train(options: argparse.Namespace, watchdog: Watchdog) -> None:
     )
 
   pass_or_stick(options, "start-up")
-  processes.together(lambda: read_or_fail(options))
   state, codes = first()
   with run.locked(), Checkpoints(run.checkpoints) as checkpoints:
     if checkpoints.latest_step() is not None:

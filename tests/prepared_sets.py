@@ -1,14 +1,15 @@
 """Prepare a small CUB, Cars or ImageNet with TFDS's builders, from archives like the official ones.
 
-Run it in a process of its own: python tests/prepared_sets.py OUT NAME. The images are cut from the
-two photographs that scikit-learn ships. TFDS's builders open files with tensorflow and read masks
-with OpenCV. Without them, stand-ins provide the few functions that the builders call. Everything
-else is TFDS's own code.
+Run it in a process of its own: python tests/prepared_sets.py OUT NAME... The images are cut from
+the two photographs that scikit-learn ships. TFDS's builders open files with tensorflow and read
+masks with OpenCV. Without them, stand-ins provide the few functions that the builders call.
+Everything else is TFDS's own code.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -29,10 +30,13 @@ TRAIN, TEST = 3, 2  # images per class
 CLASSES = {"caltech_birds2011": 42, "cars196": 51, "imagenet2012": 3}  # the first ones
 
 
+photographs = functools.cache(lambda: load_sample_images().images)
+
+
+@functools.cache
 def picture(number: int, format: str = "JPEG") -> bytes:
   """The number-th cutting, encoded. No two have the same place and size."""
-  photographs = load_sample_images().images
-  photograph = photographs[number % len(photographs)]
+  photograph = photographs()[number % len(photographs())]
   height, width = 90 + number % 31, 100 + number % 37
   top = (17 * number) % (photograph.shape[0] - height)
   left = (29 * number) % (photograph.shape[1] - width)
@@ -178,14 +182,18 @@ def stand_in_for_opencv() -> None:
   sys.modules["cv2"] = opencv
 
 
-def main(out: str, name: str) -> None:
-  """Make the archives and let TFDS prepare the set."""
-  import tensorflow_datasets as tfds
-
+def main(out: str, *names: str) -> None:
+  """Make the archives and let TFDS prepare the sets."""
   if importlib.util.find_spec("tensorflow") is None:
     stand_in_for_tensorflow()
   if importlib.util.find_spec("cv2") is None:
     stand_in_for_opencv()
+  for name in names:
+    prepare(out, name)
+
+
+def prepare(out: str, name: str) -> None:
+  import tensorflow_datasets as tfds
 
   with tempfile.TemporaryDirectory() as temporary:
     folder = pathlib.Path(temporary)

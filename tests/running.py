@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TINY = ("--train.epochs", "3", "--train.checkpoint_every", "1", "--model.hidden", "32")
 COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main; sys.exit(main())")
+HANG = 1800  # seconds that only what hangs takes
 # What the JSON of a forget promises.
 FORGET_KEYS = {
   *(
@@ -96,7 +97,7 @@ def call(*arguments: object) -> Outcome:
 def _compiling_once() -> Iterator[None]:
   """Keep what XLA compiles for the next command: most of a command's time on tiny models."""
   settings = {
-    "jax_compilation_cache_dir": _compiled(),
+    "jax_compilation_cache_dir": _compiled("here"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }
@@ -112,8 +113,13 @@ def _compiling_once() -> Iterator[None]:
     compilation_cache.reset_cache()
 
 
+def _compiled(kind: str) -> str:
+  """A folder for all workers; where one reads what another is writing, JAX compiles again."""
+  return os.path.join(os.environ.get("COMPILED_BY_TESTS") or _temporary(), kind)
+
+
 @functools.cache
-def _compiled() -> str:
+def _temporary() -> str:
   folder = tempfile.TemporaryDirectory()
   atexit.register(folder.cleanup)
   return folder.name
@@ -126,7 +132,7 @@ def environment() -> dict[str, str]:
     for key, value in os.environ.items()
     if not key.startswith(("JAX_", "XLA_", "TFDS_", "MNEMONIC_", "PYTHON"))
   }
-  return kept | {"XDG_CACHE_HOME": _compiled()}
+  return kept | {"XDG_CACHE_HOME": _compiled("home")}
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
@@ -138,7 +144,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> Outcome:
   """Wait for it."""
-  out, err = process.communicate(timeout=300)
+  out, err = process.communicate(timeout=HANG)
   return Outcome(process.returncode, out, err)
 
 

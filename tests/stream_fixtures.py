@@ -21,12 +21,11 @@ def prepared_sets(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     pytest.importorskip(module)
   folder = tmp_path_factory.mktemp("prepared")
   program = pathlib.Path(__file__).with_name("prepared_sets.py")
-  for name in CLASSES:
-    done = subprocess.run(
-      [sys.executable, str(program), str(folder), name],
-      text=True,
-      capture_output=True,
-      env=environment(),
-    )
-    assert done.returncode == 0, done.stderr
+  done = subprocess.run(
+    [sys.executable, str(program), str(folder), *CLASSES],
+    text=True,
+    capture_output=True,
+    env=environment(),
+  )
+  assert done.returncode == 0, done.stderr
   return folder

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from running import HANG
 
 import mnemonic_jax
 
@@ -161,7 +162,7 @@ def run(code):
     [sys.executable, "-W", "error::ImportWarning", "-c", code],
     capture_output=True,
     text=True,
-    timeout=120,
+    timeout=HANG,
   )
 
 

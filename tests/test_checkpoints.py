@@ -14,6 +14,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from running import HANG
 
 from mnemonic_jax import training
 from mnemonic_jax.errors import MnemonicError
@@ -80,7 +81,7 @@ def test_a_process_with_other_devices_reads_a_checkpoint(tmp_path):
   command = [sys.executable, "-c", PROGRAM, str(tmp_path / "eight"), str(tmp_path / "one")]
   flags = {"JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
   done = subprocess.run(
-    command, text=True, capture_output=True, env=os.environ | flags, timeout=120
+    command, text=True, capture_output=True, env=os.environ | flags, timeout=HANG
   )
   assert done.stdout == "well\n" and not done.stderr, done.stderr
   compare(tmp_path / "one", 2, 4)

@@ -15,7 +15,7 @@ import termios
 from datetime import datetime, timedelta
 
 import pytest
-from running import COMMAND, FORGET_KEYS, TINY, call, environment, finish, start
+from running import COMMAND, FORGET_KEYS, HANG, TINY, call, environment, finish, start
 
 from mnemonic_jax import data
 from mnemonic_jax.cli import commands, parser
@@ -87,7 +87,7 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path):
       shown += os.read(terminal, 4096)
     except OSError:  # how a terminal says that its other end is closed
       break
-  out, _ = process.communicate(timeout=300)
+  out, _ = process.communicate(timeout=HANG)
   assert process.returncode == 0
   assert json.loads(out)["epochs"] == 3
   text = shown.decode()
@@ -252,7 +252,7 @@ def test_overrides_may_stand_anywhere(words, classes):
 
 def test_classes_of_a_config_may_be_names(tmp_path):
   """They are kept as given, and turned into indices when the data set is known."""
-  words = ("--train.epochs", 1, "--model.hidden", 8, "--forget.classes", 3, "7")
+  words = (*TINY, "--forget.classes", 3, "7")
   result = call("run", "digits", "--out", tmp_path / "run.1", *words, "--json").json
   config = json.loads((tmp_path / "run.1" / "config.json").read_text())["config"]
   assert config["forget"]["classes"] == ["3", "7"] and result["forget"]["classes"] == [3, 7]

@@ -1,7 +1,7 @@
 """Ctrl-C, SIGTERM and kill -9: the next command goes on, and nothing finished is lost.
 
 Each signal is sent when the command has come to a certain point; `make soak` tries dozens of random
-moments.
+moments. A training that ends by itself may run in this process; a forget is ended at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
-from killing import finished_forgets, stopped_at
+from killing import finished_forgets, stopped_at, stopped_here
 from running import call, snapshot
 
 pytest_plugins = ["run_fixtures"]
@@ -33,9 +33,12 @@ def training(run: pathlib.Path, epochs: int = 12) -> tuple[object, ...]:
 
 def test_a_training_stopped_in_every_way_ends_as_if_nothing_had_happened(tmp_path):
   run = tmp_path / "run"
-  for signum, code, stands in ((SIGINT, 130, 3), (SIGTERM, 143, 6)):
+  for stopped, signum, code, stands in (
+    (stopped_at, SIGINT, 130, 3),
+    (stopped_here, SIGTERM, 143, 6),
+  ):
     # It learns of the signal after three more epochs, and ends there.
-    message = stopped_at(EPOCH_DONE, 3, signum, *training(run)).refusal(code)
+    message = stopped(EPOCH_DONE, 3, signum, *training(run)).refusal(code)
     assert f"stopped after epoch {stands} of 12; the checkpoint is written." in message
     assert "Resume with the same command." in message
     assert (run / "checkpoints" / str(44 * stands)).is_dir()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from jobs import ROOT, finish_job, start_job
-from running import snapshot, wait_for
+from running import HANG, snapshot, wait_for
 from weight_files import as_augreg
 
 from mnemonic_jax import _trees, models
@@ -41,23 +41,23 @@ learning_rate = 1e-3
 warmup_steps = 2
 checkpoint_steps = 4
 """
-# Four processes on a small machine mostly compile.
+# Four processes of a ViT on a small machine mostly compile.
 FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
-def start_on(devices, words, count):
+def start_on(devices, words, count, flags=""):
   """Start `count` processes of one command, which share so many devices."""
-  flags = f"{FAST} --xla_force_host_platform_device_count={devices // count}"
-  return start_job(words, count, XLA_FLAGS=flags)
+  return start_job(words, count, XLA_FLAGS=flags, JAX_NUM_CPU_DEVICES=str(devices // count))
 
 
 def test_two_processes_train_a_stored_set_as_one_device_does(tmp_path):
   """The digits, without epochs in one call: each process places its rows of each batch."""
   words = ("digits", "--model.hidden", 32, "--train.epochs", 2, "--log-every", 20)
+  patience = ("--startup-timeout", HANG, "--peer-timeout", HANG)
   found = []
   for devices, count in ((1, 1), (4, 2)):
     out = tmp_path / f"{devices} devices"
-    first, *others = finish_job(start_on(devices, (*TRAIN, *words, "--out", out), count))
+    first, *others = finish_job(start_on(devices, (*TRAIN, *words, *patience, "--out", out), count))
     assert first.json["processes"] == count and [other.out for other in others] == [""] * len(
       others
     )
@@ -79,7 +79,7 @@ class Lab(NamedTuple):
   def start(self, words, count, *arguments):
     """Start a command as `count` processes, four devices in all, all of them in the axis fsdp."""
     settings = ("--data-dir", self.data, "--execution.fsdp", DEVICES)
-    return start_on(DEVICES, (*words, *arguments, *settings), count)
+    return start_on(DEVICES, (*words, *arguments, *settings), count, FAST)
 
   def start_training(self, name, count, *more):
     return self.start(

@@ -146,7 +146,7 @@ def test_recalled_codes_take_one_depth_and_predict_nothing(digits, trained):
     jax.random.key(1), net, trained, None, num_classes=CLASSES, shape=(64,), recall_steps=60
   )
   result = mj.forget(net, trained, recalled, [3])
-  assert result.method == mj.Projection(depth=1) and result.predicted is None
+  assert result.method == mj.Projection(depth=0) and result.predicted is None
   assert scores(result.params, digits, [3])[1] == 1
 
 
@@ -170,6 +170,22 @@ def test_a_traced_step_refuses_what_must_be_searched(trained, learned):
   for method in (mj.Projection(), mj.Dampening(), mj.Perturbation()):
     with pytest.raises(ValueError, match=r"to search.*mnemonic_jax.forget"):
       mj.forget_step(net, trained, learned, forget, ~forget, method)
+
+
+def test_judges_that_are_no_good_foresee_nothing(trained, learned):
+  """Each judge stands for another class than its own."""
+  wrong = LearnedCodes(
+    learned.codes,
+    learned.judges[::-1],
+    learned.judge_weights,
+    learned.judge_accuracy,
+    learned.recalled,
+  )
+  result = mj.forget(net, trained, wrong, [3])
+  assert result.method == mj.Projection(depth=0)
+  assert result.predicted == (None, None)
+  with pytest.raises(mj.CannotForget, match=r"quantile: judges cannot choose it"):
+    mj.forget(net, trained, wrong, [3], method=mj.Dampening())
 
 
 # Dampening ---------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import prepared_sets as archives
 import pytest
 from PIL import Image
-from running import call, snapshot
+from running import HANG, call, snapshot
 from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees, data
@@ -119,7 +119,7 @@ if __name__ == "__main__":
   workers = [int(pid) for pid in process.stdout.readline().split()]
   assert workers and all(alive(pid) for pid in workers)
   process.kill()
-  process.communicate(timeout=300)  # until all of them have closed the pipe
+  process.communicate(timeout=HANG)  # until all of them have closed the pipe
   assert not any(map(alive, workers))
 
 
@@ -164,7 +164,7 @@ def test_a_shape_that_no_draw_fits_gives_the_largest_rectangle_in_the_middle():
 
 def test_decoding_a_jpeg_at_half_its_size_shows_the_same_picture():
   buffer = io.BytesIO()
-  archives_picture = archives.load_sample_images().images[0]
+  archives_picture = archives.photographs()[0]
   Image.fromarray(archives_picture).save(buffer, "JPEG", quality=95)
   small = decoding.random_resized_crop(buffer.getvalue(), 32, np.random.default_rng(3)).astype(int)
   box = decoding._random_box(640, 427, np.random.default_rng(3))
@@ -176,7 +176,7 @@ def test_decoding_a_jpeg_at_half_its_size_shows_the_same_picture():
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGBA", "P", "1", "I;16"])
 def test_every_kind_of_picture_becomes_rgb(mode):
-  image = Image.fromarray(archives.load_sample_images().images[1][:64, :64]).convert(
+  image = Image.fromarray(archives.photographs()[1][:64, :64]).convert(
     "L" if mode == "I;16" else mode
   )
   image = image.convert(mode)

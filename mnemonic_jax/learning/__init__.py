@@ -8,5 +8,6 @@ what judges foresee.
 from mnemonic_jax.learning.door import learn_codes as learn_codes
 from mnemonic_jax.learning.learned import LearnedCodes as LearnedCodes
 from mnemonic_jax.learning.predict import Predicted as Predicted
+from mnemonic_jax.learning.predict import calibrated as calibrated
 from mnemonic_jax.learning.predict import margins as margins
 from mnemonic_jax.learning.predict import predict as predict

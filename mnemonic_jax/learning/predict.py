@@ -10,6 +10,7 @@ import jax.numpy as jnp
 _LEAST, _MOST = 0.005, 0.995  # accuracies that some fifty examples can tell
 _STEPS = 128  # of each of two searches for the scale
 _RANGE = 100.0  # by how much the scale may differ from the mean size of margins
+_CALIBRATED = 0.1  # how far judges may be from the accuracy that was measured, without offsets
 
 
 def margins(logits: jax.Array) -> jax.Array:
@@ -63,6 +64,26 @@ def scale(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Arr
 
 def _normal(x: jax.Array) -> jax.Array:
   return jax.scipy.stats.norm.cdf(x)
+
+
+def calibrated(before: jax.Array, weights: jax.Array, accuracy: jax.Array) -> jax.Array:
+  """Tell whether judges with their t alone give the accuracy that was measured, within 10 points.
+
+  Where most of them are classified wrong, what they foresee means nothing.
+
+  Args:
+    before, weights, accuracy: as `scale` takes them.
+
+  Returns:
+    () bool.
+
+  >>> ones = jnp.ones((2, 1))
+  >>> bool(calibrated(ones, ones, 0.9 * ones)), bool(calibrated(-ones, ones, 0.9 * ones))
+  (True, False)
+  """
+  right = _normal(before / scale(before, weights, accuracy))
+  gap = jnp.sum(weights * (right - accuracy)) / jnp.maximum(jnp.sum(weights), 1e-30)
+  return jnp.abs(gap) <= _CALIBRATED
 
 
 class Predicted(NamedTuple):

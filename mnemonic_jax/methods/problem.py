@@ -165,6 +165,8 @@ class Problem:
   def predicted(self, params: PyTree, *, head_edited: bool = False) -> Predicted:
     """Predict A_R and E_F on data, by the judges; a problem without judges has no prediction.
 
+    NaN where judges do not give the accuracy that was measured before (`learning.calibrated`).
+
     `head_edited`: with the logits of the classes to forget out of the way, as the head edit has it.
     """
     if self.judges is None:
@@ -358,11 +360,13 @@ def _predict(
   remain: jax.Array,
   head_edited: bool,
 ) -> Predicted:
-  """Predict from the judges' logits (C, J, C) before and after."""
+  """Predict from the judges' logits (C, J, C) before and after; NaN if they are no good."""
   if head_edited:
     after = jnp.where(forget, -jnp.inf, after)
   both = learning.margins(before), learning.margins(after)
-  return learning.predict(*both, weights, accuracy, forget, remain)
+  good = learning.calibrated(both[0], weights, accuracy)
+  found = learning.predict(*both, weights, accuracy, forget, remain)
+  return Predicted(*(jnp.where(good, value, jnp.nan) for value in found))
 
 
 @partial(jax.jit, static_argnums=1)

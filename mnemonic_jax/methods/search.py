@@ -72,8 +72,15 @@ def best(
     CannotForget: no candidate has a predicted E_F of 0.95 for every class asked for and a predicted
       A_R of at most 0.1 below that of the head edit.
   """
-  found = predictions(problem, candidates, apply)
   edited = problem.predicted(problem.params, head_edited=True)
+  if np.isnan(edited.retain_accuracy):
+    raise CannotForget(
+      f"{name}: judges cannot choose it: they do not give the accuracy that was measured when the "
+      "codes were learned, so they foresee nothing. Learn the codes with more steps, pass the "
+      "number, or use mnemonic_jax.Projection().",
+      [],
+    )
+  found = predictions(problem, candidates, apply)
   asked = np.asarray(problem.forget)
   retain = np.nan_to_num(np.asarray(found.retain_accuracy, np.float64), nan=-1.0)
   errors = np.nan_to_num(np.asarray(found.class_error, np.float64)[:, asked], nan=0.0)
