@@ -299,6 +299,9 @@ def test_learned_codes_read_as_their_class_and_judges_as_their_centroid():
     for c in range(CLASSES):
       start = reference.match_loss(0 * mean[c], mean[c], deviation)
       assert reference.match_loss(read[c], mean[c], deviation) < 0.02 * max(start, 1)
+  # Codes and judges are matched to the inputs too, which here they can be exactly.
+  centre = lambda of: np.einsum("cj,cjf->cf", found.judge_weights, of)
+  assert np.all(np.abs(centre(found.judges) - known.means[0]) < 0.3 * known.deviations[0])
   for c in range(CLASSES):
     vectors = hidden(found.judges[c])
     mean = found.judge_weights[c] @ vectors
@@ -339,6 +342,20 @@ def test_shapes_and_a_seed_gives_the_same_codes():
     np.testing.assert_array_equal(a, b)
 
 
+def test_where_memory_is_short_judges_match_the_last_arrays_alone(monkeypatch):
+  widths = [30, 20, 10]
+  for limit, kept in ((0, 1), (10, 1), (30, 2), (59, 2), (60, 3)):
+    monkeypatch.setattr(measure, "_RESERVOIR_BYTES", limit * 4 * measure.RESERVOIR * CLASSES)
+    assert measure._that_fit(widths, CLASSES) == kept
+  monkeypatch.setattr(measure, "_RESERVOIR_BYTES", 0)
+  known = measured()
+  assert known.kept == 1 and known.reservoir.vectors.shape[2] == 6
+  found = learn(steps=300)
+  for c in range(CLASSES):
+    mean = found.judge_weights[c] @ hidden(found.judges[c])
+    assert reference.match_loss(mean, known.means[1][c], known.deviations[1]) < 0.15
+
+
 def test_more_codes_than_judges_and_no_judges():
   found = learn(per_class=3, num_judges=0, steps=2)
   assert found.codes.shape == (4, 3, 5) and found.judges.shape == (4, 0, 5)
@@ -371,9 +388,12 @@ def test_half_precision_inputs_give_codes_in_their_dtype():
   assert learn(half, recall=1, recall_steps=3, steps=3, num_judges=1).codes.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("devices", "split"), [(1, False), (2, True), (4, False)])
-def test_codes_on_a_mesh(devices, split):
-  mesh, data = cpu_mesh(devices), tuple(x[:384] for x in DATA)
+@pytest.mark.parametrize(
+  ("devices", "split", "axes"),
+  [(1, False, "Auto"), (2, True, "Auto"), (4, False, "Auto"), (4, False, "Explicit")],
+)
+def test_codes_on_a_mesh(devices, split, axes):
+  mesh, data = cpu_mesh(devices, axes), tuple(x[:384] for x in DATA)
   single = learn([data])
   known = measured(data=data, sizes=(384,))
   params = place(PARAMS, mesh)

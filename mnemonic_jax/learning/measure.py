@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _checks, _trees
+from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax.fisher import loss_checks
 from mnemonic_jax.learning import reads
 from mnemonic_jax.learning.reads import Arrays, Functions
@@ -200,11 +200,18 @@ def _examine(
   kept: int,
   running: Running,
   arrays: Arrays,
-  inputs: jax.Array,
-  labels: jax.Array,
-  mask: jax.Array,
+  *batch: jax.Array,
 ) -> tuple[Running, Seen]:
   """One batch: run the model on it, and add what it reads to the sums."""
+  added = partial(_with_batch, functions, kept)
+  everywhere = jax.sharding.PartitionSpec()
+  return _mesh.with_automatic_axes(added, batch, running, arrays, out_specs=everywhere)
+
+
+def _with_batch(
+  functions: Functions, kept: int, batch: Any, running: Running, arrays: Arrays
+) -> tuple[Running, Seen]:
+  inputs, labels, mask = batch
   inputs = reads.only_real(inputs, mask)
   found, logits = reads.reads_program(functions, arrays, inputs)
   found = [reads.only_real(x, mask) for x in found]

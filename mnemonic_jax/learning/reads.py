@@ -220,8 +220,13 @@ def _some(
   functions: Functions, inputs: jax.Array, mask: jax.Array, rows: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Some rows of a batch, on every device; and whether they are finite."""
-  found = only_real(inputs, mask)[rows]
-  return copied(functions.placement, (found, jnp.all(jnp.isfinite(found))))
+
+  def of_batch(batch: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    found = only_real(*batch)[rows]
+    return copied(functions.placement, (found, jnp.all(jnp.isfinite(found))))
+
+  everywhere = jax.sharding.PartitionSpec()
+  return _mesh.with_automatic_axes(of_batch, (inputs, mask), rows, out_specs=everywhere)
 
 
 def only_real(x: jax.Array, mask: jax.Array) -> jax.Array:
