@@ -140,7 +140,7 @@ def test_never_the_square_of_a_batch_gradient():
   np.testing.assert_allclose(fisher, [9, 1], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(
   examples=st.integers(1, 5),
   features=st.integers(1, 3),
