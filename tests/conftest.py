@@ -1,4 +1,4 @@
-"""Strict numerics, and eight CPU devices for every test."""
+"""Strict numerics, eight CPU devices, and no program compiled twice, for every test."""
 
 from __future__ import annotations
 
@@ -28,17 +28,31 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-  # What commands compile is kept for the other commands of this run; workers inherit the name.
-  if "COMPILED_BY_TESTS" not in os.environ:
-    folder = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
-    config.add_cleanup(folder.cleanup)
-    os.environ["COMPILED_BY_TESTS"] = folder.name
-    config.add_cleanup(lambda: os.environ.pop("COMPILED_BY_TESTS"))
+  keep_what_is_compiled(config)
   # A warning that our own code causes is an error.
   config.addinivalue_line("filterwarnings", "error:::mnemonic_jax")
   config.addinivalue_line(
     "markers", "lenient_numerics: without the strict numerics of the core tests"
   )
+
+
+def keep_what_is_compiled(config: pytest.Config) -> None:
+  """Keep compiled programs for the rest of this run of tests, as commands keep them for users.
+
+  Each worker has a folder of its own: JAX warns of a program that another process is writing.
+  Workers inherit the name of the folder around them, in which commands share one (`running`).
+  """
+  if "COMPILED_BY_TESTS" not in os.environ:
+    folder = tempfile.TemporaryDirectory(prefix="compiled-by-tests-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["COMPILED_BY_TESTS"] = folder.name
+    config.add_cleanup(lambda: os.environ.pop("COMPILED_BY_TESTS"))
+  worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+  jax.config.update(
+    "jax_compilation_cache_dir", os.path.join(os.environ["COMPILED_BY_TESTS"], worker)
+  )
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(autouse=True)

@@ -140,7 +140,7 @@ def test_never_the_square_of_a_batch_gradient():
   np.testing.assert_allclose(fisher, [9, 1], rtol=1e-6)
 
 
-@settings(deadline=None, max_examples=5)
+@settings(deadline=None, max_examples=3)
 @given(
   examples=st.integers(1, 5),
   features=st.integers(1, 3),
@@ -559,18 +559,22 @@ def sharded_problem():
   return params, inputs, labels, weights, single
 
 
-@pytest.mark.parametrize("spec", [(), ("data",)], ids=["replicated", "sharded"])
+# Each kind of axis with replicated and with sharded params; the other pairs where there is time.
+MESHES = [
+  (2, "Auto", ()),
+  (8, "Auto", ("data",)),
+  (2, "Explicit", ()),
+  (4, "Explicit", ("data",)),
+]
+OTHERS = [(devices, kind, () if spec else ("data",)) for devices, kind, spec in MESHES]
+OTHERS += [(devices, "Auto", spec) for devices in (1, 4) for spec in ((), ("data",))]
+
+
 @pytest.mark.parametrize(
-  ("devices", "axis_type"),
-  [
-    *(pytest.param(n, "Auto", marks=pytest.mark.long) for n in (1, 4)),
-    (2, "Auto"),
-    (8, "Auto"),
-    (2, "Explicit"),
-    (4, "Explicit"),
-  ],
+  ("devices", "axis_type", "spec"),
+  [*MESHES, *(pytest.param(*mesh, marks=pytest.mark.long) for mesh in OTHERS)],
 )
-def test_jit_with_named_sharding_equals_one_device(devices, spec, axis_type):
+def test_jit_with_named_sharding_equals_one_device(devices, axis_type, spec):
   params, inputs, labels, weights, single = sharded_problem()
   mesh = cpu_mesh(devices, axis_type)
   kernels = {
@@ -586,7 +590,12 @@ def test_jit_with_named_sharding_equals_one_device(devices, spec, axis_type):
 
 
 @pytest.mark.parametrize(
-  ("devices", "check_vma"), [(1, True), (2, True), (4, True), (8, True), (2, False), (4, False)]
+  ("devices", "check_vma"),
+  [
+    *((devices, True) for devices in (1, 2, 8)),
+    (4, False),
+    *(pytest.param(*other, marks=pytest.mark.long) for other in ((4, True), (2, False))),
+  ],
 )
 def test_shard_map_sums_local_examples_and_the_caller_reduces(devices, check_vma):
   params, inputs, labels, weights, single = sharded_problem()
@@ -665,7 +674,7 @@ def test_a_collective_inside_the_loss_is_refused_by_name(collective):
     jax.jit(mapped)(jnp.arange(4.0), jnp.ones((3, 4)))
 
 
-@pytest.mark.parametrize("microbatch", [None, 1])
+@pytest.mark.parametrize("microbatch", [pytest.param(None, marks=pytest.mark.long), 1])
 def test_inside_a_callers_pmap(microbatch):
   params, inputs, labels, weights, single = sharded_problem()
   split = lambda x: x.reshape(4, -1, *x.shape[1:])

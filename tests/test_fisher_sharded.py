@@ -9,16 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import (
-  assert_trees_close,
-  compiled_programs,
-  cpu_mesh,
-  host,
-  make_batch,
-  make_params,
-  mlp_loss,
-  place,
-)
+from toys import assert_trees_close, compiled_programs, cpu_mesh, host, place
 
 import mnemonic_jax as mj
 from mnemonic_jax.fisher import sums
@@ -112,29 +103,17 @@ def test_microbatches_on_a_mesh():
   assert_trees_close(made, single, 1e-4, 1e-9)
 
 
-def small_problem():
-  params, (inputs, labels) = make_params("mlp"), make_batch(examples=16)
-  weights = two_groups(labels)
-  single = host(mj.diagonal_fisher(mlp_loss, params, inputs, labels, weights))
-  return params, inputs, labels, weights, single
-
-
 @pytest.mark.parametrize(
-  ("model", "devices", "check_vma", "microbatch"),
-  [
-    *(("small", devices, True, None) for devices in (1, 2, 8)),
-    ("small", 4, False, None),
-    ("everything", 4, True, None),
-    ("everything", 2, True, 3),
-  ],
+  ("devices", "check_vma", "microbatch"),
+  [(4, True, None), (2, True, 3), pytest.param(4, False, None, marks=pytest.mark.long)],
 )
-def test_shard_map_sums_local_examples(model, devices, check_vma, microbatch):
-  loss = loss_fn if model == "everything" else mlp_loss
-  params, images, labels, weights, single = problem() if model == "everything" else small_problem()
+def test_shard_map_sums_local_examples(devices, check_vma, microbatch):
+  """On other meshes, and without the check: test_fisher.py, with a smaller model."""
+  params, images, labels, weights, single = problem()
   execution = mj.Execution(microbatch)
 
   def local(*arguments):
-    return jax.lax.psum(mj.diagonal_fisher(loss, *arguments, execution=execution), "data")
+    return jax.lax.psum(mj.diagonal_fisher(loss_fn, *arguments, execution=execution), "data")
 
   mapped = jax.shard_map(
     local,
