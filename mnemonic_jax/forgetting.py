@@ -162,7 +162,7 @@ def forget(
     method=info.pop("method", jax.tree.map(_plain, method)),
     code_retain_accuracy=float(scores.retain_accuracy),
     code_forget_error=float(scores.forget_error),
-    predicted=_prediction(predicted),
+    predicted=_prediction(predicted, method),
     info=info,
     seconds=seconds,
   )
@@ -234,9 +234,12 @@ def _default(codes: jax.Array | LearnedCodes) -> Method:
   )
 
 
-def _prediction(found: Predicted | None) -> Prediction | None:
+def _prediction(found: Predicted | None, method: Method) -> Prediction | None:
+  """What judges foresee; where rows are dropped, the error of a class is 1 for certain."""
   if found is None:
     return None
+  if getattr(method, "drops_rows", False):
+    found = found._replace(forget_error=np.where(np.isnan(found.forget_error), np.nan, 1.0))
   known = lambda value: None if np.isnan(value) else float(value)
   return Prediction(known(found.retain_accuracy), known(found.forget_error))
 

@@ -87,6 +87,11 @@ class Projection:
       object.__setattr__(self, "depth", _checks.require_size("depth", self.depth, 0))
 
   @property
+  def drops_rows(self) -> bool:
+    """Whether the forgotten classes' error is 1, whatever judges foresee."""
+    return self.drop_row
+
+  @property
   def to_search(self) -> tuple[str, ...]:
     """The settings that a search chooses."""
     return ("depth",) if self.depth is None and not self.sites else ()
@@ -94,7 +99,8 @@ class Projection:
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
 
-    A search adds the "method", and A_R and E_F as predicted for depth 0, 1, ... ("curve_...").
+    A search adds the "method", and A_R (without the row dropped, E_F too) as predicted for depth 0,
+    1, ... ("curve_...").
     """
     outline = project_program.eval_shape(self.sites, self.drop_row, problem, np.int32(0))[2]
     if (self.depth or 0) > outline.depths:
@@ -125,7 +131,7 @@ class Projection:
       return search.best(problem, "depth", tried, apply, tried)
     found = search.predictions(problem, tried, apply)
     retain = np.asarray(found.retain_accuracy, np.float64)
-    curve = {"curve_retain_accuracy": retain, "curve_forget_error": np.asarray(found.forget_error)}
+    curve = {"curve_retain_accuracy": retain}
     cheap = np.flatnonzero(retain >= retain[0] - _CHEAP)  # none where they are NaN
     return int(cheap.max(initial=0)), curve
 
