@@ -239,7 +239,7 @@ def _prediction(found: Predicted | None, method: Method) -> Prediction | None:
   if found is None:
     return None
   if getattr(method, "drops_rows", False):
-    found = found._replace(forget_error=np.where(np.isnan(found.forget_error), np.nan, 1.0))
+    found = found._replace(forget_error=jnp.where(jnp.isnan(found.forget_error), jnp.nan, 1.0))
   known = lambda value: None if np.isnan(value) else float(value)
   return Prediction(known(found.retain_accuracy), known(found.forget_error))
 
