@@ -44,11 +44,9 @@ from sklearn.datasets import load_sample_images
 
 from mnemonic_jax import data, losses, training
 from mnemonic_jax.codes import mix as mix_codes
-from mnemonic_jax.data import Dataset, augmentation
-from mnemonic_jax.data.split import Split
-from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.data import Dataset, Split, Stream, augmentation
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import program
+from mnemonic_jax.runs import setup
 
 WORKERS = (0, 1, 2)
 RATE = 0.3
@@ -57,7 +55,7 @@ RATE = 0.3
 class Start(NamedTuple):
   """What a training starts from."""
 
-  program: program.Program
+  program: setup.Program
   state: training.TrainState
   codes: jax.Array
 
@@ -77,7 +75,7 @@ class Row:
   @functools.cached_property
   def start(self) -> Start:
     """Model, optimizer, first state, codes."""
-    planned = program.make_program(self.config, self.dataset)
+    planned = setup.make_program(self.config, self.dataset)
     return Start(planned, *planned.init())
 
   def step(self) -> training.Step:

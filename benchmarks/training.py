@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import data, training
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
-from mnemonic_jax.runs import batches, program
+from mnemonic_jax.data import Dataset, Split
 from mnemonic_jax.runs import config as configs
+from mnemonic_jax.runs import setup
+from mnemonic_jax.runs.train import StoredFeed
 
 EPOCHS = 6
 
@@ -49,7 +49,7 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
   images, labels = jnp.asarray(dataset.train.images), jnp.asarray(dataset.train.labels)
   size = config.train.batch_size
 
-  planned = program.make_program(config, dataset)
+  planned = setup.make_program(config, dataset)
   epoch = training.make_epoch(planned.batch_step, batch_size=size)
   state, codes = planned.init()
 
@@ -60,7 +60,7 @@ def measure(name: str, config_name: str, dataset: Dataset) -> str:
 
   whole_cold, whole_warm = time_epochs(whole)
   state, _ = planned.init()
-  feed = batches.StoredFeed(dataset.train, program.host_key(state.key), size)
+  feed = StoredFeed(dataset.train, setup.host_key(state.key), size)
   epochs, steps = itertools.count(), planned.steps_per_epoch
 
   def single() -> None:

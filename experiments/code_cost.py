@@ -29,8 +29,8 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
-from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
+from mnemonic_jax.runs.forget import resolve
 
 
 class Row(NamedTuple):

@@ -16,8 +16,7 @@ from etils import epath
 
 import mnemonic_jax as mj
 from mnemonic_jax import evaluation
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
+from mnemonic_jax.data import Dataset, Split
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.config import Config

@@ -23,17 +23,16 @@ import mnemonic_jax as mj
 from mnemonic_jax import evaluation
 from mnemonic_jax.audit.linear_probe import probe_accuracy
 from mnemonic_jax.cli.parser import dotted_overrides
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
+from mnemonic_jax.data import Dataset, Split
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
-from mnemonic_jax.runs.classes import resolve
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.inference import Predictions, predict_each
+from mnemonic_jax.runs.forget import resolve
+from mnemonic_jax.runs.scoring import Predictions, predict_each
 from mnemonic_jax.runs.trained import Trained
 
 

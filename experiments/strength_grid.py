@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import paper_tables
 
 import mnemonic_jax as mj
-from mnemonic_jax.data.split import Split
+from mnemonic_jax.data import Split
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import setup
-from mnemonic_jax.runs.classes import resolve
+from mnemonic_jax.runs.forget import resolve
 
 LAMBDA1 = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 LAMBDA2 = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 1e3, 1e4)

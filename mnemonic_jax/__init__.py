@@ -14,10 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from mnemonic_jax.codes import make_codes, mix
   from mnemonic_jax.evaluation import Scores, evaluate
-  from mnemonic_jax.fisher.door import Execution, diagonal_fisher
-  from mnemonic_jax.fisher.explain import FisherPlan, LeafPlan, explain_fisher
+  from mnemonic_jax.fisher.door import (
+    Execution,
+    FisherPlan,
+    LeafPlan,
+    diagonal_fisher,
+    explain_fisher,
+  )
   from mnemonic_jax.forgetting import ForgetInfo, ForgetResult, forget, forget_step
+  from mnemonic_jax.learning.door import learn_codes
+  from mnemonic_jax.learning.learned import LearnedCodes
   from mnemonic_jax.losses import softmax_cross_entropy
+  from mnemonic_jax.methods.dampening import Dampening
+  from mnemonic_jax.methods.drop_row import DropRow
   from mnemonic_jax.methods.perturbation import (
     Perturbation,
     amplitude,
@@ -25,6 +34,8 @@ if TYPE_CHECKING:
     layer_scale,
     perturb,
   )
+  from mnemonic_jax.methods.projection import Projection, ProjectionPlan, explain_projection
+  from mnemonic_jax.methods.search import CannotForget
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
 __version__ = "0.1.0"
@@ -38,16 +49,24 @@ _MODULE_OF = {
   "make_train_step": "training",
   "Execution": "fisher.door",
   "diagonal_fisher": "fisher.door",
-  "FisherPlan": "fisher.explain",
-  "LeafPlan": "fisher.explain",
-  "explain_fisher": "fisher.explain",
+  "FisherPlan": "fisher.door",
+  "LeafPlan": "fisher.door",
+  "explain_fisher": "fisher.door",
+  "LearnedCodes": "learning.learned",
+  "learn_codes": "learning.door",
   "Scores": "evaluation",
   "evaluate": "evaluation",
+  "Projection": "methods.projection",
+  "ProjectionPlan": "methods.projection",
+  "explain_projection": "methods.projection",
+  "DropRow": "methods.drop_row",
+  "Dampening": "methods.dampening",
   "Perturbation": "methods.perturbation",
   "amplitude": "methods.perturbation",
   "layer_scale": "methods.perturbation",
   "perturb": "methods.perturbation",
   "choose_sign": "methods.perturbation",
+  "CannotForget": "methods.search",
   "ForgetInfo": "forgetting",
   "ForgetResult": "forgetting",
   "forget": "forgetting",

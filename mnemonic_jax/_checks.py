@@ -20,16 +20,17 @@ def is_concrete(tree: PyTree) -> bool:
   )
 
 
-def require_size(name: str, value: Any) -> int:
-  """Return `value` as an int; refuse anything but an integer of at least 1."""
+def require_size(name: str, value: Any, least: int = 1) -> int:
+  """Return `value` as an int; refuse anything but an integer of at least `least`."""
+  expected = f"expected an integer of at least {least}."
   if isinstance(value, (bool, np.bool_)):
-    raise TypeError(f"{name}: got {value!r}; expected an integer of at least 1.")
+    raise TypeError(f"{name}: got {value!r}; {expected}")
   try:
     size = operator.index(value)
   except TypeError:
-    raise TypeError(f"{name}: got {value!r}; expected an integer of at least 1.") from None
-  if size < 1:
-    raise ValueError(f"{name}: got {size}; expected an integer of at least 1.")
+    raise TypeError(f"{name}: got {value!r}; {expected}") from None
+  if size < least:
+    raise ValueError(f"{name}: got {size}; {expected}")
   return size
 
 

@@ -16,11 +16,20 @@ import numpy as np
 from mnemonic_jax import _checks
 from mnemonic_jax._types import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution
+from mnemonic_jax.learning import LearnedCodes, Predicted
 from mnemonic_jax.methods.problem import Problem
+from mnemonic_jax.methods.projection import Projection
 from mnemonic_jax.methods.protocol import Method, OneShot, Stepwise, require_method
 from mnemonic_jax.methods.request import all_finite, check_values, resolve, sides_of
 
 PyTree = Any
+
+
+class Prediction(NamedTuple):
+  """A_R and E_F on data, as judges foresee them, in [0, 1]; None where nothing can be foreseen."""
+
+  retain_accuracy: float | None
+  forget_error: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class ForgetResult:
     method: the method, its numbers resolved.
     code_retain_accuracy: accuracy on the codes of the kept classes afterwards, in [0, 1].
     code_forget_error: error on the codes of the forgotten classes afterwards, in [0, 1].
+    predicted: A_R and E_F on data as judges foresee them; None without judges.
     info: what the method says of itself, as plain numbers and NumPy arrays.
     seconds: wall-clock seconds: "compile" (tracing too), "method" (without it), "total".
   """
@@ -40,6 +50,7 @@ class ForgetResult:
   method: Method
   code_retain_accuracy: float
   code_forget_error: float
+  predicted: Prediction | None
   info: Mapping[str, Any]
   seconds: Mapping[str, float]
 
@@ -56,10 +67,10 @@ class ForgetInfo(NamedTuple):
 def forget(
   logits_fn: LogitsFn,
   params: PyTree,
-  codes: jax.Array,
+  codes: jax.Array | LearnedCodes,
   classes: Iterable[int],
   *,
-  method: Method,
+  method: Method | None = None,
   loss: PerExampleLoss | None = None,
   forgotten: Iterable[int] = (),
   mask: PyTree = None,
@@ -86,9 +97,10 @@ def forget(
   Args:
     logits_fn: pure function (params, inputs) -> (N, C) logits, in evaluation mode.
     params: a tree of floating arrays: what may be changed.
-    codes: (C, K, *shape), floating: those that the model was trained with.
+    codes: (C, K, *shape), floating: those that the model was trained with; or `LearnedCodes`.
     classes: the classes to forget, integers in [0, C).
-    method: how to forget, such as `Perturbation(lambda1=1e-3, lambda2=10.0)`.
+    method: how to forget, such as `Perturbation(lambda1=1e-3, lambda2=10.0)`. None, with learned
+      codes: `Projection()`.
     loss: (logits, labels) -> (N,) losses; softmax cross-entropy if not given.
     forgotten: classes forgotten earlier, which belong to neither side.
     mask: a tree prefix of bools; False leaves a leaf as it is.
@@ -115,6 +127,7 @@ def forget(
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
   started = time.perf_counter()
+  method = _default(codes) if method is None else method
   require_method(method)
   for name, value in (("params", params), ("codes", codes), ("method", method)):
     if not _checks.is_concrete(value):
@@ -135,6 +148,7 @@ def forget(
         f"method: {method} drives params or logits to NaN or inf, whatever it tries; use a "
         "smaller strength."
       )
+    predicted = None if problem.judges is None else problem.predicted(moved)
     moved = jax.block_until_ready(jax.tree.map(_placed_like, moved, problem.params))
     end = time.perf_counter()
     seconds = {
@@ -148,6 +162,7 @@ def forget(
     method=info.pop("method", jax.tree.map(_plain, method)),
     code_retain_accuracy=float(scores.retain_accuracy),
     code_forget_error=float(scores.forget_error),
+    predicted=_prediction(predicted, method),
     info=info,
     seconds=seconds,
   )
@@ -156,7 +171,7 @@ def forget(
 def forget_step(
   logits_fn: LogitsFn,
   params: PyTree,
-  codes: jax.Array,
+  codes: jax.Array | LearnedCodes,
   forget: jax.Array,
   remain: jax.Array,
   method: OneShot,
@@ -206,6 +221,27 @@ def forget_step(
   scores = problem.scores(moved)
   found = scores.retain_accuracy, scores.forget_error
   return moved, ForgetInfo(info.pop("method", method), *found, info)
+
+
+def _default(codes: jax.Array | LearnedCodes) -> Method:
+  """The method for these codes."""
+  if isinstance(codes, LearnedCodes):
+    return Projection()
+  raise ValueError(
+    "method: got None with plain codes; expected learned ones, mnemonic_jax.learn_codes(key, "
+    "logits_fn, params, batches, num_classes=C), or a method, such as "
+    "mnemonic_jax.Perturbation(lambda1=1e-3, lambda2=10.0)."
+  )
+
+
+def _prediction(found: Predicted | None, method: Method) -> Prediction | None:
+  """What judges foresee; where rows are dropped, the error of a class is 1 for certain."""
+  if found is None:
+    return None
+  if getattr(method, "drops_rows", False):
+    found = found._replace(forget_error=jnp.where(jnp.isnan(found.forget_error), jnp.nan, 1.0))
+  known = lambda value: None if np.isnan(value) else float(value)
+  return Prediction(known(found.retain_accuracy), known(found.forget_error))
 
 
 def _run(

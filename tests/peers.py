@@ -21,8 +21,7 @@ from jax.sharding import PartitionSpec as P
 from mnemonic_jax import training
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.multihost import processes
-from mnemonic_jax.multihost import watchdog as watchdogs
-from mnemonic_jax.multihost.watchdog import Watchdog
+from mnemonic_jax.multihost.processes import Watchdog
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, signals
 from mnemonic_jax.runs.checkpoints import Checkpoints
@@ -89,7 +88,7 @@ def hurry_when_stuck(options: argparse.Namespace) -> None:
     return noticed[0] + QUICKER * (now - noticed[0]) if noticed else now
 
   clock = types.SimpleNamespace(monotonic=monotonic, sleep=time.sleep)
-  watchdogs.time = clock  # type: ignore[attr-defined]
+  processes.time = clock  # type: ignore[attr-defined]
 
 
 def outlive_the_others(options: argparse.Namespace) -> None:

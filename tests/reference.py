@@ -197,3 +197,207 @@ def evaluate(predictions, labels, num_classes, classes):
     ratio(sum(total[c] - right[c] for c in classes), sum(total[c] for c in classes)),
     [ratio(right[c], total[c]) for c in range(num_classes)],
   )
+
+
+def cut(means, forget, remain):
+  """D (F, C) and W (C, F) of means (C, F), by the definition: W = pinv(R D) R."""
+  means = np.asarray(means, np.float64)
+  num_classes, width = means.shape
+  mu = np.mean([means[c] for c in range(num_classes) if remain[c]], axis=0)
+  both, gone = np.zeros((width, num_classes)), np.zeros((width, num_classes))
+  for c in range(num_classes):
+    if forget[c]:
+      both[:, c] = gone[:, c] = means[c] - mu
+    elif remain[c]:
+      both[:, c] = means[c]
+  tie = 0.01 * np.linalg.norm(both, 2) ** 2
+  ridge = np.linalg.inv(both.T @ both + tie * np.eye(num_classes)) @ both.T
+  ridge = np.array([row if forget[c] else 0 * row for c, row in enumerate(ridge)])
+  return gone, np.linalg.pinv(ridge @ gone, rcond=1e-5, hermitian=True) @ ridge
+
+
+def residual_net(params, x):
+  """The arrays of a small residual network at inputs x (..., positions, F), and its logits.
+
+  Three sites that nothing bypasses (z1, z2, z3) and two that are (u, v); BatchNorm's statistics m
+  and scale s belong to z2.
+  """
+  p, arrays = params, {}
+  arrays["z1"] = x @ p["k1"] + p["b1"]
+  h1 = np.tanh(arrays["z1"])
+  arrays["u"] = h1 @ p["k2"]
+  arrays["z2"] = p["s"] * (np.tanh(arrays["u"]) @ p["k3"] - p["m"]) + p["beta"] + h1
+  h2 = np.tanh(arrays["z2"])
+  arrays["v"] = h2 @ p["k4"] + p["b4"]
+  arrays["z3"] = np.tanh(arrays["v"]) @ p["k5"] + p["b5"] + h2 @ p["k6"]
+  return arrays, np.tanh(arrays["z3"]).mean(-2) @ p["k7"] + p["b7"]
+
+
+def projected_residual_net(params, codes, forget, remain, sites):
+  """Cut the sites one after the other, each time with the arrays of the net as edited so far."""
+  p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+  for site in ("z1", "u", "z2", "v", "z3"):
+    if site not in sites:
+      continue
+    z = residual_net(p, codes)[0][site]  # (C, K, positions, F)
+    directions, weights = cut(z.mean((1, 2)), forget, remain)
+    keep = np.eye(z.shape[-1]) - directions @ weights  # P, on columns
+    if site == "z1":
+      p["k1"], p["b1"] = p["k1"] @ keep.T, keep @ p["b1"]
+    elif site == "u":
+      p["k2"] = p["k2"] @ keep.T
+    elif site == "z2":
+      shift = p["beta"] - p["s"] * p["m"]
+      p["k3"] = (p["k3"] * p["s"]) @ keep.T / p["s"]
+      p["beta"] = p["s"] * p["m"] + keep @ shift
+    elif site == "v":
+      p["k4"], p["b4"] = p["k4"] @ keep.T, keep @ p["b4"]
+    else:
+      p["k5"], p["b5"], p["k6"] = p["k5"] @ keep.T, keep @ p["b5"], p["k6"] @ keep.T
+  return p
+
+
+def row_dropped(kernel, bias, remain):
+  """The head (F, C) and its bias with the rows of all classes that are not kept dropped."""
+  kernel, bias = np.array(kernel, np.float64), np.array(bias, np.float64)
+  kept = [c for c in range(len(bias)) if remain[c]]
+  row, offset = np.mean([kernel[:, c] for c in kept], axis=0), np.mean([bias[c] for c in kept]) - 1
+  for c in range(len(bias)):
+    if not remain[c]:
+      kernel[:, c], bias[c] = row, offset
+  return kernel, bias
+
+
+def class_means(vectors, labels, num_classes):
+  """(N, F) -> (C, F), one example at a time."""
+  total, count = np.zeros((num_classes, len(vectors[0]))), [0] * num_classes
+  for vector, label in zip(np.asarray(vectors, np.float64), labels, strict=True):
+    total[label] += vector
+    count[label] += 1
+  return np.array([total[c] / count[c] for c in range(num_classes)])
+
+
+def deviations(vectors):
+  """Each channel's standard deviation, and 0.05 of that of all values."""
+  vectors = np.asarray(vectors, np.float64)
+  spread = lambda values: math.sqrt(sum((v - sum(values) / len(values)) ** 2 for v in values)
+                                    / len(values))  # fmt: skip
+  overall = spread(list(vectors.ravel()))
+  return np.array([spread(list(channel)) + 0.05 * overall for channel in vectors.T])
+
+
+def position_hash(seed, position):
+  """Twice the finaliser of MurmurHash3, with a word of seed before each."""
+
+  def finalise(word):
+    word = ((word ^ word >> 16) * 0x85EBCA6B) % 2**32
+    word = ((word ^ word >> 13) * 0xC2B2AE35) % 2**32
+    return word ^ word >> 16
+
+  return finalise(finalise((position + int(seed[0])) % 2**32) ^ int(seed[1]))
+
+
+def reservoir(seed, labels, num_classes, size):
+  """Which positions of the data each class keeps, those of the smallest hash first."""
+  order = sorted(range(len(labels)), key=lambda position: position_hash(seed, position))
+  return [[p for p in order if labels[p] == c][:size] for c in range(num_classes)]
+
+
+def match_loss(read, wanted, deviation):
+  """Of one input and one array: the mean of ((read - wanted) / deviation)^2."""
+  terms = [((r - w) / d) ** 2 for r, w, d in zip(read, wanted, deviation, strict=True)]
+  return sum(terms) / len(terms)
+
+
+def smoothed_cross_entropy(logits, label, smoothing=0.1):
+  """The cross-entropy to (1 - smoothing) of the label and smoothing / C of every class."""
+  share = smoothing / len(logits)
+  losses = [cross_entropy(logits, j) for j in range(len(logits))]
+  return (1 - smoothing) * losses[label] + share * sum(losses)
+
+
+def statistics_distance(layers):
+  """The mean over layers (values (..., F), mean, variance) and channels of both distances."""
+  found = []
+  for values, mean, variance in layers:
+    values = np.asarray(values, np.float64).reshape(-1, np.shape(values)[-1])
+    channels = []
+    for f in range(values.shape[1]):
+      m = sum(values[:, f]) / len(values)
+      v = sum((x - m) ** 2 for x in values[:, f]) / len(values)
+      ratio = math.sqrt(v + 1e-6) / math.sqrt(variance[f] + 1e-6)
+      channels.append((m - mean[f]) ** 2 / (variance[f] + 1e-4) + (ratio - 1) ** 2)
+    found.append(sum(channels) / len(channels))
+  return sum(found) / len(found)
+
+
+def margin(logits, label):
+  return logits[label] - max(logits[j] for j in range(len(logits)) if j != label)
+
+
+def _normal(x):
+  return (1 + math.erf(x / math.sqrt(2))) / 2
+
+
+def _inverse_normal(p):
+  low, high = -10.0, 10.0
+  for _ in range(100):
+    x = (low + high) / 2
+    low, high = (x, high) if _normal(x) < p else (low, x)
+  return x
+
+
+def margin_scale(before, weights, accuracy):
+  """t that minimises sum w (Phi(m / t) - accuracy)^2, the best of very many."""
+  judges = [judge for rows in zip(before, weights, accuracy, strict=True)
+            for judge in zip(*rows, strict=True)]  # fmt: skip
+  size = sum(w * abs(m) for m, w, _ in judges) / sum(w for _, w, _ in judges)
+  off = lambda t: sum(w * (_normal(m / t) - _clipped(a)) ** 2 for m, w, a in judges)
+  return min((size * 100 ** (k / 2000) for k in range(-2000, 2001)), key=off)
+
+
+def _clipped(accuracy):
+  return min(max(accuracy, 0.005), 0.995)
+
+
+def predict(before, after, weights, accuracy, forget, kept):
+  """(A_R, E_F) from the judges' margins; None without a judge."""
+  t = margin_scale(before, weights, accuracy)
+  right = []
+  for judges in zip(before, after, weights, accuracy, strict=True):
+    if not sum(judges[2]):
+      right.append(None)
+      continue
+    shares = [w * _normal(new / t + _inverse_normal(_clipped(a)) - old / t)
+              for old, new, w, a in zip(*judges, strict=True)]  # fmt: skip
+    right.append(sum(shares))
+  of_kept = [right[c] for c in kept if right[c] is not None]
+  a_r = sum(of_kept) / len(of_kept) if of_kept else None
+  if any(right[c] is None for c in forget):
+    return a_r, None
+  return a_r, sum(1 - right[c] for c in forget) / len(forget)
+
+
+def dampened(params, codes, classes, quantile):
+  """Dampening of the MLP: each weight by the smallest min(t_c / eta_c, 1)."""
+  num_classes, per_class = codes.shape[:2]
+
+  def fisher(chosen):
+    total = {name: np.zeros(leaf.shape) for name, leaf in params.items()}
+    for c in chosen:
+      for k in range(per_class):
+        gradient = mlp_gradient(params, np.asarray(codes[c, k], np.float64), c)
+        for name in total:
+          total[name] += gradient[name] ** 2 / (len(chosen) * per_class)
+    return total
+
+  kept = fisher([c for c in range(num_classes) if c not in classes])
+  result = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
+  factors = {name: np.ones(leaf.shape) for name, leaf in params.items()}
+  for c in classes:
+    one = fisher([c])
+    eta = {name: one[name] / kept[name] for name in sorted(one)}
+    limit = np.quantile(np.concatenate([x.ravel() for x in eta.values()]), quantile)
+    for name in factors:
+      factors[name] = np.minimum(factors[name], np.minimum(limit / eta[name], 1))
+  return {name: result[name] * factors[name] for name in result}

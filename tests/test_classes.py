@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.runs.classes import resolve, union
+from mnemonic_jax.runs.forget import resolve, union
 
 NAMES = ("cat", "dog", "crane", "12", "crane", "2")
 

@@ -139,7 +139,6 @@ def test_classes_that_cannot_be_forgotten(classes, message, forgotten_once):
   [
     (("--forget.classes", 3, 12), 2, "classes: got 12"),
     (("--forget.classes", "[]"), 2, "classes: got none"),
-    (("--codes.rate", 0), 1, "codes.rate: got 0"),
   ],
 )
 def test_run_refuses_before_it_trains(overrides, code, message, tmp_path):
@@ -383,13 +382,6 @@ def test_a_training_that_is_not_finished(trained):
   )
   assert call(*train(trained)).json["resumed_from_epoch"] == 2
   assert call("forget", trained, "--classes", 1).code == 0
-
-
-def test_a_run_trained_without_codes(tmp_path):
-  assert call(*train(tmp_path / "run", "--codes.rate", 0)).code == 0
-  message = call("forget", tmp_path / "run", "--classes", 1).refusal()
-  assert "without codes" in message and "--codes.rate 0.1" in message
-  assert call("evaluate", tmp_path / "run").code == 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from running import command, environment, snapshot
 
 from mnemonic_jax.cli import compilation_cache
-from mnemonic_jax.data import decoded
+from mnemonic_jax.data import prepared
 from mnemonic_jax.data.split import Split
 
 pytest_plugins = ["run_fixtures"]
@@ -85,8 +85,8 @@ def test_a_user_without_a_home_has_no_cache(config, monkeypatch, tmp_path):
   compilation_cache.enable()
   assert jax.config.jax_compilation_cache_dir is None
   split = Split(np.zeros((1, 2, 2, 1), np.uint8), np.zeros(1, np.int32))
-  assert decoded.kept(tmp_path, "set-train", lambda: split) is split
-  decoded.drop_orphans()
+  assert prepared.kept(tmp_path, "set-train", lambda: split) is split
+  prepared.drop_orphans()
 
 
 def test_the_users_own_cache_folder_and_switch_are_respected(tmp_path, config, monkeypatch):

@@ -18,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mnemonic_jax import data
-from mnemonic_jax.data import decoded, decoding
+from mnemonic_jax.data import decoding, prepared
 from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import MnemonicError, UsageError
 
@@ -271,7 +271,7 @@ def test_a_set_is_decoded_once(tmp_path, monkeypatch):
     return Split(draw.integers(0, 256, (3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32))
 
   def load() -> Split:
-    return decoded.kept(source, "set-train", decode)
+    return prepared.kept(source, "set-train", decode)
 
   first, again = load(), load()
   assert len(calls) == 1 and all(
@@ -293,18 +293,18 @@ def test_a_set_is_decoded_once(tmp_path, monkeypatch):
   load()
   assert calls == [1] and len(list(cache.iterdir())) == 1  # the copy of the files before is gone
   (other := tmp_path / "other").mkdir()
-  decoded.kept(other, "other-train", decode)
+  prepared.kept(other, "other-train", decode)
   assert len(list(cache.iterdir())) == 2
   shutil.rmtree(other)
-  decoded.drop_orphans()  # the set was deleted, and so its copy is
+  prepared.drop_orphans()  # the set was deleted, and so its copy is
   assert [path.name[:9] for path in cache.iterdir()] == ["set-train"]
   for whatever in (b"PK\3\4", b"", bytes(100)):  # damaged: nobody knows of which set
     (cache / "set-test-0.npz").write_bytes(whatever)
-    decoded.drop_orphans()
+    prepared.drop_orphans()
     assert len(list(cache.iterdir())) == 1
   shutil.rmtree(cache)
   cache.write_text("no folder")
-  decoded.drop_orphans()
+  prepared.drop_orphans()
   assert np.array_equal(load().labels, np.arange(3))
 
 

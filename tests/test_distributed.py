@@ -24,9 +24,8 @@ from running import HANG, snapshot, wait_for
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import processes
 from mnemonic_jax.multihost import roll_call as roll_calls
-from mnemonic_jax.multihost import watchdog as watchdogs
+from mnemonic_jax.multihost.processes import Watchdog
 from mnemonic_jax.multihost.roll_call import roll_call
-from mnemonic_jax.multihost.watchdog import Watchdog
 
 PEERS = pathlib.Path(__file__).with_name("peers.py")
 
@@ -325,7 +324,7 @@ def watchdog(monkeypatch):
   said, clock = [], Clock()
   monkeypatch.setattr(processes, "several", lambda: True)
   monkeypatch.setattr(processes, "end", lambda code, *, last, message: said.append(message))
-  monkeypatch.setattr(watchdogs, "time", clock)
+  monkeypatch.setattr(processes, "time", clock)
   watchdog = Watchdog(0.1, startup_timeout=1.0)
   watchdog.said, watchdog.clock = said, clock
   return watchdog

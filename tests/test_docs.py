@@ -37,6 +37,7 @@ WITHOUT_EXAMPLE = {
   "Execution",
   "ForgetInfo",
   "ForgetResult",
+  "LearnedCodes",
   "Scores",
 }
 

@@ -17,7 +17,7 @@ from mnemonic_jax import models
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import pretrained
 from mnemonic_jax.runs.checkpoints import restore_parts, stored_shapes
-from mnemonic_jax.runs.hashing import params_sha256
+from mnemonic_jax.runs.files import params_sha256
 
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.filterwarnings(

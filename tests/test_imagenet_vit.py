@@ -30,7 +30,7 @@ from mnemonic_jax.models import pretrained, vit
 from mnemonic_jax.multihost import sharding
 from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import program, setup
+from mnemonic_jax.runs import setup
 
 pytest_plugins = ["stream_fixtures"]
 
@@ -106,8 +106,8 @@ def train_and_forget(mesh, forget=None, steps=5):
   """Train, search a strength and forget."""
   dataset, layout = synthetic(), Layout(mesh)
   with layout.used():
-    planned = program.make_program(CONFIG, dataset, layout)
-    state, codes = program.first_state(CONFIG, planned)
+    planned = setup.make_program(CONFIG, dataset, layout)
+    state, codes = setup.first_state(CONFIG, planned)
     losses = []
     for step in range(steps):
       rows = ((np.arange(BATCH) + step * BATCH) % dataset.train.num_examples).astype(np.int32)
@@ -149,7 +149,7 @@ def test_any_mesh_trains_and_forgets_the_same(shape, alone):
 
 def share(mesh):
   """Bytes of params and of the optimizer's state on each device."""
-  state = program.make_program(CONFIG, synthetic(), Layout(mesh)).state
+  state = setup.make_program(CONFIG, synthetic(), Layout(mesh)).state
   size = lambda x: int(np.prod(x.sharding.shard_shape(x.shape))) * 4
   return [sum(map(size, jax.tree.leaves(tree))) for tree in (state.params, state.optimizer_state)]
 
@@ -237,7 +237,7 @@ def test_a_mesh_that_does_not_fit_the_batch():
   with pytest.raises(
     ValueError, match=r"train\.batch_size: got 12 for 8 devices; expected a multiple of 8"
   ):
-    program.make_program(config, synthetic(), Layout(sharding.make_mesh(1, 8)))
+    setup.make_program(config, synthetic(), Layout(sharding.make_mesh(1, 8)))
 
 
 def test_more_fsdp_than_a_leaf_allows():
@@ -348,7 +348,7 @@ def weights_file(tmp_path, monkeypatch):
 def program_from(weights_file, mesh, changed):
   """A config that starts from a file, and its program."""
   config = configs.build("tiny", TABLES, {"model.pretrained": str(weights_file)} | changed)
-  return config, program.make_program(config, synthetic(), Layout(mesh))
+  return config, setup.make_program(config, synthetic(), Layout(mesh))
 
 
 def assert_same_bits(ours, theirs):
@@ -365,7 +365,7 @@ def first_state_from(weights_file, changed):
   mesh = sharding.make_mesh(2, 4)
   with jax.set_mesh(mesh):
     config, planned = program_from(weights_file, mesh, changed)
-    state, codes = program.first_state(config, planned)
+    state, codes = setup.first_state(config, planned)
   assert_placed(state, sharding.tree_shardings(mesh, state))
   assert_same_bits(training.ema_params(state), state.params)
   return config, state, codes
@@ -382,7 +382,7 @@ def test_a_file_goes_to_the_shards_as_to_one_device(weights_file):
 @pytest.mark.long
 def test_a_file_with_a_new_head_starts_as_mnemonic_train_does(weights_file):
   config, state, codes = first_state_from(weights_file, {"model.new_head": True})
-  fresh, fresh_codes = program.make_program(config, synthetic()).init()
+  fresh, fresh_codes = setup.make_program(config, synthetic()).init()
   wanted = pretrained.load(weights_file, "vit_ti16", fresh.params, {}, new_head=True)[0]
   assert_same_bits(state.params, wanted)
   assert_same_bits(state.params["head"], fresh.params["head"])
@@ -436,7 +436,7 @@ def test_a_file_that_does_not_fit_is_refused_by_name_on_a_mesh(
     (planned.state, planned.codes) if compiled else pytest.fail("the first state was made")
   )
   with jax.set_mesh(mesh), pytest.raises(MnemonicError, match=said):
-    program.first_state(config, planned._replace(init=shapes))
+    setup.first_state(config, planned._replace(init=shapes))
 
 
 @pytest.mark.long

@@ -14,10 +14,10 @@ from sklearn.datasets import load_digits
 from toys import assert_trees_close, cpu_mesh, host, place
 
 import mnemonic_jax as mj
-from mnemonic_jax.data import mixup
+from mnemonic_jax.data import augmentation
 
 pytest_plugins = ["run_fixtures"]
-BOTH = pytest.mark.parametrize("function", [mixup.mixup, mixup.cutmix])
+BOTH = pytest.mark.parametrize("function", [augmentation.mixup, augmentation.cutmix])
 EXAMPLES = 64  # in most tests, which then share the compiled programs
 
 
@@ -29,7 +29,7 @@ def digits(examples=EXAMPLES):
 
 def test_mixup_is_the_mean_that_its_targets_tell():
   images, targets = digits()
-  mixed, weights = mixup.mixup(jax.random.key(0), images, targets, 0.4)
+  mixed, weights = augmentation.mixup(jax.random.key(0), images, targets, 0.4)
   own = np.diagonal(np.asarray(weights)).astype(np.float64)
   np.testing.assert_allclose(np.asarray(weights).sum(1), 1, rtol=1e-6)
   assert np.count_nonzero(np.asarray(weights)) <= 2 * EXAMPLES
@@ -42,7 +42,7 @@ def test_mixup_is_the_mean_that_its_targets_tell():
 def test_the_weights_of_mixup_follow_the_beta_distribution(alpha):
   batch, own = digits(), []
   for key in jax.random.split(jax.random.key(1), 8000 // EXAMPLES):
-    own.append(np.diagonal(np.asarray(mixup.mixup(key, *batch, alpha)[1])))
+    own.append(np.diagonal(np.asarray(augmentation.mixup(key, *batch, alpha)[1])))
   own = np.concatenate(own)
   variance = 1 / (4 * (2 * alpha + 1))
   assert own.mean() == pytest.approx(0.5, abs=4 * (variance / 8000) ** 0.5)
@@ -54,7 +54,7 @@ def boxes(alpha, examples=400, height=60, width=100):
   odd = (np.arange(examples) % 2).astype(bool)
   images = jnp.asarray(odd, jnp.float32)[:, None, None, None] * jnp.ones((1, height, width, 2))
   targets = jax.nn.one_hot(odd.astype(np.int32), 2, dtype=jnp.float32)
-  pasted, weights = mixup.cutmix(jax.random.key(2), images, targets, alpha)
+  pasted, weights = augmentation.cutmix(jax.random.key(2), images, targets, alpha)
   np.testing.assert_array_equal(pasted[..., 0], pasted[..., 1])
   of_class_1 = np.asarray(pasted[..., 0])
   assert set(np.unique(of_class_1)) <= {0.0, 1.0}
@@ -86,7 +86,7 @@ def test_the_sides_of_a_box_follow_the_square_root():
 
 def test_pixels_come_from_the_example_or_the_next_one():
   images, targets = digits()
-  pasted, weights = mixup.cutmix(jax.random.key(3), images, targets, 1.0)
+  pasted, weights = augmentation.cutmix(jax.random.key(3), images, targets, 1.0)
   following = jnp.roll(images, -1, axis=0)
   assert bool(((pasted == images) | (pasted == following)).all())
   assert bool((pasted != images).any()) and bool((pasted != following).any())
@@ -95,7 +95,7 @@ def test_pixels_come_from_the_example_or_the_next_one():
 
 
 @pytest.mark.parametrize(
-  "function", [mixup.mixup, pytest.param(mixup.cutmix, marks=pytest.mark.long)]
+  "function", [augmentation.mixup, pytest.param(augmentation.cutmix, marks=pytest.mark.long)]
 )
 def test_the_key_decides_and_jit_and_vmap_do_not(function):
   images, targets = digits()
@@ -110,10 +110,10 @@ def test_the_key_decides_and_jit_and_vmap_do_not(function):
 @pytest.mark.parametrize(
   ("function", "axis_type"),
   [
-    (mixup.mixup, "Auto"),
-    (mixup.cutmix, "Explicit"),
-    pytest.param(mixup.mixup, "Explicit", marks=pytest.mark.long),
-    pytest.param(mixup.cutmix, "Auto", marks=pytest.mark.long),
+    (augmentation.mixup, "Auto"),
+    (augmentation.cutmix, "Explicit"),
+    pytest.param(augmentation.mixup, "Explicit", marks=pytest.mark.long),
+    pytest.param(augmentation.cutmix, "Auto", marks=pytest.mark.long),
   ],
 )
 def test_a_sharded_batch_is_mixed_up_the_same(function, axis_type):
@@ -125,7 +125,7 @@ def test_a_sharded_batch_is_mixed_up_the_same(function, axis_type):
 
 
 @pytest.mark.parametrize(
-  "function", [mixup.mixup, pytest.param(mixup.cutmix, marks=pytest.mark.long)]
+  "function", [augmentation.mixup, pytest.param(augmentation.cutmix, marks=pytest.mark.long)]
 )
 def test_an_example_alone_stays_and_dtypes_do(function):
   images, targets = digits(1)

@@ -18,7 +18,7 @@ import mnemonic_jax as mj
 from mnemonic_jax import data, models
 from mnemonic_jax import report as reports
 from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
-from mnemonic_jax.runs.hashing import params_sha256
+from mnemonic_jax.runs.files import params_sha256
 
 pytest_plugins = ["run_fixtures"]
 # Callbacks of Orbax's threads after a failed read or write; the commands hush them.

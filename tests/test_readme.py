@@ -18,8 +18,10 @@ def test_the_quick_start_forgets_and_the_guide_goes_on_from_it(capsys):
   assert after.forget_error >= 0.95 and after.retain_accuracy >= 0.94
   lowered = evaluate(names["logits_fn"], names["lowered"].params, test, classes=[0])
   assert lowered.forget_error == 1.0 and lowered.retain_accuracy >= before.retain_accuracy
+  default = evaluate(names["logits_fn"], names["by_default"].params, test, classes=[0])
+  assert default.forget_error == 1 and default.retain_accuracy >= before.retain_accuracy - 0.01
   printed = capsys.readouterr().out
-  assert printed.count("Scores(retain_accuracy=") == 3 and "kFLOP/example" in printed
+  assert printed.count("Scores(retain_accuracy=") == 4 and "kFLOP/example" in printed
   leaves = names["jax"].tree.leaves
   assert all(leaf.shape[0] == 10 for leaf in leaves((names["fisher"], names["each_params"])))
 

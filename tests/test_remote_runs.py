@@ -10,7 +10,6 @@ from etils import epath
 from etils.epath import testing
 
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.multihost import paths
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files
 from mnemonic_jax.runs.folder import RunFolder
@@ -55,7 +54,7 @@ def whole_forget(folder):
 def test_a_run_in_a_bucket_is_made_logged_resumed_and_forgets(bucket):
   config = configs.load("digits")
   run = RunFolder.create(epath.Path(RUN), config)
-  assert str(run.checkpoints) == str(paths.absolute(run.checkpoints)) == f"{RUN}/checkpoints"
+  assert str(run.checkpoints) == str(files.absolute(run.checkpoints)) == f"{RUN}/checkpoints"
   with run.locked(), run.metric_log(0) as log:
     for step in (1, 2, 3):
       log({"step": step, "loss": 0.5})

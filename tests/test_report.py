@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from report_samples import make_codes, make_evidence, make_report
 
-from mnemonic_jax.report import render, schema, verdicts, wording
+from mnemonic_jax.report import render, schema, wording
 
 VOID = {"meta", "img", "br", "col", "link", "input", "hr"}
 
@@ -254,7 +254,7 @@ class TestVerdictOfEachClass:
 
   def test_every_class_has_its_own(self) -> None:
     accuracies = [0.0, 0.06, 0.05, None]
-    found = verdicts.by_name(accuracies, [3, 0, 1, 2], ["cat", "dog", "elk", "fox"])
+    found = wording.verdicts(accuracies, [3, 0, 1, 2], ["cat", "dog", "elk", "fox"])
     expected = {
       "cat": ("forgotten", "test", 1.0),
       "dog": ("not forgotten", "test", 0.94),
@@ -264,16 +264,16 @@ class TestVerdictOfEachClass:
     assert {name: tuple(one.values()) for name, one in found.items()} == expected
 
   def test_a_name_that_two_classes_have_is_told_apart(self) -> None:
-    found = verdicts.by_name([0.0, 1.0, 0.0], [0, 1, 2], ["crane", "crane", "owl"])
+    found = wording.verdicts([0.0, 1.0, 0.0], [0, 1, 2], ["crane", "crane", "owl"])
     assert list(found) == ["crane (0)", "crane (1)", "owl"]
 
   def test_the_worst_counts_of_any_class_and_any_copy(self) -> None:
     good, bad, unknown = (
-      {"verdicts": verdicts.by_name([accuracy], [0], ["cat"])} for accuracy in (0.0, 1.0, None)
+      {"verdicts": wording.verdicts([accuracy], [0], ["cat"])} for accuracy in (0.0, 1.0, None)
     )
-    assert verdicts.all_of([good]) == "forgotten"
-    assert verdicts.all_of([good, unknown]) == "not measured"
-    assert verdicts.all_of([unknown, bad, good]) == "not forgotten"
+    assert wording.worst([good]) == "forgotten"
+    assert wording.worst([good, unknown]) == "not measured"
+    assert wording.worst([unknown, bad, good]) == "not forgotten"
 
 
 def averaged(**changes: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from PIL import Image
 from report_samples import make_codes, make_evidence
 
 from mnemonic_jax.report import histograms, pictures, tables, wording
-from mnemonic_jax.report.confusion import confusion, shades
+from mnemonic_jax.report.by_class import confusion, shades
 
 
 @pytest.mark.parametrize(

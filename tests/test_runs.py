@@ -23,7 +23,7 @@ from mnemonic_jax.errors import Interrupted, MnemonicError
 from mnemonic_jax.progress import Progress
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evidence, files, inference, records, signals
+from mnemonic_jax.runs import files, finished, scoring, signals
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
@@ -259,7 +259,7 @@ def test_a_run_of_format_1_goes_on(forgotten, tmp_path):
   report = json.loads((folder / "report.json").read_text())
   as_format_1(forgotten)
   before = snapshot(forgotten)
-  read, _ = records.read(folder)
+  read, _ = finished.read(folder)
   assert read == report | {"time": None}
   result = call("train", "digits", "--out", forgotten, *TINY, "--json").json
   assert result["resumed_from_epoch"] == 3
@@ -279,12 +279,12 @@ def test_a_report_of_format_1_with_an_average(forgotten):
   average = {key: report[key] for key in reports.schema.COPY}
   file.write_text(json.dumps(report | {"copies": {"ema": average}}))
   as_format_1(forgotten)
-  read, _ = records.read(file.parent)
+  read, _ = finished.read(file.parent)
   assert read == report | {"copies": {"ema": average}, "time": None}
   old = json.loads(file.read_text())
   file.write_text(json.dumps({key: old[key] for key in old if key != "lambda2"}))
   with pytest.raises(MnemonicError, match=r"report\.json: was edited, or half-written"):
-    records.read(file.parent)
+    finished.read(file.parent)
 
 
 def test_a_copy_that_still_knows_a_class_makes_the_verdict(trained_once):
@@ -554,12 +554,12 @@ def test_a_model_that_answers_nan_names_no_class(trained_once):
   dataset = data.load("digits")
   model = trained_run.restore(run, dataset)
   broken = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), model.params)
-  (seen,) = inference.predict_each(model.logits_fn, [broken], dataset.test, dataset.preprocess)
+  (seen,) = scoring.predict_each(model.logits_fn, [broken], dataset.test, dataset.preprocess)
   assert set(seen.predictions.tolist()) == {-1}
-  predict = lambda candidates, split: inference.predict_each(
+  predict = lambda candidates, split: scoring.predict_each(
     model.logits_fn, candidates, split, dataset.preprocess
   )
-  (scored,) = evidence.scored(predict, [broken], dataset, [3])
+  (scored,) = scoring.scored(predict, [broken], dataset, [3])
   assert (scored.scores.retain_accuracy, scored.scores.forget_error) == (0.0, 1.0)
   assert scored.scores.per_class.tolist() == [0.0] * 10
 

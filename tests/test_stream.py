@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from mnemonic_jax import _trees, data
 from mnemonic_jax.data import decoding
-from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.data.split import Stream
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.progress import Progress
 from mnemonic_jax.runs import config as configs
@@ -270,7 +270,7 @@ def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(
   with monkeypatch.context() as patched:
     patched.setattr(decoding, "random_resized_crop", crop)
     patched.setattr(
-      "mnemonic_jax.data.stream._AHEAD", 1
+      "mnemonic_jax.data.split._AHEAD", 1
     )  # one thread, so that the ninth is of the third step
     message = call(*words, run).refusal()
   assert (

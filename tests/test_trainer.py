@@ -15,8 +15,8 @@ from mnemonic_jax.data.split import Split
 from mnemonic_jax.errors import UsageError
 from mnemonic_jax.multihost.sharding import Layout, make_mesh
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import inference, setup
-from mnemonic_jax.runs.batches import StoredFeed
+from mnemonic_jax.runs import scoring, setup
+from mnemonic_jax.runs.train import StoredFeed
 
 pytest_plugins = ["run_fixtures", "stream_fixtures"]
 
@@ -122,7 +122,7 @@ def test_predictions_on_a_mesh_are_those_of_one_device(count):
   params, _ = model.init(jax.random.key(0))
   candidates = [params, jax.tree.map(lambda x: -x, params)]
   found = [
-    inference.predict_each(model.logits_fn({}), candidates, split, dataset.preprocess, layout)
+    scoring.predict_each(model.logits_fn({}), candidates, split, dataset.preprocess, layout)
     for layout in (Layout(), Layout(make_mesh(2, 4)))
   ]
   for one, mesh in zip(*found, strict=True):

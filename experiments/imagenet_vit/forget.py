@@ -31,8 +31,8 @@ from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import setup
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.config import Config
-from mnemonic_jax.runs.hashing import to_host
-from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.files import to_host
+from mnemonic_jax.runs.scoring import predict_each
 from mnemonic_jax.runs.trained import Trained
 
 # Codes that a device sees at once, where execution.microbatch does not say how many all see.

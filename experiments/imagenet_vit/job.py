@@ -11,12 +11,12 @@ from typing import Any
 import jax
 from etils import epath
 
-from mnemonic_jax.cli import compilation_cache, jobs
+from mnemonic_jax.cli import commands, compilation_cache
 from mnemonic_jax.cli.parser import add_job_flags, dotted_overrides
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import processes, sharding
-from mnemonic_jax.multihost.watchdog import Watchdog
+from mnemonic_jax.multihost.processes import Watchdog
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, setup, signals
 from mnemonic_jax.runs.config import Config
@@ -43,7 +43,7 @@ def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Seq
   compilation_cache.enable()
   signals.exit_at_once()
   try:
-    with jobs.joined(options) as watchdog:
+    with commands.joined(options) as watchdog:
       # Also where several processes would agree on a step: there is none.
       signals.exit_at_once()
       job = _planned(options, overrides, watchdog)

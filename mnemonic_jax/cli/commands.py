@@ -7,25 +7,25 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from etils import epath
 
-from mnemonic_jax import report as reports
-from mnemonic_jax.cli import compilation_cache, jobs
-from mnemonic_jax.data import decoded
-from mnemonic_jax.errors import MnemonicError, UsageError, nearest
-from mnemonic_jax.multihost import paths, processes
-from mnemonic_jax.report import schema, tables, wording
+from mnemonic_jax.cli import compilation_cache
+from mnemonic_jax.data import prepared
+from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.methods.search import CannotForget
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.processes import Watchdog
+from mnemonic_jax.report import schema, wording
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evaluate as evaluate_run
-from mnemonic_jax.runs import export as export_run
-from mnemonic_jax.runs import files, records, setup
+from mnemonic_jax.runs import files, finished, learned, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
-from mnemonic_jax.runs.checkpoints import is_checkpoint, newest, restore_codes
+from mnemonic_jax.runs.checkpoints import is_checkpoint, newest
 from mnemonic_jax.runs.folder import RunFolder
 
 
@@ -34,8 +34,13 @@ def run(options: argparse.Namespace) -> None:
   if not os.environ.get("MNEMONIC_DEBUG"):
     _leave_stderr_to_us()
   compilation_cache.enable()
-  decoded.drop_orphans()
-  result, text = _VERBS[options.command](options)
+  prepared.drop_orphans()
+  try:
+    result, text = _VERBS[options.command](options)
+  except CannotForget as error:
+    if options.json and processes.is_writer():
+      print(files.dumps({"error": str(error), "curve": error.curve}), flush=True)
+    raise
   if not processes.is_writer():
     return
   try:
@@ -46,6 +51,20 @@ def run(options: argparse.Namespace) -> None:
     raise OSError(
       f"stdout: {error}; {options.command} itself is done, only its result could not be printed"
     ) from error
+
+
+@contextmanager
+def joined(options: argparse.Namespace) -> Iterator[Watchdog]:
+  """Join the other processes, if there are any, and watch them for the length of the block."""
+  processes.initialize(
+    options.coordinator,
+    options.process_id,
+    options.num_processes,
+    startup_timeout=options.startup_timeout,
+    peer_timeout=options.peer_timeout,
+  )
+  with Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+    yield watchdog
 
 
 def _leave_stderr_to_us() -> None:
@@ -61,17 +80,26 @@ def _leave_stderr_to_us() -> None:
 def _run(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   config = configs.load(options.config, options.overrides)
   dataset = setup.load_data(config, options.data_dir)
-  forget_run.check_request(config, config.forget.classes, dataset.class_names)
+  names, learns = dataset.class_names, config.codes.rate == 0
+  forget_run.check_request(config, config.forget.classes, names, learned=learns)
   folder = RunFolder.create(options.out or epath.Path("runs") / config.name, config)
   layout = setup.make_layout(config, dataset)
   trained = train_run.train(folder, dataset, train_run.Options(layout))
-  forgotten = forget_run.forget(folder, dataset, config.forget.classes)
-  text = f"{_train_text(trained)}\n\n{_forget_text(forgotten, dataset.class_names)}"
-  return {"train": trained, "forget": forgotten}, text
+  result, texts = {"train": trained}, [_train_text(trained)]
+  path = learned.path_in(folder)
+  if learns and not path.exists():
+    found = learned.learn(
+      trained_run.restore(folder, dataset), config, dataset, path, learned.Request()
+    )
+    result["codes"] = found
+    texts.append(_codes_text(found))
+  result["forget"] = forget_run.forget(folder, dataset, config.forget.classes)
+  texts.append(_forget_text(result["forget"], names))
+  return result, "\n\n".join(texts)
 
 
 def _train(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  with jobs.joined(options) as watchdog:
+  with joined(options) as watchdog:
     config = configs.load(options.config, options.overrides)
     watchdog.phase(f"opening the data set {config.data.name}")
     dataset = setup.load_data(config, options.data_dir)
@@ -91,6 +119,42 @@ def _train_text(result: dict[str, Any]) -> str:
   )
 
 
+def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  request = learned.Request(options.recall, options.per_class, options.beside, options.seed)
+  if options.config is not None or is_checkpoint(options.run):
+    if options.config is None or options.out is None:
+      missing = "--config" if options.config is None else "--out"
+      raise UsageError(
+        f"{missing}: missing; {options.run} is no run folder. For a plain checkpoint: mnemonic "
+        f"codes {options.run} --config CONFIG --out FILE"
+      )
+    learned.refuse_existing(options.out)
+    config = configs.load(options.config, options.overrides)
+    dataset = setup.load_data(config, options.data_dir)
+    trained = trained_run.restore_plain(options.run, config, dataset, needs_codes=False)
+    result = learned.learn(trained, config, dataset, options.out, request)
+    return result, _codes_text(result)
+  if options.out is not None:
+    raise UsageError("--out: is for a plain checkpoint; a run keeps its codes in RUN/codes.")
+  folder = RunFolder.open(options.run)
+  path = learned.path_in(folder)
+  learned.refuse_existing(path)
+  dataset = setup.load_data(folder.config, options.data_dir)
+  with folder.locked():
+    trained = trained_run.restore(folder, dataset)
+    result = learned.learn(trained, folder.config, dataset, path, request)
+  return result, _codes_text(result)
+
+
+def _codes_text(result: dict[str, Any]) -> str:
+  judges = f", {result['judges']} judges" if result["judges"] else ""
+  done = "learned" if "training examples" in result["read"] else "recalled"
+  return (
+    f"{done} {result['per_class']} codes of each of {result['classes']} classes{judges} in "
+    f"{result['seconds']:.1f} s\n  read  {', '.join(result['read'])}\n  file  {result['file']}"
+  )
+
+
 def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   if options.config is not None or is_checkpoint(options.run):
     return _forget_plain(options)
@@ -98,6 +162,8 @@ def _forget(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     raise UsageError(
       "--out: is for a plain checkpoint, with --config; a run keeps its forgets in RUN/forgets."
     )
+  if options.codes is not None:
+    raise UsageError("--codes: is for a plain checkpoint; a run has its own in RUN/codes.")
   folder = RunFolder.open(options.run)
   _require_sections(options.overrides, "forget", "execution")
   folder.config = configs.build(
@@ -128,7 +194,9 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     dataset = trained_run.without_data(config, options.run)
   else:
     dataset = setup.load_data(config, options.data_dir, training=False)
-  result = forget_run.forget_plain(options.run, options.out, config, dataset, options.classes)
+  result = forget_run.forget_plain(
+    options.run, options.out, config, dataset, options.classes, options.codes
+  )
   return result, _forget_text(result, dataset.class_names)
 
 
@@ -161,10 +229,10 @@ def _forget_text(result: dict[str, Any], names: Sequence[str]) -> str:
   total = seconds.pop("total")
   parts = ", ".join(f"{name} {value:.3g}" for name, value in seconds.items())
   settings = dict(result["method"])
-  method = f"{settings.pop('name')}, {tables.named_values(settings)}"
+  method = f"{settings.pop('name')}, {wording.named_values(settings)}"
   return (
     f"{done} {classes} in {total:.2f} s ({parts})\n{table}\n"
-    f"  method   {method}; {tables.named_values(result['info'])}\n"
+    f"  method   {method}; {wording.named_values(result['info'])}\n"
     f"  verdict  {told}\n  report   {result['report']}"
   )
 
@@ -176,7 +244,7 @@ def _percent(share: float | None) -> str:
 def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
   dataset = setup.load_data(folder.config, options.data_dir, training=False)
-  result = evaluate_run.evaluate(folder, dataset, options.classes)
+  result = finished.evaluate(folder, dataset, options.classes)
   classes = ", ".join(wording.class_label(c, dataset.class_names) for c in result["classes"])
   lines = [f"test set of {dataset.name}, classes {classes} counted as forgotten"]
   shown = {
@@ -198,24 +266,12 @@ def _evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _report(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   folder = RunFolder.open(options.run)
-  finished = folder.finished_forget(options.number)
-  report, evidence = records.read(finished)
-  codes = None
-  if not options.hide_codes:
-    if not paths.children(folder.checkpoints, "[0-9]*"):
-      raise MnemonicError(
-        f"{folder.path}: has no checkpoint, so the codes are missing. Leave them out with "
-        "--hide-codes."
-      )
-    codes = restore_codes(folder.checkpoints)
-  page = finished / "report.html"
-  with folder.locked():
-    files.write_text(page, reports.render(report, evidence, codes))
+  page = finished.write_page(folder, options.number, hide_codes=options.hide_codes)
   return {"report": str(page)}, str(page)
 
 
 def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  result = export_run.export(options.run, options.out, options.number, ema=options.ema)
+  result = finished.export(options.run, options.out, options.number, ema=options.ema)
   classes = ", ".join(map(str, result["classes"]))
   text = (
     f"exported {result['arrays']} arrays of {result['forget']} (forgot {classes})\n"
@@ -239,6 +295,7 @@ def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 _VERBS = {
   "run": _run,
   "train": _train,
+  "codes": _codes,
   "forget": _forget,
   "evaluate": _evaluate,
   "report": _report,

@@ -62,6 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
   )
   verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
   _add_training(verbs)
+  _add_codes(verbs)
   _add_forget(verbs)
   _add_reading(verbs)
   return parser
@@ -119,6 +120,29 @@ def _count(text: str) -> int:
   return int(text)
 
 
+def _add_codes(verbs: Any) -> None:
+  purpose = "learn the codes of a trained model, from its training data or from the model alone"
+  example = (
+    "mnemonic codes runs/a\n  mnemonic codes CHECKPOINT --config digits --out codes.safetensors"
+  )
+  codes = _verb(verbs, "codes", purpose, example, overrides=True)
+  codes.add_argument(
+    "run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint"
+  )
+  codes.add_argument(
+    "--recall", action="store_true", help="read no picture: recall the codes from the model alone"
+  )
+  codes.add_argument("--per-class", type=_count, metavar="N", help="codes of each class")
+  codes.add_argument(
+    "--beside", type=_count, default=0, metavar="N", help="recalled codes beside the learned ones"
+  )
+  codes.add_argument("--seed", type=_count, default=0, help="the same seed gives the same codes")
+  codes.add_argument(
+    "--config", help="for a plain checkpoint: a named config or a TOML file with its model"
+  )
+  codes.add_argument("--out", type=epath.Path, help="for a plain checkpoint: a new file")
+
+
 def _add_forget(verbs: Any) -> None:
   example = (
     "mnemonic forget runs/a --classes dog 5 --method perturbation --set lambda1=1e-3\n"
@@ -144,6 +168,9 @@ def _add_forget(verbs: Any) -> None:
   )
   forget.add_argument(
     "--out", type=epath.Path, help="for a plain checkpoint: a new folder for the result"
+  )
+  forget.add_argument(
+    "--codes", type=epath.Path, metavar="FILE", help="for a plain checkpoint: its learned codes"
   )
   forget.add_argument(
     "--unscored", action="store_true", help="score nothing, for example if the data set is gone"

@@ -8,11 +8,23 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
-from mnemonic_jax.data import augmentation, digits, prepared
-from mnemonic_jax.data.split import Split, require_labels
-from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.data import augmentation, prepared
+from mnemonic_jax.data.split import Batch, Split, Stream, require_labels
 from mnemonic_jax.errors import MnemonicError, UsageError, nearest
+
+__all__ = [
+  "NAMES",
+  "NORMALIZATIONS",
+  "Batch",
+  "Dataset",
+  "Split",
+  "Stream",
+  "absent",
+  "load",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +68,10 @@ _CHANNELS = {
   "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
   "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 } | dict.fromkeys(prepared.STREAMED, _IMAGENET)
+NAMES = ("digits", *prepared.NAMES)
 NORMALIZATIONS = ("dataset", "half")
+_TEST_SHARE = 0.2  # of the digits
+_SPLIT_SEED = 0  # one split of the digits for every training seed
 
 
 def load(
@@ -71,7 +86,7 @@ def load(
   """Load a data set by name: the digits of scikit-learn, or a set that TFDS has prepared.
 
   Args:
-    name: "digits" or one of `prepared.NAMES`.
+    name: one of `NAMES`.
     data_dir: the folder of prepared sets.
     side: height and width of streamed images, in pixels.
     augment: one of `augmentation.NAMES`. Streamed sets cut their random crops as they decode.
@@ -84,10 +99,8 @@ def load(
     UsageError: an unknown name, or an augmentation that the set does not have.
     MnemonicError: the set is missing, damaged, or has labels that do not fit its classes.
   """
-  if name not in ("digits", *prepared.NAMES):
-    raise UsageError(
-      f"data.name: unknown data set {name!r}. {nearest(name, ('digits', *prepared.NAMES))}"
-    )
+  if name not in NAMES:
+    raise UsageError(f"data.name: unknown data set {name!r}. {nearest(name, NAMES)}")
   if augment in augmentation.STREAMED and name not in prepared.STREAMED:
     raise UsageError(
       f"data.augment: got {augment!r} for {name}; "
@@ -95,11 +108,29 @@ def load(
     )
   channels = ((0.5,), (0.5,)) if normalization == "half" else _CHANNELS.get(name, ((0.0,), (1.0,)))
   if name == "digits":
-    return Dataset(name, *digits.load(), 16, *channels)
+    return Dataset(name, *_digits(), 16, *channels)
   parts = prepared.load(name, data_dir, side=side, crop=augment in augmentation.STREAMED)
   dataset = Dataset(name, *parts, 255, *channels)
   _check_classes(dataset, training)
   return dataset
+
+
+def _digits() -> tuple[Split, Split, tuple[str, ...]]:
+  """Split the 1,797 real handwritten digits, 8x8, that scikit-learn ships, stratified by class.
+
+  Source: Alpaydin and Kaynak (1998).
+  """
+  digits = load_digits()
+  images = digits.images[..., None].astype(np.uint8)
+  labels = digits.target.astype(np.int32)
+  train_images, test_images, train_labels, test_labels = train_test_split(
+    images, labels, test_size=_TEST_SHARE, stratify=labels, random_state=_SPLIT_SEED
+  )
+  return (
+    Split(train_images, train_labels),
+    Split(test_images, test_labels),
+    tuple(str(i) for i in range(10)),
+  )
 
 
 def absent(name: str, shape: Sequence[int], num_classes: int) -> Dataset:

@@ -48,6 +48,16 @@ class Convolution:
   misfit = "convolved in an unusual way"
 
   @property
+  def groups(self) -> int:
+    """Groups of channels that do not mix."""
+    return self.parts
+
+  @property
+  def leaf_axes(self) -> tuple[list[int], list[int]]:
+    """The axes of the leaf that count features, and outputs."""
+    return [self.numbers.rhs_spec[1]], [self.numbers.rhs_spec[0]]
+
+  @property
   def held(self) -> int:
     """Numbers held at a time for any microbatch: a gradient, and the patches it is made of."""
     return math.prod(self.shape) + self._taps_at_once(1) * self.positions * self.features

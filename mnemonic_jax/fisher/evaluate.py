@@ -17,7 +17,7 @@ remat and cond too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -114,7 +114,7 @@ class Engine:
         waiting.clear()
 
     for step in planned.steps:
-      if "data" in step.kinds and not step.params:
+      if "data" in step.kinds and not step.params and not self.tracks(step, env):
         waiting.append(step.equation)
         continue
       if "data" in step.kinds:
@@ -145,6 +145,10 @@ class Engine:
   def tie(self, tie: tied.Tie, param: Param) -> Any:
     """What evaluates the uses of a param that several contractions read."""
     return _Tied(self, tie, param)
+
+  def tracks(self, step: Step, env: Mapping[Any, Any]) -> bool:
+    """Whether `follow` must see an equation of data by itself."""
+    return False
 
   def harvest(self) -> Any:
     """What an iteration of a scan has found, beside its results: nothing here."""

@@ -25,6 +25,8 @@ class Lookup:
 
   name = "lookup"
   read = written = None
+  groups = 1
+  leaf_axes: tuple[list[int], list[int]] = ([], [])  # no channels are mixed
   index, data_index = 0, 1
   positions = 1
 

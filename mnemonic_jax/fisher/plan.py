@@ -35,7 +35,7 @@ _REARRANGING = frozenset(
   {"reshape", "transpose", "squeeze", "expand_dims", "rev", "slice", "split", "concatenate"}
   | {"copy", "copy_p"}
 )
-_IN_PARTS = ("slice", "split", "concatenate")
+IN_PARTS = ("slice", "split", "concatenate")
 # These are the identity to a squared gradient; the dummies keep their own sign and precision.
 _IDENTITIES = frozenset(
   {"neg", "convert_element_type", "reduce_precision", "sharding_constraint", "layout_constraint"}
@@ -73,7 +73,7 @@ class Step(NamedTuple):
   @property
   def read_in_parts(self) -> frozenset[int]:
     """The params that it cuts up, or scans along an axis for which they have no units."""
-    if self.how == REARRANGED and self.equation.primitive.name in _IN_PARTS:
+    if self.how == REARRANGED and self.equation.primitive.name in IN_PARTS:
       return self.params
     if self.how == SCAN:
       return _params_of(kind for kind in self.kinds if isinstance(kind, Params) and not kind.whole)
@@ -223,7 +223,7 @@ def _treatment(equation: Any, operands: Sequence[Kind]) -> tuple[str, frozenset[
   name, everything, nothing = equation.primitive.name, _params_of(operands), frozenset[int]()
   if not everything or name == "stop_gradient":
     return MAPPED, nothing, ""
-  if how := _gives_params(equation, operands):
+  if how := gives_params(equation, operands):
     return how, nothing, ""
   if rule := BY_PRIMITIVE.get(name):
     params = [index for index, kind in enumerate(operands) if isinstance(kind, Params)]
@@ -241,7 +241,7 @@ def _treatment(equation: Any, operands: Sequence[Kind]) -> tuple[str, frozenset[
   return MAPPED, everything, f"used in {name}"
 
 
-def _gives_params(equation: Any, operands: Sequence[Kind]) -> str | None:
+def gives_params(equation: Any, operands: Sequence[Kind]) -> str | None:
   """How each element of the result is one of a param, none there twice; None if it is not."""
   name = equation.primitive.name
   if name == "broadcast_in_dim":
@@ -286,6 +286,11 @@ def _window(equation: Any) -> tuple[Sequence[int], Sequence[int]] | None:
   if equation.primitive.name != "slice":
     return None
   return equation.params["start_indices"], equation.params["limit_indices"]
+
+
+def read_apart(equations: Sequence[Any]) -> bool:
+  """Whether equations that read one variable are slices without a common element."""
+  return _apart([_window(equation) for equation in equations])
 
 
 def _apart(windows: Sequence[Any]) -> bool:

@@ -53,6 +53,16 @@ class Product:
   misfit = "multiplied with no data"
 
   @property
+  def groups(self) -> int:
+    """Groups of channels that do not mix."""
+    return self.batch
+
+  @property
+  def leaf_axes(self) -> tuple[list[int], list[int]]:
+    """The axes of the leaf that are contracted, and those that stay."""
+    return self._width_axes, self._free
+
+  @property
   def held(self) -> int:
     """Numbers held at a time, whatever the microbatch."""
     return 0 if self.positions == 1 else math.prod(self.shape)

@@ -43,11 +43,7 @@ def sites(
     weights: (G, N), those of each group's mean.
   """
   walk = _Walk(sums.Groups(weights))
-  args: list[Any] = [*leaves, *map(Data, examples)]
-  for index, leaf in enumerate(leaves):
-    if planned.inputs[index] != "const":
-      args[index] = Param(leaf, *sums.dummies(leaf, weights))
-  walk.evaluate_all(planned, *args)
+  walk.evaluate_all(planned, *_arguments(planned, leaves, examples, weights))
   mean = lambda x: jnp.einsum("gn,...nf->...gf", weights, x, precision=jax.lax.Precision.HIGHEST)
   pairs = zip(known(planned), walk.found, strict=True)
   return [Site(*site, *map(mean, arrays)) for site, arrays in pairs]
@@ -62,6 +58,38 @@ def known(planned: Plan) -> Iterator[tuple[frozenset[int], str]]:
       yield from known(step.inner[0])
 
 
+def reads(
+  planned: Plan, leaves: Sequence[jax.Array], examples: Sequence[jax.Array]
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Find what each contraction reads of each example, in the order of the data.
+
+  Each use of a leaf counts as a contraction, and so does each iteration of a scan. What stands
+  inside a cond is not looked at.
+
+  Args:
+    planned, leaves, examples: as for `sites`.
+
+  Returns:
+    One array (N, F) a contraction, averaged over positions and float32 at least; and the results
+    of the function, each with its axis of examples.
+  """
+  weights = jnp.zeros((1, len(examples[0])))
+  walk = _Reading(sums.Groups(weights))
+  results = walk.evaluate_all(planned, *_arguments(planned, leaves, examples, weights))
+  return [read for read, _ in walk.found], results
+
+
+def _arguments(
+  planned: Plan, leaves: Sequence[jax.Array], examples: Sequence[jax.Array], weights: jax.Array
+) -> list[Any]:
+  """The inputs of a plan as the engine takes them."""
+  args: list[Any] = [*leaves, *map(Data, examples)]
+  for index, leaf in enumerate(leaves):
+    if planned.inputs[index] != "const":
+      args[index] = Param(leaf, *sums.dummies(leaf, weights))
+  return args
+
+
 class _Walk(Engine):
   """Follows a plan forward and keeps what contractions read (..., N, F) and write (..., N, O)."""
 
@@ -73,8 +101,8 @@ class _Walk(Engine):
     """Evaluate the operation, and keep its mean arrays."""
     (output,), rule = on_batch(run, args), step.rule
     if rule.read is not None and rule.written is not None:
-      read = _mean(args[rule.data_index].value, rule.read)
-      self.found.append((read, _mean(output.value, rule.written)))
+      read = mean_over_positions(args[rule.data_index].value, rule.read)
+      self.found.append((read, mean_over_positions(output.value, rule.written)))
     return [output]
 
   def copied(self, param: Param) -> Any:
@@ -110,13 +138,40 @@ class _Walk(Engine):
     self.found = [tuple(pair) for pair in found]
 
 
+class _Reading(_Walk):
+  """Keeps one read a contraction, in the order of the data; the writes stand beside them."""
+
+  def tie(self, tie: Any, param: Param) -> Any:
+    """Each use of a leaf is a contraction."""
+    return _Used(self)
+
+  def scan(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+    """Give each iteration its own place."""
+    outside, self.found = self.found, []
+    outs = Engine.scan(self, step, run, args)
+    length, backward = step.equation.params["length"], step.equation.params["reverse"]
+    order = reversed(range(length)) if backward else range(length)
+    apart = [(read[index], written[index]) for index in order for read, written in self.found]
+    self.found = outside + apart
+    return outs
+
+
+class _Used:
+  def __init__(self, walk: _Walk) -> None:
+    self.walk = walk
+
+  def use(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
+    """Evaluate one of the uses, and keep what it reads."""
+    return self.walk.contracted(step, run, args)
+
+
 class _Untied:
   def use(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
     """Evaluate one of the uses, with the param as a constant."""
     return on_batch(run, args)
 
 
-def _mean(x: jax.Array, axes: Sequence[int]) -> jax.Array:
+def mean_over_positions(x: jax.Array, axes: Sequence[int]) -> jax.Array:
   """(N, *shape) -> (N, F): the mean over all axes of one example but `axes`, flattened."""
   others = [axis for axis in range(x.ndim - 1) if axis not in axes]
   ordered = x.transpose(0, *(1 + axis for axis in (*others, *axes)))

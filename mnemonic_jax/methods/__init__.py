@@ -4,10 +4,13 @@
 its class to `METHODS`.
 """
 
+from mnemonic_jax.methods.dampening import Dampening
+from mnemonic_jax.methods.drop_row import DropRow
 from mnemonic_jax.methods.perturbation import Perturbation
+from mnemonic_jax.methods.projection import Projection
 from mnemonic_jax.methods.protocol import Method as Method
 from mnemonic_jax.methods.protocol import name_of
 from mnemonic_jax.methods.protocol import require_method as require_method
 from mnemonic_jax.methods.protocol import settings as settings
 
-METHODS = {name_of(cls): cls for cls in (Perturbation,)}
+METHODS = {name_of(cls): cls for cls in (Projection, DropRow, Dampening, Perturbation)}

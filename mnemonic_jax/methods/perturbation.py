@@ -11,10 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import _checks, _trees
+from mnemonic_jax.methods import search
 from mnemonic_jax.methods.problem import CodeScores, Problem
 from mnemonic_jax.methods.protocol import Info, method
 
 PyTree = Any
+
+# The paper's grid.
+_LAMBDA1 = tuple(10.0**e for e in range(-6, 1))
+_LAMBDA2 = tuple(10.0**e for e in range(-1, 6))
 
 
 @method
@@ -41,16 +46,21 @@ class Perturbation:
   Raises:
     TypeError: not a number. ValueError: negative, NaN or infinite, or arrays that are no pairs.
 
+  Without numbers those of the paper's grid (powers of ten from 1e-6 to 1 and from 0.1 to 1e5) and
+  both signs are searched by judges.
+
   >>> Perturbation(lambda1=1e-3, lambda2=10.0)
   Perturbation(lambda1=0.001, lambda2=10.0)
 
   Source: Yamashita, Yamada, Shibata (2024), section 3.2.
   """
 
-  lambda1: Any
-  lambda2: Any
+  lambda1: Any = None
+  lambda2: Any = None
 
   def __post_init__(self) -> None:
+    if self.lambda1 is None and self.lambda2 is None:
+      return
     for name in ("lambda1", "lambda2"):
       if _checks.is_concrete(value := getattr(self, name)):
         _checks.require_finite_number(name, value)
@@ -61,10 +71,19 @@ class Perturbation:
         "arrays (S,) of strengths to try in pairs."
       )
 
+  @property
+  def to_search(self) -> tuple[str, ...]:
+    """The settings that a search chooses."""
+    return ("lambda1", "lambda2") if self.lambda1 is None else ()
+
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget. `info` holds the "sign" that was kept, and the "method" if there were several."""
+    if self.to_search:
+      search.require_judges(problem, "lambda1, lambda2")
     axes = problem.layer_axes
     eta = _amplitudes(axes, problem.fishers())
+    if self.to_search:
+      return _searched(problem, eta)
     resolution = _resolution(problem.forget, problem.remain, problem.codes.shape[1])
 
     def better_sign(strength: Perturbation) -> tuple[jax.Array, CodeScores]:
@@ -80,6 +99,21 @@ class Perturbation:
       info["method"] = strength = jax.tree.map(lambda x: jnp.asarray(x)[best], self)
     info["sign"], _ = better_sign(strength)
     return _moved(axes, strength, problem.params, eta, info["sign"]), info
+
+
+def _searched(problem: Problem, eta: PyTree) -> tuple[PyTree, Info]:
+  """Try the grid of the paper's strengths in both directions, and keep what judges like best."""
+  axes, params = problem.layer_axes, problem.params
+  pairs = np.array([(a, b, sign) for a in _LAMBDA1 for b in _LAMBDA2 for sign in (1, -1)])
+  lambda1, lambda2, signs = pairs.T
+  strengths = Perturbation(lambda1.astype(np.float32), lambda2.astype(np.float32))
+  signs = signs.astype(np.int32)
+  sizes = np.asarray(problem.map(lambda one: _size(axes, one, eta), strengths))
+  moved = lambda one: _moved(axes, one[0], params, eta, one[1])
+  index, curve = search.best(problem, "lambda1, lambda2", (strengths, signs), moved, sizes)
+  found = Perturbation(float(lambda1[index]), float(lambda2[index]))
+  sign = signs[index]
+  return _moved(axes, found, params, eta, sign), {"method": found, "sign": sign, **curve}
 
 
 @partial(jax.jit, static_argnums=2)

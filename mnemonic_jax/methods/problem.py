@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _checks, _mesh, _trees
+from mnemonic_jax import _checks, _mesh, _trees, learning
 from mnemonic_jax._functions import Static
 from mnemonic_jax._types import PerExampleLoss
 from mnemonic_jax.evaluation import retain_and_forget
 from mnemonic_jax.fisher import loss_checks, passes, sites
+from mnemonic_jax.learning import Predicted
 
 PyTree = Any
 
@@ -48,6 +49,14 @@ class Site(NamedTuple):
   writes: jax.Array  # (C, O), or (layers, C, O)
 
 
+class Judges(NamedTuple):
+  """Codes that stand for clusters of examples, see `LearnedCodes`."""
+
+  inputs: jax.Array  # (C, J, *shape)
+  weights: jax.Array  # (C, J)
+  accuracy: jax.Array  # (C, J)
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
   """The static part of a forget. Equal requests share their compiled programs."""
@@ -73,6 +82,7 @@ class Problem:
     params: what may be changed, as it was given.
     codes: (C, K, *shape).
     forget, remain: (C,) bool, the classes of both sides; a class may be in neither.
+    judges: what foretells accuracy on data; None if the codes have none.
   """
 
   request: Request = dataclasses.field(metadata={"static": True})
@@ -81,6 +91,7 @@ class Problem:
   codes: jax.Array
   forget: jax.Array
   remain: jax.Array
+  judges: Judges | None = None
 
   @property
   def inputs(self) -> jax.Array:
@@ -150,6 +161,20 @@ class Problem:
   def scores_of(self, logits: jax.Array, params: PyTree) -> CodeScores:
     """Score params by the logits (N, C) that they give on the codes."""
     return _scores(self.request.loss, logits, self.labels, self.forget, self.remain, params)
+
+  def predicted(self, params: PyTree, *, head_edited: bool = False) -> Predicted:
+    """Predict A_R and E_F on data, by the judges; a problem without judges has no prediction.
+
+    NaN where judges do not give the accuracy that was measured before (`learning.calibrated`).
+
+    `head_edited`: with the logits of the classes to forget out of the way, as the head edit has it.
+    """
+    if self.judges is None:
+      raise ValueError("judges: got None; expected codes of mnemonic_jax.learn_codes with judges.")
+    inputs, *measured = self.judges
+    shape, flat = inputs.shape[:2], inputs.reshape(-1, *inputs.shape[2:])
+    before, after = (self.logits(p, flat).reshape(*shape, -1) for p in (self.params, params))
+    return _predict(before, after, *measured, self.forget, self.remain, head_edited)
 
   def sites(self, params: PyTree) -> list[Site]:
     """Find what the contractions of the model read and write, on average over each class's codes.
@@ -266,7 +291,7 @@ def sites_program(
 ) -> list[tuple[jax.Array, jax.Array]]:
   """Run `Problem.sites`: for each site, the weighted sums of what it reads and writes."""
   with loss_checks.matmul_precision(request.precision):
-    planned = _plan(request, constants, params, inputs)
+    planned = plan_of_logits(request.function, constants, params, inputs, request.mask)
     leaves = jax.tree.leaves((params, constants))
     examples = [jnp.expand_dims(x, 1) for x in (inputs, jnp.zeros(len(inputs), jnp.int32))]
     found = sites.sites(planned, leaves, examples, weights)
@@ -277,14 +302,31 @@ def _known_sites(
   request: Request, constants: PyTree, params: PyTree, inputs: jax.Array
 ) -> list[tuple[frozenset[int], str]]:
   """Leaves and rule of each site."""
-  return list(sites.known(_plan(request, constants, params, inputs)))
+  planned = plan_of_logits(request.function, constants, params, inputs, request.mask)
+  return list(sites.known(planned))
 
 
-def _plan(request: Request, constants: PyTree, params: PyTree, inputs: jax.Array) -> Any:
-  mask = request.mask + (False,) * len(constants)
-  labels = jax.ShapeDtypeStruct((len(inputs),), jnp.int32)
+def class_weights(problem: Problem) -> jax.Array:
+  """(C, N), the weights of the mean over the codes of each class."""
+  num_classes, per_class = problem.codes.shape[:2]
+  return _mean_weights(tuple(np.eye(num_classes, dtype=bool)), per_class)
+
+
+def plan_of(problem: Problem) -> Any:
+  """The plan of the logits of one code; leaves of params come first among its inputs."""
+  request = problem.request
+  arguments = problem.constants, problem.params, problem.inputs
+  return plan_of_logits(request.function, *arguments, request.mask)
+
+
+def plan_of_logits(
+  function: Static, constants: PyTree, params: PyTree, inputs: Any, mask: tuple[bool, ...]
+) -> Any:
+  """The plan of the logits of one example; arrays may be abstract."""
+  labels = jax.ShapeDtypeStruct((inputs.shape[0],), jnp.int32)
   batch = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype), labels
-  return passes.plan_of(_Values(request.function), mask, (params, constants), batch)
+  frozen = (False,) * len(constants)
+  return passes.plan_of(_Values(function), mask + frozen, (params, constants), batch)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -306,6 +348,25 @@ def _scores(
     return jnp.sum(jnp.where(side, losses, 0)) / jnp.sum(side, dtype=losses.dtype)
 
   return CodeScores(retain_accuracy, forget_error, mean_loss(forget) - mean_loss(remain))
+
+
+@partial(jax.jit, static_argnums=6)
+def _predict(
+  before: jax.Array,
+  after: jax.Array,
+  weights: jax.Array,
+  accuracy: jax.Array,
+  forget: jax.Array,
+  remain: jax.Array,
+  head_edited: bool,
+) -> Predicted:
+  """Predict from the judges' logits (C, J, C) before and after; NaN if they are no good."""
+  if head_edited:
+    after = jnp.where(forget, -jnp.inf, after)
+  both = learning.margins(before), learning.margins(after)
+  good = learning.calibrated(both[0], weights, accuracy)
+  found = learning.predict(*both, weights, accuracy, forget, remain)
+  return Predicted(*(jnp.where(good, value, jnp.nan) for value in found))
 
 
 @partial(jax.jit, static_argnums=1)

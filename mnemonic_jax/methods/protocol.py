@@ -14,7 +14,7 @@ or, if it takes many steps from Python,
 `problem` is a `mnemonic_jax.methods.problem.Problem`. `params` have the structure, shapes and
 dtypes of `problem.params`: a method changes weights only. `info` is a dict of arrays that the
 method says of itself. Its key "method", if there is one, holds the method with the numbers that a
-search has chosen.
+search has chosen. A method that searches names the settings to search as `to_search`.
 """
 
 from __future__ import annotations
@@ -115,6 +115,11 @@ def require_method(method: Any, *, one_shot: bool = False) -> None:
     raise ValueError(
       f"method: {type(method).__name__} takes {method.steps} steps from Python; expected a method "
       "that can be traced. Call mnemonic_jax.forget."
+    )
+  if one_shot and (names := getattr(method, "to_search", ())):
+    raise ValueError(
+      f"method: {type(method).__name__} has {', '.join(names)} to search; expected all settings. "
+      "Call mnemonic_jax.forget, whose result.method has them."
     )
 
 

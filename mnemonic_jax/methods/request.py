@@ -13,7 +13,8 @@ import numpy as np
 from mnemonic_jax import _checks, _functions, _mesh, _trees, losses
 from mnemonic_jax._types import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution, door, loss_checks
-from mnemonic_jax.methods.problem import Problem, Request, WrongLogits, logits_program
+from mnemonic_jax.learning import LearnedCodes
+from mnemonic_jax.methods.problem import Judges, Problem, Request, WrongLogits, logits_program
 
 PyTree = Any
 
@@ -28,7 +29,7 @@ _rows = jax.jit(lambda x, rows: x[rows])
 def resolve(
   logits_fn: LogitsFn,
   params: PyTree,
-  codes: jax.Array,
+  codes: jax.Array | LearnedCodes,
   sides: tuple[Any, Any],
   loss: PerExampleLoss | None,
   mask: PyTree,
@@ -38,29 +39,42 @@ def resolve(
 ) -> Problem:
   """Check what needs no values, and gather it as a problem."""
   _checks.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
-  _checks.require_codes(codes)
-  sides = _check_masks(*sides, codes.shape[0])
+  plain, judges = taken_apart(codes)
+  _checks.require_codes(plain)
+  sides = _check_masks(*sides, plain.shape[0])
   if loss is not None:
     _checks.require_callable("loss", loss, "(logits, labels) -> (N,) losses")
   execution = door.require_execution(execution)
   function, constants = _functions.split(logits_fn)
   request = Request(
     function,
-    codes.shape[0],
+    plain.shape[0],
     losses.softmax_cross_entropy if loss is None else loss,
     _trees.mask_leaves(mask, params),
     _trees.axis_leaves(layer_axis, params),
     precision,
     execution.microbatch,
-    _mesh.Placement.of(params, (codes, sides), execution.shardings),
+    _mesh.Placement.of(params, (plain, sides), execution.shardings),
   )
-  problem = Problem(request, constants, params, _beside(jnp.asarray(codes), params), *sides)
+  judges = judges and Judges(_beside(judges.inputs, params), *judges[1:])
+  on_devices = _beside(jnp.asarray(plain), params)
+  problem = Problem(request, constants, params, on_devices, *sides, judges)
   _check_functions(problem)
   return problem
 
 
+def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None]:
+  """Codes as an array, and their judges if there are any."""
+  if not isinstance(codes, LearnedCodes):
+    return codes, None
+  if not codes.judges.shape[1]:
+    return codes.codes, None
+  return codes.codes, Judges(codes.judges, codes.judge_weights, codes.judge_accuracy)
+
+
 def sides_of(codes: Any, classes: Any, forgotten: Any) -> tuple[np.ndarray, np.ndarray]:
   """The classes of a request as masks (C,) of those to forget and those to keep."""
+  codes, _ = taken_apart(codes)
   _checks.require_codes(codes)
   num_classes = codes.shape[0]
   chosen = _checks.require_classes("classes", classes, num_classes)

@@ -15,7 +15,7 @@ from mnemonic_jax import _mesh
 from mnemonic_jax._functions import Bound
 from mnemonic_jax.models import text_head
 from mnemonic_jax.models.mlp import MLP
-from mnemonic_jax.models.resnet import ResNet
+from mnemonic_jax.models.resnet import ResNet, Statistics
 from mnemonic_jax.models.staged import pooled as pooled
 from mnemonic_jax.models.swin import Swin
 from mnemonic_jax.models.vit import ViT
@@ -38,6 +38,9 @@ class Model(NamedTuple):
     head: the keys of the last layer in params.
     layer_axis: which axis of each leaf counts layers, as a tree prefix that `forget` takes, so that
       a scanned and an unrolled model forget identically. None if no leaf is stacked.
+    statistics: (params, model_state, inputs) -> {name: (values (N, ..., F), mean (F,), variance
+      (F,))}, what each BatchNorm reads in evaluation mode, and its running statistics. None for a
+      model without BatchNorm.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
@@ -46,6 +49,7 @@ class Model(NamedTuple):
   stages: Callable[[PyTree, PyTree, jax.Array], dict[str, jax.Array]]
   head: tuple[str, ...]
   layer_axis: PyTree = None
+  statistics: Callable[[PyTree, PyTree, jax.Array], Statistics] | None = None
 
   def logits_fn(self, model_state: PyTree) -> Bound:
     """Bind a model state: (params, inputs) -> logits (N, C) in evaluation mode.
@@ -54,6 +58,15 @@ class Model(NamedTuple):
     state as an argument, so they do not keep it alive and serve another state too.
     """
     return Bound(_InEvaluation(self.apply), model_state)
+
+  def statistics_fn(self, model_state: PyTree) -> Bound | None:
+    """Bind a model state: (params, inputs) -> `statistics`, as `learn_codes` takes it.
+
+    None for a model without BatchNorm.
+    """
+    if self.statistics is None:
+      return None
+    return Bound(_StateFirst(self.statistics), model_state)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,16 @@ class _InEvaluation:
 
   def __call__(self, model_state: PyTree, params: PyTree, inputs: jax.Array) -> jax.Array:
     return self.apply(params, model_state, inputs, False)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _StateFirst:
+  """(model_state, params, inputs) -> what a function of (params, model_state, inputs) returns."""
+
+  function: Callable[[PyTree, PyTree, jax.Array], Any]
+
+  def __call__(self, model_state: PyTree, params: PyTree, inputs: jax.Array) -> Any:
+    return self.function(params, model_state, inputs)
 
 
 _RESNETS: dict[str, dict[str, Any]] = {
@@ -154,9 +177,11 @@ def functional(
 ) -> Model:
   """Turn an NNX module with methods `stages`, `features` and `__call__` into a `Model`.
 
+  A module with BatchNorm has a method `statistics` too; see `ResNet`.
   `stacked` names the submodules whose params have a leading axis of layers.
   """
-  graph, *shapes = _split(nnx.eval_shape(lambda: make_module(nnx.Rngs(0))))
+  module = nnx.eval_shape(lambda: make_module(nnx.Rngs(0)))
+  graph, *shapes = _split(module)
   layer_axis = (
     {name: 0 if name in stacked else None for name in nnx.to_pure_dict(shapes[0])}
     if stacked
@@ -193,7 +218,12 @@ def functional(
   def stages(params: PyTree, model_state: PyTree, inputs: jax.Array) -> dict[str, jax.Array]:
     return bound(params, model_state, False).stages(inputs)
 
-  return Model(init, apply, features, stages, head, layer_axis)
+  def statistics(params: PyTree, model_state: PyTree, inputs: jax.Array) -> Statistics:
+    found: Statistics = bound(params, model_state, False).statistics(inputs)
+    return found
+
+  of_batch_norm = statistics if hasattr(module, "statistics") else None
+  return Model(init, apply, features, stages, head, layer_axis, of_batch_norm)
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:

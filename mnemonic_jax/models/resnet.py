@@ -10,6 +10,9 @@ from flax import nnx
 
 from mnemonic_jax.models.staged import Staged
 
+# {name: (values (N, ..., F), mean (F,), variance (F,))}: what each BatchNorm reads and keeps.
+Statistics = dict[str, tuple[jax.Array, jax.Array, jax.Array]]
+
 _kernel_init = jax.nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -41,6 +44,16 @@ def _norm(num: int, rngs: nnx.Rngs, *, dtype: Any) -> nnx.BatchNorm:
   return nnx.BatchNorm(num, momentum=0.9, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
 
+def _normalized(
+  module: nnx.Module, name: str, x: jax.Array, seen: Statistics | None, path: str = ""
+) -> jax.Array:
+  """Normalise x by the BatchNorm `name` of a module, and note in `seen` what it reads."""
+  norm = getattr(module, name)
+  if seen is not None:
+    seen[path + name] = x, norm.mean[...], norm.var[...]
+  return norm(x)
+
+
 class _Block(nnx.Module):
   """A residual block, relu(x + f(x)); a 1x1 convolution projects x where f changes its shape."""
 
@@ -62,12 +75,13 @@ class _Block(nnx.Module):
       self.shortcut = _conv(first, last, 1, rngs, stride=stride, dtype=dtype)
       self.shortcut_norm = _norm(last, rngs, dtype=dtype)
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, seen: Statistics | None = None, path: str = "") -> jax.Array:
+    norm = lambda name, x: _normalized(self, name, x, seen, path)
     y = x
     for index in range(1, self.depth + 1):
-      y = getattr(self, f"norm{index}")(getattr(self, f"conv{index}")(y))
+      y = norm(f"norm{index}", getattr(self, f"conv{index}")(y))
       y = jax.nn.relu(y) if index < self.depth else y
-    shortcut = self.shortcut_norm(self.shortcut(x)) if self.projects else x
+    shortcut = norm("shortcut_norm", self.shortcut(x)) if self.projects else x
     return jax.nn.relu(shortcut + y)
 
 
@@ -126,14 +140,21 @@ class ResNet(Staged):
         num_in = out
     self.head = nnx.Linear(num_in, num_classes, dtype=dtype, rngs=rngs)
 
-  def stages(self, inputs: jax.Array) -> dict[str, jax.Array]:
-    """See `Staged`."""
-    x = jax.nn.relu(self.stem_norm(self.stem(inputs)))
+  def statistics(self, inputs: jax.Array) -> Statistics:
+    """Return {name: (inputs (N, H, W, F), running mean (F,), running variance (F,))}."""
+    seen: Statistics = {}
+    self.stages(inputs, seen)
+    return seen
+
+  def stages(self, inputs: jax.Array, seen: Statistics | None = None) -> dict[str, jax.Array]:
+    """See `Staged`; `seen` takes what each BatchNorm reads."""
+    x = jax.nn.relu(_normalized(self, "stem_norm", self.stem(inputs), seen))
     outputs = {"stem": x}
     if not self.small_stem:
       x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
     for stage, depth in enumerate(self.depths, 1):
       for block in range(1, depth + 1):
-        x = getattr(self, f"stage{stage}_block{block}")(x)
+        name = f"stage{stage}_block{block}"
+        x = getattr(self, name)(x, seen, name + ".")
       outputs[f"stage{stage}"] = x
     return outputs | {"features": x.mean((1, 2))}

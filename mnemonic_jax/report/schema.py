@@ -156,8 +156,12 @@ REPORT: dict[str, Check] = {
   "codes_sha256": _TEXT,
   "versions": _map_of(_anything),
 }
-# A moving average of the params, where one is kept.
-_OPTIONAL_REPORT = {"copies": _object({"ema": _object(COPY)})}
+# What judges foresaw; null without judges.
+PREDICTED = {
+  "predicted": _or_null(_object({"retain_accuracy": _fraction, "forget_error": _fraction}))
+}
+# And a moving average of the params, where one is kept.
+_OPTIONAL_REPORT = {"copies": _object({"ema": _object(COPY, PREDICTED)}), **PREDICTED}
 
 # ---- the evidence: what the page shows beyond the forget JSON
 

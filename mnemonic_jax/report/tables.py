@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mnemonic_jax.report.schema import moving_average, number
-from mnemonic_jax.report.wording import UNIT, clean, duration, percent, scientific
+from mnemonic_jax.report.wording import UNIT, clean, duration, named_values, percent, scientific
 
 LAYERS_SHOWN = 24  # with more, the most moved ones
 
@@ -153,6 +153,7 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
     ("Method", clean(method.pop("name"))),
     ("Its settings", named_values(method)),
     ("What it reports", named_values(report["info"])),
+    ("Predicted by judges", _prediction(report.get("predicted"))),
     ("Read to forget", _listed(read["forget"])),
     ("Read to score", "nothing" if read["score"] is None else f"{clean(read['score'])} examples"),
     ("Time", "not recorded" if report["time"] is None else clean(report["time"])),
@@ -163,22 +164,20 @@ def facts(report: Mapping[str, Any], evidence: Mapping[str, Any]) -> tuple[tuple
   )
 
 
-def named_values(values: Mapping[str, Any]) -> str:
-  """Return settings or info as text: "lambda1 = 0.001, lambda2 = 10"."""
-  return ", ".join(f"{clean(str(k))} = {_value(v)}" for k, v in values.items()) or "none"
-
-
-def _value(value: Any) -> str:
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return f"{value:g}" if is_number else clean(str(value), 120)
-
-
 def _title(name: str) -> str:
   return clean(name.replace("_", " ").capitalize())
 
 
 def _listed(names: Sequence[str]) -> str:
   return " and ".join(clean(name) for name in names)
+
+
+def _prediction(predicted: Mapping[str, Any] | None) -> str:
+  """What judges foresaw, beside which the measured scores stand."""
+  if predicted is None:
+    return "not predicted"
+  retain, error = (percent(number(predicted[k])) for k in ("retain_accuracy", "forget_error"))
+  return f"accuracy of kept classes {retain}, error of forgotten ones {error}"
 
 
 def fingerprints(report: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:

@@ -1,17 +1,20 @@
-"""Say numbers and outcomes in plain words: the same words for the same result, good or bad."""
+"""Decide what counts as forgotten, and say numbers and outcomes in plain words.
+
+The same words for the same result, good or bad.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mnemonic_jax.report import verdicts
 from mnemonic_jax.report.schema import number
-from mnemonic_jax.report.verdicts import ENOUGH_ERROR
 
+ENOUGH_ERROR = 0.95  # a class counts as forgotten from this error on
+_WORST_FIRST = ("not forgotten", "not measured", "forgotten")
 CHEAP_LOSS = 0.02  # a forget is cheap up to this loss of accuracy on the kept classes
 NO_EXAMPLES = "no examples"
 UNIT = "\u00a0%"  # the space keeps a number and its unit on one line
@@ -112,15 +115,67 @@ def class_list(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> 
   return f"classes {', '.join(labels[:-1])} and {labels[-1]}"
 
 
+def named_values(values: Mapping[str, Any]) -> str:
+  """Return settings or info as text: "lambda1 = 0.001, lambda2 = 10"."""
+  return ", ".join(f"{clean(str(k))} = {_value(v)}" for k, v in values.items()) or "none"
+
+
+def _value(value: Any) -> str:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return f"{value:g}" if is_number else clean(str(value), 120)
+
+
+def outcome(error: float) -> str:
+  """Return the verdict on one class, or on several together, from the error after a forget.
+
+  >>> outcome(0.95), outcome(0.94), outcome(float("nan"))
+  ('forgotten', 'not forgotten', 'not measured')
+  """
+  if math.isnan(error):
+    return "not measured"
+  return "forgotten" if error >= ENOUGH_ERROR else "not forgotten"
+
+
+def class_errors(accuracies: Sequence[float | None], classes: Iterable[int]) -> dict[int, float]:
+  """Return the error on each of `classes`, NaN for one without examples, free of rounding."""
+  return {c: round(1 - number(accuracies[c]), 9) for c in sorted(classes)}
+
+
+def verdicts(
+  accuracies: Sequence[float | None], classes: Iterable[int], names: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+  """Return the "verdicts" of the forget JSON, by class name.
+
+  A name that two classes have is told apart by its index. Without test examples of a class, there
+  is no evidence and no error: both are None.
+  """
+  found = {}
+  for c, error in class_errors(accuracies, classes).items():
+    measured = not math.isnan(error)
+    name = names[c] if list(names).count(names[c]) == 1 else f"{names[c]} ({c})"
+    found[name] = {
+      "verdict": outcome(error),
+      "evidence": "test" if measured else None,
+      "error": error if measured else None,
+    }
+  return found
+
+
+def worst(copies: Iterable[Mapping[str, Any]]) -> str:
+  """Return the worst verdict on any class in any copy of the params."""
+  outcomes = (one["verdict"] for copy in copies for one in copy["verdicts"].values())
+  return min(outcomes, key=_WORST_FIRST.index)
+
+
 def badge(report: Mapping[str, Any]) -> tuple[str, str, str]:
   """Return (kind, symbol, label) of a forget: "good", "costly", "failed" or "unknown".
 
   It judges by the error on each of the forgotten classes, and by the loss on the kept ones
   together. `report` is the forget JSON, or what it says of the moving average.
   """
-  errors = verdicts.class_errors(report["per_class_accuracy_after"], report["classes"])
-  outcomes = [verdicts.of_error(error) for error in errors.values()]
-  together = verdicts.of_error(number(report["forget_error_after"]))
+  errors = class_errors(report["per_class_accuracy_after"], report["classes"])
+  outcomes = [outcome(error) for error in errors.values()]
+  together = outcome(number(report["forget_error_after"]))
   costly = _loss(report) > CHEAP_LOSS
   if together == "not measured":
     kind, symbol, label = "unknown", "?", "Not measured"
@@ -176,9 +231,9 @@ def _changed(report: Mapping[str, Any], score: str) -> str:
 
 def _meaning_of_error(report: Mapping[str, Any], names: Sequence[str]) -> str:
   error = number(report["forget_error_after"])
-  errors = verdicts.class_errors(report["per_class_accuracy_after"], report["classes"])
-  remembered = [c for c in errors if verdicts.of_error(errors[c]) == "not forgotten"]
-  unmeasured = [c for c in errors if verdicts.of_error(errors[c]) == "not measured"]
+  errors = class_errors(report["per_class_accuracy_after"], report["classes"])
+  remembered = [c for c in errors if outcome(errors[c]) == "not forgotten"]
+  unmeasured = [c for c in errors if outcome(errors[c]) == "not measured"]
   one = len(errors) == 1
   these, needed = "this class" if one else "these classes", f"{100 * ENOUGH_ERROR:.0f}{UNIT}"
   if math.isnan(error):

@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.multihost import paths
+from mnemonic_jax.runs.files import absolute
 from mnemonic_jax.training import TrainState
 
 PyTree = Any
@@ -46,7 +46,7 @@ class Checkpoints:
       enable_async_checkpointing=True,
     )
     try:
-      self._manager = ocp.CheckpointManager(paths.absolute(folder), options=options)
+      self._manager = ocp.CheckpointManager(absolute(folder), options=options)
     except (OSError, ValueError) as error:
       raise MnemonicError(
         f"{folder}: cannot be opened for checkpoints: {_first_line(error)}"
@@ -134,7 +134,7 @@ class Checkpoints:
 
 def require_plain(folder: epath.PathLike) -> None:
   """Refuse a path that Orbax reads as a pattern: it would not find its own files again."""
-  path = str(paths.absolute(folder))
+  path = str(absolute(folder))
   if not fnmatch.fnmatchcase(path, path):
     raise MnemonicError(
       f"{path}: has [ and ], which Orbax reads as a pattern; it could not read its files back. "
@@ -174,7 +174,7 @@ def stored_shapes(folder: epath.PathLike) -> PyTree:
     )
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      found = checkpointer.metadata(paths.absolute(folder)).item_metadata
+      found = checkpointer.metadata(absolute(folder)).item_metadata
     if found is None:
       raise ValueError("_METADATA is damaged")
     shape = lambda x: (
@@ -196,7 +196,7 @@ def restore_parts(folder: epath.PathLike, parts: PyTree) -> PyTree:
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
       args = ocp.args.PyTreeRestore(parts, restore_args=on_host, partial_restore=True)
-      return checkpointer.restore(paths.absolute(folder), args=args)
+      return checkpointer.restore(absolute(folder), args=args)
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(
       f"{folder}: cannot be restored: {_first_line(error)} The files are damaged."
@@ -208,7 +208,7 @@ def save_params(folder: epath.PathLike, params: PyTree) -> None:
   require_plain(folder)
   try:
     with ocp.StandardCheckpointer() as checkpointer:
-      checkpointer.save(paths.absolute(folder), params)
+      checkpointer.save(absolute(folder), params)
   except (OSError, ValueError, RuntimeError) as error:
     raise MnemonicError(f"{folder}: cannot write the params: {_first_line(error)}") from error
 
@@ -218,7 +218,7 @@ def restore_params(folder: epath.PathLike, params: PyTree) -> PyTree:
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       return checkpointer.restore(
-        paths.absolute(folder), jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
+        absolute(folder), jax.tree.map(ocp.utils.to_shape_dtype_struct, params)
       )
   except Exception as error:  # as in Checkpoints.restore
     raise MnemonicError(

@@ -66,7 +66,16 @@ def _class(name: str, value: Any) -> int | str:
   return value
 
 
-def _settings(name: str, value: Any) -> dict[str, float]:
+def _settings(name: str, value: Any) -> dict[str, Any]:
   if not isinstance(value, Mapping):
     raise UsageError(f"{name}: got {value!r}; expected a table, such as {{ lambda1 = 1e-3 }}.")
-  return {key: check(f"{name}.{key}", item, float, {}) for key, item in value.items()}
+  return {key: _setting(f"{name}.{key}", item) for key, item in value.items()}
+
+
+def _setting(name: str, value: Any) -> Any:
+  """A setting of a method: a number of at least 0, true or false, or names."""
+  if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+    return tuple(value)
+  if type(value) not in (bool, int, float):
+    raise UsageError(f"{name}: got {value!r}; expected a number, true, false or a list of names.")
+  return value if type(value) is bool else check(name, value, type(value), {})

@@ -1,26 +1,69 @@
-"""Write files so that a reader, or a kill at any moment, never sees half of one."""
+"""Files of a run, local or in an object store (gs://), which can neither rename nor lock.
+
+A reader, or a kill at any moment, never sees half of a file. Hashes name the very arrays that a
+record is about.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import fcntl
+import fnmatch
+import hashlib
 import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from etils import epath
 
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.multihost import paths, processes
+from mnemonic_jax.multihost import processes
 
 # Errors of a folder on a file system where folders cannot be flushed.
 _NO_FLUSH = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 UNFINISHED = ".unfinished-"  # starts the names of folders that are not whole yet
+
+
+def is_remote(path: os.PathLike[str] | str) -> bool:
+  """Tell whether a path lies in an object store.
+
+  >>> is_remote(epath.Path("gs://bucket/run")), is_remote("runs/a")
+  (True, False)
+  """
+  return "://" in os.fspath(path)
+
+
+def absolute(path: os.PathLike[str] | str) -> epath.Path:
+  """Make a path absolute, as Orbax wants it; `epath` would put the working directory before gs://.
+
+  >>> str(absolute("gs://bucket/run"))
+  'gs://bucket/run'
+  """
+  found = epath.Path(path)
+  return found if is_remote(found) else found.absolute()
+
+
+def children(folder: epath.Path, pattern: str) -> list[epath.Path]:
+  """What lies in a folder under names of a pattern; nothing if there is no such folder.
+
+  Not `epath`'s own glob, which would take the folder's path for a pattern too.
+
+  >>> children(epath.Path("no such folder"), "*")
+  []
+  """
+  return (
+    [path for path in folder.iterdir() if fnmatch.fnmatchcase(path.name, pattern)]
+    if folder.is_dir()
+    else []
+  )
 
 
 @contextlib.contextmanager
@@ -32,7 +75,7 @@ def written(path: epath.PathLike) -> Iterator[epath.Path]:
   there.
   """
   path = epath.Path(path)
-  if paths.is_remote(path):
+  if is_remote(path):
     with _failing_as(path), tempfile.TemporaryDirectory() as folder:
       yield (local := epath.Path(folder) / path.name)
       path.write_bytes(local.read_bytes())
@@ -76,7 +119,7 @@ def make_folder(final: epath.PathLike, fill: Callable[[epath.Path], None]) -> No
   """
   final = epath.Path(final)
   with _failing_as(final):
-    if paths.is_remote(final) or processes.several():
+    if is_remote(final) or processes.several():
       final.mkdir(parents=True, exist_ok=True)
       fill(final)
       return
@@ -184,3 +227,43 @@ def plain(value: Any) -> Any:
   if isinstance(value, float) and not math.isfinite(value):
     return None
   return value
+
+
+def to_host(array: Any) -> np.ndarray:
+  """Copy an array to the host.
+
+  An array spread over several processes is gathered from all of them: then all must call this.
+  """
+  if (
+    isinstance(array, jax.Array)
+    and not array.is_fully_addressable
+    and not array.is_fully_replicated
+  ):
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+  return np.asarray(array)
+
+
+def params_sha256(params: Any) -> str:
+  """Hash the leaves in the order of their paths, one leaf at a time.
+
+  SHA-256 of, for each leaf: its path as `jax.tree_util.keystr` writes it, its dtype name and
+  str(shape), each as UTF-8 with a NUL byte after it; then its bytes, little-endian, in C order.
+  """
+  digest = hashlib.sha256()
+  leaves = {
+    jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  for path in sorted(leaves):
+    array = to_host(leaves[path])
+    for text in (path, array.dtype.name, str(array.shape)):
+      digest.update(text.encode("utf-8") + b"\0")
+    array = np.ascontiguousarray(array)
+    digest.update((array.byteswap() if sys.byteorder == "big" else array).tobytes())
+  return digest.hexdigest()
+
+
+def array_sha256(array: Any) -> str:
+  """Hash an array's bytes in C order."""
+  return hashlib.sha256(np.ascontiguousarray(to_host(array)).tobytes()).hexdigest()

@@ -14,7 +14,7 @@ from etils import epath
 
 import mnemonic_jax
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.multihost import paths, processes
+from mnemonic_jax.multihost import processes
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, format1, metrics
 from mnemonic_jax.runs.config import Config
@@ -68,7 +68,7 @@ class RunFolder:
         old = RunFolder.open(path)
         if _identity(old.config) == _identity(self.config):
           return
-        if paths.children(self.checkpoints, "[0-9]*") or self._numbered_forgets():
+        if files.children(self.checkpoints, "[0-9]*") or self._numbered_forgets():
           raise MnemonicError(
             f"{path}: holds a run with other settings ({_difference(old.config, self.config)}). "
             "Nothing was changed; choose another --out, or repeat the settings of that run to "
@@ -148,7 +148,7 @@ class RunFolder:
 
   @contextmanager
   def _lock(self) -> Iterator[None]:
-    if paths.is_remote(self.path):
+    if files.is_remote(self.path):
       yield
       return
     lock = filelock.FileLock(self.path / ".lock")
@@ -193,7 +193,7 @@ class RunFolder:
   def _numbered_forgets(self) -> list[epath.Path]:
     """List forgets/NNNN, finished or not, by number."""
     numbered = [
-      path for path in paths.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()
+      path for path in files.children(self.path / "forgets", "[0-9]*") if path.name.isdecimal()
     ]
     return sorted(numbered, key=lambda path: int(path.name))
 

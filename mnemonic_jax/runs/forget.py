@@ -13,20 +13,17 @@ from etils import epath
 from mnemonic_jax import forgetting, methods
 from mnemonic_jax import report as reports
 from mnemonic_jax.data import Dataset
-from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
-from mnemonic_jax.report import verdicts
+from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
-from mnemonic_jax.runs import classes as run_classes
-from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import evidence, files, setup
+from mnemonic_jax.runs import files, scoring
+from mnemonic_jax.runs import learned as learned_codes
 from mnemonic_jax.runs.checkpoints import require_plain, save_params
-from mnemonic_jax.runs.config import Config
-from mnemonic_jax.runs.evidence import Predict, Scored
+from mnemonic_jax.runs.config import Config, make_method
 from mnemonic_jax.runs.folder import RunFolder, versions
-from mnemonic_jax.runs.hashing import params_sha256, to_host
-from mnemonic_jax.runs.inference import predict_each
+from mnemonic_jax.runs.scoring import Predict, Scored
 from mnemonic_jax.runs.trained import Trained, restore, restore_plain
 
 OneShot = Callable[[Any], ForgetResult]  # the params before -> the forgotten ones
@@ -45,31 +42,29 @@ def check_request(
   requested: Sequence[int | str],
   class_names: Sequence[str],
   earlier: Sequence[int] = (),
+  *,
+  ours: bool = True,
+  learned: bool = False,
 ) -> Asked:
-  """Refuse what a run of this config cannot forget, before anything is computed.
+  """Refuse what cannot be forgotten, before anything is computed.
+
+  Args:
+    earlier: classes that the run was asked to forget before.
+    ours: whether the model was trained by this config, so that its `codes.rate` tells of codes.
+    learned: whether there are learned codes.
 
   Raises:
     UsageError: bad classes, or a method that is missing or has bad settings.
-    MnemonicError: the run was trained without codes.
+    MnemonicError: the run was trained without codes, and has not learned them since.
   """
-  asked = _asked(config, requested, class_names, earlier)
-  if config.codes.rate == 0:
+  indices = resolve(requested, class_names)
+  if ours and config.codes.rate == 0 and not learned:
     raise MnemonicError(
-      "codes.rate: got 0; the model was trained without codes, so codes tell nothing about its "
-      "classes. Train with --codes.rate 0.1 into a new folder."
+      "codes.rate: got 0; the model was trained without codes, and has no learned ones. Learn "
+      "them: mnemonic codes RUN."
     )
-  return asked
-
-
-def _asked(
-  config: Config,
-  requested: Sequence[int | str],
-  class_names: Sequence[str],
-  earlier: Sequence[int] = (),
-) -> Asked:
-  found = run_classes.resolve(requested, class_names)
-  classes = run_classes.union(found, earlier, class_names)
-  return Asked(found, classes, configs.make_method(config.forget))
+  method = make_method(config.forget, learned=learned)
+  return Asked(indices, union(indices, earlier, class_names), method)
 
 
 def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> dict[str, Any]:
@@ -81,10 +76,22 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> 
   require_plain(run.path)
   with run.locked():
     earlier = run.forgotten_classes()
-    asked = check_request(run.config, requested, dataset.class_names, earlier)
-    report, fill = described(restore(run, dataset), run.config, dataset, asked)
+    path = learned_codes.path_in(run)
+    names = dataset.class_names
+    asked = check_request(run.config, requested, names, earlier, learned=path.exists())
+    trained = restore(run, dataset)
+    if path.exists():
+      trained = with_learned(trained, path, dataset)
+    report, fill = described(trained, run.config, dataset, asked)
     folder = run.add_forget(fill)
   return _placed(report, folder)
+
+
+def with_learned(trained: Trained, path: epath.Path, dataset: Dataset) -> Trained:
+  """The trained model with the learned codes of a file in place of its own."""
+  params = files.params_sha256(trained.params)
+  found = learned_codes.load(path, params, len(dataset.class_names), dataset.shape)
+  return trained._replace(codes=found)
 
 
 def forget_plain(
@@ -93,14 +100,17 @@ def forget_plain(
   config: Config,
   dataset: Dataset,
   requested: Sequence[int | str],
+  codes: epath.Path | None = None,
 ) -> dict[str, Any]:
   """Forget `requested` in a checkpoint that the user's own training loop wrote.
 
   `out`, a new folder, gets what forgets/NNNN of a run has. The checkpoint is not changed. Each call
-  starts from the checkpoint alone: name all classes to forget, earlier ones too.
+  starts from the checkpoint alone: name all classes to forget, earlier ones too. `codes` is a file
+  of learned codes; without it the checkpoint must hold the codes of its training.
   """
   require_plain(out)
-  asked = _asked(config, requested, dataset.class_names)
+  names, learned = dataset.class_names, codes is not None
+  asked = check_request(config, requested, names, ours=False, learned=learned)
   if out.exists() and not (out.is_dir() and not any(out.iterdir())):
     raise MnemonicError(
       f"{out}: is there already, and not empty. Nothing was changed; choose a new folder for --out."
@@ -110,7 +120,9 @@ def forget_plain(
       f"{out}: lies inside the checkpoint, which must not be changed. Choose another folder for "
       "--out."
     )
-  trained = restore_plain(checkpoint, config, dataset)
+  trained = restore_plain(checkpoint, config, dataset, needs_codes=codes is None)
+  if codes is not None:
+    trained = with_learned(trained, codes, dataset)
   report, fill = described(trained, config, dataset, asked)
   files.make_folder(out, fill)
   return _placed(report, out)
@@ -135,7 +147,7 @@ def described(
   """
   one_shot = one_shot or _on_one_device(trained, config, asked)
   if predict is None:
-    predict = lambda candidates, split: predict_each(
+    predict = lambda candidates, split: scoring.predict_each(
       trained.logits_fn, candidates, split, dataset.preprocess
     )
   before, average = trained.params, trained.ema_params
@@ -146,8 +158,9 @@ def described(
     of_average = one_shot(average)
     kept["ema_params"] = of_average.params
     candidates += [average, of_average.params]
-  scores = evidence.scored(predict, candidates, dataset, asked.classes)
+  scores = scoring.scored(predict, candidates, dataset, asked.classes)
   names = dataset.class_names
+  codes = getattr(trained.codes, "codes", trained.codes)
   report = {
     "requested": asked.requested,
     "classes": asked.classes,
@@ -159,16 +172,16 @@ def described(
     },
     **_outcome(before, result, scores[:2], asked, names),
     "checkpoint": str(trained.checkpoint),
-    "codes_sha256": setup.array_sha256(trained.codes),
+    "codes_sha256": files.array_sha256(codes),
     "versions": versions(),
   }
   if average is not None:
     report["copies"] = {"ema": _outcome(average, of_average, scores[3:], asked, names)}
-  report["verdict"] = verdicts.all_of([report, *report.get("copies", {}).values()])
-  shown = evidence.gather(config, dataset, before, result.params, scores[:3])
+  report["verdict"] = wording.worst([report, *report.get("copies", {}).values()])
+  shown = scoring.gather(config, dataset, before, result.params, scores[:3])
 
   def fill(folder: epath.Path) -> None:
-    page = reports.render(files.plain(report), files.plain(shown), to_host(trained.codes))
+    page = reports.render(files.plain(report), files.plain(shown), files.to_host(codes))
     for name, params in kept.items():
       save_params(folder / name, params)
     # In one line: the confusions of 1000 classes are two million counts.
@@ -201,6 +214,7 @@ def _outcome(
     "info": dict(result.info),
     "code_retain_accuracy": result.code_retain_accuracy,
     "code_forget_error": result.code_forget_error,
+    "predicted": None if result.predicted is None else result.predicted._asdict(),
   }
   for when, scored in zip(("before", "after"), scores, strict=True):
     outcome[f"retain_accuracy_{when}"] = scored.scores.retain_accuracy
@@ -208,8 +222,75 @@ def _outcome(
     outcome[f"per_class_accuracy_{when}"] = scored.scores.per_class
   after = outcome["per_class_accuracy_after"]
   return outcome | {
-    "verdicts": verdicts.by_name(after, asked.classes, names),
+    "verdicts": wording.verdicts(after, asked.classes, names),
     "seconds": dict(result.seconds),
-    "params_sha256_before": params_sha256(before),
-    "params_sha256_after": params_sha256(result.params),
+    "params_sha256_before": files.params_sha256(before),
+    "params_sha256_after": files.params_sha256(result.params),
   }
+
+
+def resolve(classes: Sequence[int | str], names: Sequence[str]) -> list[int]:
+  """Return the indices of `classes`, each an index or the exact name of a class.
+
+  A word that is the name of a class means that class, even where it looks like an index.
+
+  Args:
+    classes: integers are indices; words are names, or indices where no class is called so.
+    names: the class names of the data set, in label order.
+
+  Raises:
+    UsageError: no class, an unknown one, a name that two classes have, or one class twice.
+
+  >>> resolve(["dog", 0, "1"], ["cat", "bird", "dog"])
+  [2, 0, 1]
+  """
+  if not classes:
+    raise UsageError("classes: got none; expected at least one, for example --classes 0.")
+  found = [_index(one, names) for one in classes]
+  for position, index in enumerate(found):
+    if index in found[:position]:
+      asked = ", ".join(map(str, classes))
+      raise UsageError(
+        f"classes: got {asked}; class {index} ({names[index]}) is in it twice; expected each class "
+        "once."
+      )
+  return found
+
+
+def union(requested: Sequence[int], earlier: Sequence[int], names: Sequence[str]) -> list[int]:
+  """Return all classes to forget, those of earlier requests too; one class must stay."""
+  for index in earlier:
+    if not 0 <= index < len(names):
+      raise MnemonicError(
+        f"classes: an earlier forget of this run names class {index}; the data set has classes 0 "
+        f"to {len(names) - 1}. Its report.json was edited, or belongs to another run."
+      )
+  classes = sorted({*requested, *earlier})
+  if len(classes) == len(names):
+    before = " with those forgotten before" if earlier else ""
+    raise UsageError(f"classes: {list(requested)}{before} are all {len(names)}; one must stay.")
+  return classes
+
+
+def _index(one: int | str, names: Sequence[str]) -> int:
+  called = [index for index, name in enumerate(names) if name == one]
+  if len(called) > 1:
+    indices = " and ".join(map(str, called))
+    raise UsageError(f"classes: got {one!r}, which classes {indices} are called. Pass the index.")
+  if called:
+    return called[0]
+  index = _integer(one)
+  if index is not None and 0 <= index < len(names):
+    return index
+  expected = f"expected an index from 0 to {len(names) - 1}"
+  if list(names) == [str(index) for index in range(len(names))]:
+    raise UsageError(f"classes: got {one}; {expected}: no class has a name here.")
+  near = "" if index is not None else f" {nearest(str(one), names)}"
+  raise UsageError(f"classes: got {one}; {expected}, or the name of a class.{near}")
+
+
+def _integer(one: int | str) -> int | None:
+  try:
+    return int(one)
+  except ValueError:
+    return None

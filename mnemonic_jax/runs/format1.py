@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mnemonic_jax.report import verdicts
+from mnemonic_jax.report import wording
 
 _LAMBDAS = ("lambda1", "lambda2")
 
@@ -42,7 +42,7 @@ def report(old: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]:
       **{key: value for key, value in of.items() if key not in ("sign", *_LAMBDAS)},
       "method": {"name": "perturbation", **settings},
       "info": {"sign": of["sign"]},
-      "verdicts": verdicts.by_name(after, old["classes"], class_names),
+      "verdicts": wording.verdicts(after, old["classes"], class_names),
     }
 
   new = {
@@ -53,5 +53,5 @@ def report(old: Mapping[str, Any], class_names: list[str]) -> dict[str, Any]:
   }
   if "copies" in old:
     new["copies"] = {"ema": copy(old["copies"]["ema"])}
-  new["verdict"] = verdicts.all_of([new, *new.get("copies", {}).values()])
+  new["verdict"] = wording.worst([new, *new.get("copies", {}).values()])
   return new

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
-
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.runs import setup
-from mnemonic_jax.runs.config import Config
 
 # Dense bfloat16 FLOP/s of a device by jax's device_kind, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -28,26 +22,19 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: Config, dataset: Dataset) -> float:
-  """Return the FLOPs of one image forward, as XLA counts them.
-
-  Of the model without scan, whose body XLA would count once.
-  """
-  plain = dataclasses.replace(config.model, scan=False, remat=False, dtype="float32")
-  model = setup.make_model(dataclasses.replace(config, model=plain), dataset)
-  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
-  image = jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32)
-  forward = jax.jit(lambda p, s, x: model.apply(p, s, x, False)[0])
-  return float((forward.lower(params, model_state, image).cost_analysis() or {}).get("flops", 0.0))
-
-
 class Meter:
-  """Rates since the last reading."""
+  """Rates since the last reading.
 
-  def __init__(self, config: Config, dataset: Dataset, devices: int) -> None:
-    self._batch, self._devices = config.train.batch_size, devices
+  Args:
+    batch_size: examples in a step.
+    devices: how many share a step.
+    forward_flops: counts the FLOPs of one image forward; called where a device's peak is known.
+  """
+
+  def __init__(self, batch_size: int, devices: int, forward_flops: Callable[[], float]) -> None:
+    self._batch, self._devices = batch_size, devices
     self._peak = PEAK_FLOPS.get(jax.devices()[0].device_kind, 0.0)
-    self._flops = 3 * forward_flops(config, dataset) if self._peak else 0.0
+    self._flops = 3 * forward_flops() if self._peak else 0.0
     self._restart()
 
   def _restart(self) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from etils import epath
 
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.multihost import paths, processes
+from mnemonic_jax.multihost import processes
 from mnemonic_jax.runs import files
 
 _NAME = "metrics.jsonl"
@@ -64,7 +64,7 @@ def log(run: epath.Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]
     return
   with ExitStack() as stack:
     folder = run
-    if paths.is_remote(run):
+    if files.is_remote(run):
       folder = epath.Path(stack.enter_context(tempfile.TemporaryDirectory()))
       lines = (files.dumps(record) + "\n" for record in read(run))
       (folder / _NAME).write_text("".join(lines))

@@ -1,11 +1,10 @@
-"""From a config to the objects of a run: model, optimizer, first train state, codes."""
+"""From a config to the objects of a run: model, optimizer, first state, the compiled train step."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,12 @@ import optax
 
 from mnemonic_jax import codes as codes_stage
 from mnemonic_jax import data, models, training
-from mnemonic_jax.data import Dataset, mixup
-from mnemonic_jax.data.stream import Stream
+from mnemonic_jax.data import Dataset, Stream, augmentation
 from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.models import Model, pretrained
 from mnemonic_jax.multihost import processes, sharding
 from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs.config import Config, TrainConfig
-from mnemonic_jax.runs.hashing import to_host
 from mnemonic_jax.training import BlendFn, TrainState, init_train_state, with_ema
 
 
@@ -68,7 +65,7 @@ def plan(config: Config, dataset: Dataset) -> tuple[Model, optax.GradientTransfo
   return make_model(config, dataset), make_optimizer(train, total), steps_per_epoch, total
 
 
-def first_state(
+def init_state(
   config: Config,
   dataset: Dataset,
   model: Model,
@@ -131,23 +128,13 @@ def make_optimizer(train: TrainConfig, steps: int) -> optax.GradientTransformati
   return with_ema(optimizer, train.ema) if train.ema else optimizer
 
 
-def make_step(
-  config: Config, model: Model, optimizer: optax.GradientTransformation
-) -> training.Step:
-  """Make the train step of a config; see `training.make_train_step`."""
-  blend, rate, accumulate = make_blend(config.train), config.codes.rate, config.train.accumulate
-  return training.make_train_step(
-    model.apply, optimizer, rate=rate, blend=blend, accumulate=accumulate
-  )
-
-
 def make_blend(train: TrainConfig) -> BlendFn | None:
   """Mixup, CutMix or neither, then label smoothing; None where a config asks for none of them."""
   blend: BlendFn | None = None
   if train.mixup:
-    blend = partial(mixup.mixup, alpha=train.mixup)
+    blend = partial(augmentation.mixup, alpha=train.mixup)
   elif train.cutmix:
-    blend = partial(mixup.cutmix, alpha=train.cutmix)
+    blend = partial(augmentation.cutmix, alpha=train.cutmix)
   if not train.label_smoothing:
     return blend
 
@@ -167,6 +154,117 @@ def _kernels(params: Any) -> Any:
   )
 
 
-def array_sha256(array: Any) -> str:
-  """Hash an array's bytes in C order."""
-  return hashlib.sha256(np.ascontiguousarray(to_host(array)).tobytes()).hexdigest()
+class Program(NamedTuple):
+  """What a training compiles, and the abstract arrays, with their shardings, for it."""
+
+  model: Model
+  optimizer: optax.GradientTransformation
+  init: Any  # () -> (state, codes), each device its own shards
+  restart: Any  # (params, model_state, key) -> the state before the first step; params are donated
+  batch_step: training.BatchStep  # as it is traced
+  step: Any  # the same, jitted; the state is donated
+  arguments: tuple[Any, ...]  # of step: state, images, labels, codes, rows, epoch
+  steps_per_epoch: int
+  total_steps: int
+
+  @property
+  def state(self) -> TrainState:
+    """The abstract train state."""
+    return self.arguments[0]
+
+  @property
+  def codes(self) -> Any:
+    """The abstract codes."""
+    return self.arguments[3]
+
+
+def make_program(
+  config: Config, dataset: Dataset, layout: Layout | None = None, prng_impl: str | None = None
+) -> Program:
+  """Plan the training of a config; computes nothing and takes no memory.
+
+  Of the data set only its shapes and counts are read. Without `layout`, all is on the first device.
+
+  Raises:
+    ValueError: a batch, or a part of it, that does not spread evenly over the devices.
+  """
+  train, layout = config.train, layout or Layout()
+  layout.require_examples("train.batch_size", train.batch_size)
+  parts = train.batch_size // train.accumulate
+  layout.require_examples("train.batch_size / train.accumulate", parts)
+  model, optimizer, steps_per_epoch, total_steps = plan(config, dataset)
+  first = partial(init_state, config, dataset, model, optimizer, prng_impl)
+  state, codes = jax.eval_shape(first)
+  placed, copied, spread = layout.shardings(state), layout.copied, layout.examples
+
+  def restart(params: Any, model_state: Any, key: Any) -> TrainState:
+    return init_train_state(params, model_state, optimizer, key)
+
+  step = training.make_train_step(
+    model.apply,
+    optimizer,
+    rate=config.codes.rate,
+    blend=make_blend(train),
+    accumulate=train.accumulate,
+  )
+  augment = augmentation.NAMES[config.data.augment]
+  batch_step = training.make_batch_step(step, dataset.preprocess, augment)
+  inputs = (placed, spread, spread, copied, spread, copied)
+  size = train.batch_size
+  of = lambda sharding, shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  arguments = (
+    layout.abstract(state),
+    of(spread, (size, *dataset.shape), jnp.uint8),
+    of(spread, (size,), jnp.int32),
+    of(copied, codes.shape, codes.dtype),
+    of(spread, (size,), jnp.int32),
+    of(copied, (), jnp.int32),
+  )
+  return Program(
+    model,
+    optimizer,
+    jax.jit(first, out_shardings=(placed, copied)),
+    jax.jit(restart, out_shardings=placed, donate_argnums=0),
+    batch_step,
+    jax.jit(batch_step, in_shardings=inputs, out_shardings=(placed, copied), donate_argnums=0),
+    arguments,
+    steps_per_epoch,
+    total_steps,
+  )
+
+
+def first_state(config: Config, program: Program) -> tuple[TrainState, jax.Array]:
+  """Make the state and codes before the first step, with the weights of `model.pretrained`.
+
+  Each device gets its own shards alone, of the file too.
+  """
+  settings = config.model
+  if settings.pretrained:  # a wrong file is told before anything is compiled
+    processes.together(partial(pretrained.check, settings.pretrained, settings.name))
+  state, codes = program.init()
+  if settings.pretrained:
+    params, model_state, key = state.params, state.model_state, state.key
+    del state  # the optimizer's makes room for the weights
+    load = partial(pretrained.load, settings.pretrained, settings.name, params, model_state)
+    params, model_state = processes.together(partial(load, new_head=settings.new_head))
+    state = program.restart(params, model_state, key)
+  return state, codes
+
+
+def host_key(key: jax.Array) -> jax.Array:
+  """Copy a typed key that lies on a mesh to this process's first device."""
+  data = np.asarray(jax.random.key_data(key))
+  return jax.random.wrap_key_data(jnp.asarray(data), impl=jax.random.key_impl(key))
+
+
+def forward_flops(config: Config, dataset: Dataset) -> float:
+  """Return the FLOPs of one image forward, as XLA counts them.
+
+  Of the model without scan, whose body XLA would count once.
+  """
+  plain = dataclasses.replace(config.model, scan=False, remat=False, dtype="float32")
+  model = make_model(dataclasses.replace(config, model=plain), dataset)
+  params, model_state = jax.eval_shape(model.init, jax.random.key(0))
+  image = jax.ShapeDtypeStruct((1, *dataset.shape), jnp.float32)
+  forward = jax.jit(lambda p, s, x: model.apply(p, s, x, False)[0])
+  return float((forward.lower(params, model_state, image).cost_analysis() or {}).get("flops", 0.0))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,24 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import training
-from mnemonic_jax.data import Dataset
-from mnemonic_jax.data.split import Split
+from mnemonic_jax.data import Batch, Dataset, Split
 from mnemonic_jax.errors import MnemonicError
-from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.processes import Watchdog, is_writer
 from mnemonic_jax.multihost.sharding import Layout
-from mnemonic_jax.multihost.watchdog import Watchdog
 from mnemonic_jax.progress import Progress
-from mnemonic_jax.runs import batches, program, setup, signals
+from mnemonic_jax.runs import setup, signals
 from mnemonic_jax.runs.checkpoints import Checkpoints
-from mnemonic_jax.runs.config import Config
+from mnemonic_jax.runs.files import array_sha256, params_sha256
 from mnemonic_jax.runs.folder import RunFolder
-from mnemonic_jax.runs.hashing import params_sha256
-from mnemonic_jax.runs.inference import predict_each
 from mnemonic_jax.runs.meter import Meter, Profile
-from mnemonic_jax.runs.program import Program
+from mnemonic_jax.runs.scoring import predict_each
+from mnemonic_jax.runs.setup import Program
 from mnemonic_jax.training import TrainState
 
 Values = dict[str, float]
+Feed = Callable[[int, int], Iterator[Batch]]  # (first step, last step) -> the batches in between
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +63,14 @@ def train(run: RunFolder, dataset: Dataset, options: Options | None = None) -> d
   config, layout = run.config, options.layout
   with ExitStack() as stack:
     stack.enter_context(layout.used())
-    planned = program.make_program(config, dataset, layout, run.prng_impl)
+    planned = setup.make_program(config, dataset, layout, run.prng_impl)
     stack.enter_context(run.locked())
     run.require_config()
     keep = config.train.keep_checkpoints
     checkpoints = stack.enter_context(Checkpoints(run.checkpoints, keep=keep))
     options.watchdog.phase("making or restoring the first state")
     if checkpoints.latest_step() is None:
-      state, codes = program.first_state(config, planned)
+      state, codes = setup.first_state(config, planned)
     else:
       state, codes = checkpoints.restore(planned.state, planned.codes)
     first = int(state.step)
@@ -97,7 +97,7 @@ def train(run: RunFolder, dataset: Dataset, options: Options | None = None) -> d
       "test_accuracy": float(np.mean(test.predictions == test.labels)),
       "seconds": seconds,
       "checkpoint": str(run.checkpoints / str(int(state.step))),
-      "codes_sha256": setup.array_sha256(codes),
+      "codes_sha256": array_sha256(codes),
       "params_sha256": params_sha256(state.params),
     }
 
@@ -119,21 +119,15 @@ class _Loop:
     self._settings = run.config.train
     self._program, self._codes, self._checkpoints = planned, codes, checkpoints
     self._per_epoch, self._total = planned.steps_per_epoch, planned.total_steps
-    self._epoch_at_once = _epoch_at_once(run.config, dataset, options, planned, codes)
-    self._meter = Meter(run.config, dataset, self._layout.size)
+    self._epoch_at_once = _epoch_at_once(run, dataset, options, planned, codes)
+    flops = partial(setup.forward_flops, run.config, dataset)
+    self._meter = Meter(self._settings.batch_size, self._layout.size, flops)
 
   def run_all(self, state: TrainState, first: int) -> TrainState:
     """Take all steps that are left."""
     with ExitStack() as stack:
       log = stack.enter_context(self._run.metric_log(first))
-      self._feed = batches.make_feed(
-        self._dataset.train,
-        self._run.config,
-        program.host_key(state.key),
-        (first, self._total),
-        self._layout.process,
-        stack,
-      )
+      self._feed = self._make_feed(state.key, first, stack)
       folder = self._run.path / "profile" if self._options.profile else None
       self._profile = Profile(folder, first, self._total)
       stack.callback(self._profile.close)
@@ -146,9 +140,30 @@ class _Loop:
       self._checkpoints.wait()
     return state
 
+  def _make_feed(self, key: jax.Array, first: int, stack: ExitStack) -> Feed:
+    """Feed this process's part of the batches, on the host; steps are asked for in order.
+
+    The order of a stored set depends on the train state's `key`, that of a stream on `train.seed`.
+    `stack` ends the threads and processes that decode a stream.
+    """
+    split, size, process = self._dataset.train, self._settings.batch_size, self._layout.process
+    if isinstance(split, Split):
+      return StoredFeed(split, setup.host_key(key), size, process)
+    stream = stack.enter_context(
+      split.training_batches(
+        self._settings.seed,
+        size,
+        first_step=first,
+        last_step=self._total,
+        workers=self._run.config.execution.workers,
+        process=process,
+      )
+    )
+    return lambda first, last: itertools.islice(stream, last - first)
+
   def _make_progress(self, first: int) -> Progress:
     """Count epochs where each is one call, else steps."""
-    quiet = not processes.is_writer()
+    quiet = not is_writer()
     if not self._epoch_at_once:
       return Progress("train", self._total, "steps", first, quiet=quiet)
     epochs = -(-self._total // self._per_epoch)
@@ -242,14 +257,38 @@ class _Loop:
       self._watchdog.beat(done)  # a step is waited for again
 
 
+class StoredFeed:
+  """Batches of a set in memory, in the order of `training.epoch_rows`."""
+
+  def __init__(
+    self, split: Split, key: jax.Array, batch_size: int, process: tuple[int, int] = (0, 1)
+  ) -> None:
+    self._split, self._key, self._size, self._process = split, key, batch_size, process
+    self._epoch, self._rows = -1, np.zeros((0, 0), np.int32)
+
+  def __call__(self, first: int, last: int) -> Iterator[Batch]:
+    """Give the batch of each step."""
+    index, count = self._process
+    for step in range(first, last):
+      epoch, inside = divmod(step, self._split.num_examples // self._size)
+      rows = self._rows_of(epoch)[inside].reshape(count, -1)[index]
+      yield Batch(self._split.images[rows], self._split.labels[rows], rows)
+
+  def _rows_of(self, epoch: int) -> np.ndarray:
+    if epoch != self._epoch:
+      rows = training.epoch_rows(self._key, epoch, self._split.num_examples, self._size)
+      self._epoch, self._rows = epoch, np.asarray(rows)
+    return self._rows
+
+
 def _epoch_at_once(
-  config: Config, dataset: Dataset, options: Options, planned: Program, codes: jax.Array
+  run: RunFolder, dataset: Dataset, options: Options, planned: Program, codes: jax.Array
 ) -> Callable[[TrainState], tuple[TrainState, Values]] | None:
   """Make what takes a whole epoch in one call; None where steps are taken one by one.
 
   On CPU, convolutions inside a loop of XLA's are many times slower than one step a call.
   """
-  split = dataset.train
+  config, split = run.config, dataset.train
   convolves = jax.default_backend() == "cpu" and config.model.name != "mlp"
   watched = options.log_every or options.profile
   if not isinstance(split, Split) or options.layout.mesh or convolves or watched:

@@ -14,9 +14,8 @@ from mnemonic_jax import _trees, data
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.models import Model
-from mnemonic_jax.multihost import paths
 from mnemonic_jax.multihost.sharding import Layout
-from mnemonic_jax.runs import setup
+from mnemonic_jax.runs import files, setup
 from mnemonic_jax.runs.checkpoints import Checkpoints, restore_parts, stored_shapes
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
@@ -30,7 +29,7 @@ class Trained(NamedTuple):
   params: Any
   ema_params: Any  # a moving average of the params, or None
   model_state: Any
-  codes: jax.Array
+  codes: Any  # (C, K, *shape), or LearnedCodes; None where there are none
   checkpoint: epath.Path
   logits_fn: Callable[[Any, jax.Array], jax.Array]  # in evaluation mode
 
@@ -50,7 +49,7 @@ def restore(run: RunFolder, dataset: Dataset, layout: Layout | None = None) -> T
       raise MnemonicError(f"{run.path}: has no whole checkpoint yet. {resume}")
     model = _make_model(run.config, dataset, run.checkpoints / str(newest) / "default")
     first = jax.eval_shape(
-      lambda: setup.first_state(run.config, dataset, model, optimizer, run.prng_impl)
+      lambda: setup.init_state(run.config, dataset, model, optimizer, run.prng_impl)
     )
     state, codes = checkpoints.restore(*(layout or Layout()).abstract(first))
   done, asked, unit = _progress(run, dataset, int(state.step))
@@ -112,7 +111,9 @@ def without_data(config: Config, checkpoint: epath.PathLike) -> Dataset:
   return data.absent(config.data.name, shape, num_classes)
 
 
-def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Trained:
+def restore_plain(
+  folder: epath.Path, config: Config, dataset: Dataset, *, needs_codes: bool = True
+) -> Trained:
   """Restore the params, model state and codes of a checkpoint from a user's own training loop.
 
   The checkpoint is a tree {"params", "codes"}, with "model_state" where the model of the config has
@@ -123,13 +124,17 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
   model = _make_model(config, dataset, folder)
   params, model_state = jax.eval_shape(model.init, jax.random.key(0))
   stored = stored_shapes(folder)
-  if not isinstance(stored, dict) or not {"params", "codes"} <= set(stored):
+  needed = {"params", "codes"} if needs_codes else {"params"}
+  if not isinstance(stored, dict) or not needed <= set(stored):
     found = ", ".join(sorted(stored)) if isinstance(stored, dict) else f"a {type(stored).__name__}"
+    remedy = " Without codes, learn them: mnemonic codes." if needs_codes else ""
     raise MnemonicError(
-      f'{folder}: holds {found}; expected "params" and "codes", '
-      'and "model_state" where there is one.'
+      f"{folder}: holds {found}; expected {' and '.join(map(repr, sorted(needed, reverse=True)))}, "
+      f"and 'model_state' where there is one.{remedy}"
     )
-  parts = {"params": params, "codes": stored["codes"]}
+  parts = {"params": params}
+  if needs_codes:
+    parts["codes"] = stored["codes"]
   if jax.tree.leaves(model_state):
     parts["model_state"] = model_state
   expected = {"params": params, "model_state": model_state}
@@ -147,13 +152,20 @@ def restore_plain(folder: epath.Path, config: Config, dataset: Dataset) -> Train
     )
   what = f"{config.model.name} of config {config.name!r} for {dataset.name}"
   _require_same(folder, what, stored, expected)
-  _require_codes(folder, stored["codes"], dataset)
+  if needs_codes:
+    _require_codes(folder, stored["codes"], dataset)
   tree = jax.device_put(restore_parts(folder, parts))
   model_state = tree.get("model_state", model_state)
   average = tree.get("ema_params", tree.get("optimizer_state", {}).get("average"))
   logits_fn = model.logits_fn(model_state)
   return Trained(
-    model, tree["params"], average, model_state, tree["codes"], paths.absolute(folder), logits_fn
+    model,
+    tree["params"],
+    average,
+    model_state,
+    tree.get("codes"),
+    files.absolute(folder),
+    logits_fn,
   )
 
 

@@ -34,7 +34,7 @@ from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.multihost import sharding
 from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import program
+from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.config import Config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
@@ -106,7 +106,7 @@ def check(
   names = tuple(map(str, range(num_classes)))
   name, half = config.data.name, (0.5,) * 3
   dataset = Dataset(name, unread, unread, names, 255, half, half)  # type: ignore[arg-type]
-  training = program.make_program(config, dataset, Layout(mesh))
+  training = setup.make_program(config, dataset, Layout(mesh))
   forgetting = forget.make_program(config, dataset, mesh)
   number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
   calls = {

@@ -366,7 +366,8 @@ def compiled_table() -> str:
     chip = CHIPS[found["topology"].partition(":")[0]]
     vit, devices = VITS[found["model"]], data * fsdp
     for program in found["programs"]:
-      trains = program["program"] == "train step"
+      name = program["program"]
+      trains = name == "train step"
       size = (
         train_bytes(vit, fsdp, found["batch_size"] // devices)
         if trains
@@ -374,7 +375,9 @@ def compiled_table() -> str:
       )
       used = program["memory"]["used"]
       sent = sum(one["sent_bytes"] for one in program["collectives"])
-      what = f"{program['program']}, {found['batch_size']} images" if trains else program["program"]
+      what = f"{name}, {found['batch_size']} images" if trains else name
+      if name.startswith("forget: "):  # one of the two programs that a forget once was
+        what = f"older {name}"
       times = (
         f"{1e3 * program['flops'] / chip.flops:.1f}",
         f"{1e3 * program['estimated_seconds']:.1f}",

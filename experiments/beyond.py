@@ -1,0 +1,221 @@
+"""Forget models that were trained without codes: every method, beside Retrain and the head edit.
+
+Command:  python experiments/beyond.py CONFIG --data-dir DIR [--seeds 0] [--cases 0 3 0,1,2]
+          [--retrain 0 3] [--runs FOLDER]
+
+Trains what is missing with codes.rate 0 (a training that was stopped resumes), learns codes from
+the training data and recalls others from the model alone, and forgets each case by each method.
+One line a row goes to experiments/results/beyond_NAME.jsonl as soon as it is measured; a row that
+is there already is not measured again. Figures are on the test split, in %; settings are chosen
+without it. A probe is fitted only where the case has a Retrain (--retrain).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import common
+import jax
+import numpy as np
+import paper_tables
+from etils import epath
+
+import mnemonic_jax as mj
+from mnemonic_jax import evaluation, methods
+from mnemonic_jax.cli.parser import dotted_overrides
+from mnemonic_jax.data import Dataset
+from mnemonic_jax.learning import LearnedCodes
+from mnemonic_jax.rivals.head_edit import head_edit
+from mnemonic_jax.runs import config as configs
+from mnemonic_jax.runs import files, learned, setup
+from mnemonic_jax.runs.trained import Trained
+
+DEPTHS = range(9)
+CASES = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "0,1,2", "3,4,5", "2,4,8"]
+CASES += ["0,2,4,6,8", "1,3,5,7,9"]
+# Codes recalled a class: those that Projection takes.
+RECALLED = 8
+
+
+def codes_of(model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path) -> dict[str, Any]:
+  """Learn and recall the codes of a model, or read those that are there."""
+  found = {}
+  for name, request in (
+    ("learned", learned.Request()),
+    ("recalled", learned.Request(from_model=True, per_class=RECALLED)),
+  ):
+    path = epath.Path(folder) / f"{name}.safetensors"
+    if not path.exists():
+      told = learned.learn(model, config, dataset, path, request)
+      print(f"{name} codes in {told['seconds']:.1f} s", file=sys.stderr, flush=True)
+    sha256 = files.params_sha256(model.params)
+    found[name] = learned.load(path, sha256, len(dataset.class_names), dataset.shape)
+  return found
+
+
+def ways(codes: dict[str, LearnedCodes], depths: int) -> Iterator[tuple[str, str, Any]]:
+  """The rows of a case: a name, which codes, and the method; None for the default."""
+  yield "drop_row", "learned", mj.DropRow()
+  for name in codes:
+    yield f"default, {name}", name, None
+    for depth in range(1, min(depths, DEPTHS[-1]) + 1):
+      yield f"projection {depth}, {name}", name, mj.Projection(depth=depth)
+  for depth in range(min(depths, DEPTHS[-1]) + 1):
+    method = mj.Projection(depth=depth, drop_row=False)
+    yield f"projection {depth}, row kept, learned", "learned", method
+  yield "dampening, searched", "learned", mj.Dampening()
+  yield "perturbation, searched", "learned", mj.Perturbation()
+
+
+class Study:
+  """One model of one seed, scored on test data."""
+
+  def __init__(self, model: Trained, dataset: Dataset, out: pathlib.Path, seed: int) -> None:
+    self.model, self.dataset, self.out, self.seed = model, dataset, out, seed
+    lines = out.read_text().splitlines() if out.exists() else []
+    self.done = {(row["seed"], row["case"], row["method"]) for row in map(json.loads, lines)}
+    self.right = self._right(model.params)
+
+  def _right(self, params: Any) -> np.ndarray:
+    seen = paper_tables.answers(self.model, params, self.dataset)
+    return evaluation.scores(seen, len(self.dataset.class_names), [0]).per_class
+
+  def has(self, case: str, name: str) -> bool:
+    """Whether a row is there already."""
+    return (self.seed, case, name) in self.done
+
+  def add(self, case: str, name: str, params: Any, probe: bool, **more: Any) -> None:
+    """Score params, and write the row."""
+    classes = [int(c) for c in case.split(",")]
+    kept = [c for c in range(len(self.right)) if c not in classes]
+    right = self._right(params)
+    row = {
+      **{"seed": self.seed, "case": case, "method": name},
+      "retain_accuracy": 100 * float(right[kept].mean()),
+      "forget_error": 100 * float(1 - right[classes].mean()),
+      "worst_drop": 100 * float((self.right[kept] - right[kept]).max()),
+      **more,
+    }
+    if probe:
+      row["probe"] = float(paper_tables.probe(self.model, params, self.dataset)[classes].mean())
+    with self.out.open("a") as file:
+      file.write(files.dumps(row) + "\n")
+    told = f"{row['retain_accuracy']:.1f} / {row['forget_error']:.1f}"
+    told += f" / probe {row['probe']:.1f}" if probe else ""
+    print(f"seed {self.seed}, {case}, {name}: {told}", file=sys.stderr, flush=True)
+
+  def forget(self, case: str, name: str, codes: LearnedCodes, method: Any, probe: bool) -> None:
+    """Forget a case, and write the row; a search that finds nothing is a row too."""
+    classes, started = [int(c) for c in case.split(",")], time.perf_counter()
+    try:
+      result = mj.forget(
+        self.model.logits_fn,
+        self.model.params,
+        codes,
+        classes,
+        method=method,
+        layer_axis=self.model.model.layer_axis,
+      )
+    except mj.CannotForget as error:
+      row = {"seed": self.seed, "case": case, "method": name, "refused": str(error)}
+      with self.out.open("a") as file:
+        file.write(files.dumps(row) + "\n")
+      print(f"seed {self.seed}, {case}, {name}: refused", file=sys.stderr, flush=True)
+      return
+    predicted = None if result.predicted is None else result.predicted._asdict()
+    self.add(
+      case,
+      name,
+      result.params,
+      probe,
+      seconds=time.perf_counter() - started,
+      predicted=predicted,
+      settings=methods.settings(result.method),
+    )
+
+
+def study(
+  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path, arguments: Any, out: Any
+) -> None:
+  """All rows of one seed that are missing."""
+  seed = config.train.seed
+  rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder)
+  images = jax.ShapeDtypeStruct((1, *dataset.shape), "float32")
+  plan = mj.explain_projection(model.logits_fn, model.params, images)
+  depths = max((site.depth or 0 for site in plan.sites), default=0)
+  for case in arguments.cases:
+    classes, probe = [int(c) for c in case.split(",")], case in arguments.retrain
+    if not rows.has(case, "before"):
+      rows.add(case, "before", model.params, probe)
+    if not rows.has(case, "head edit"):
+      hidden = head_edit(model.params, model.model.head, classes)
+      rows.add(case, "head edit", hidden, False)
+    for name, source, method in ways(codes, depths):
+      if not rows.has(case, name):
+        probed = probe and ("projection" in name or "dampening" in name) and "kept" not in name
+        rows.forget(case, name, codes[source], method, probed)
+    if probe and not rows.has(case, "retrain"):
+      retrained = folder / f"without_{case.replace(',', '_')}"
+      again = paper_tables.trained(retrained, dataset.without(tuple(classes)), config)
+      Study(again, dataset, out, seed).add(case, "retrain", again.params, True)
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+  """Means over seeds and cases of one size, as Markdown."""
+  shown = [
+    "| classes | method | A_R | E_F | probe | worst drop | cases x seeds |",
+    "|---" * 7 + "|",
+  ]
+  singles = lambda row: "," not in row["case"]
+  groups = {"singles": [row for row in lines if singles(row)]}
+  for case in dict.fromkeys(row["case"] for row in lines if not singles(row)):
+    groups[case] = [row for row in lines if row["case"] == case]
+  for title, rows in groups.items():
+    for name in dict.fromkeys(row["method"] for row in rows):
+      own = [row for row in rows if row["method"] == name]
+      good = [row for row in own if "refused" not in row]
+      refused = f", {len(own) - len(good)} refused" if len(good) < len(own) else ""
+      mean = lambda key, good=good: [row[key] for row in good if key in row]
+      cells = [
+        f"{np.mean(found):.2f}" if (found := mean(key)) else "-"
+        for key in ("retain_accuracy", "forget_error", "probe", "worst_drop")
+      ]
+      shown.append(f"| {title} | {name} | " + " | ".join(cells) + f" | {len(good)}{refused} |")
+  return "\n".join(shown)
+
+
+def main() -> None:
+  """Train what is missing, measure what is missing, print the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("config", help="a named config or a TOML file")
+  parser.add_argument("--data-dir", default="", help="prepared TFDS folder (else TFDS_DATA_DIR)")
+  parser.add_argument("--runs", type=pathlib.Path, help="where trainings and codes go")
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+  parser.add_argument("--cases", nargs="*", default=CASES, help="classes, joined by commas")
+  parser.add_argument(
+    "--retrain", nargs="*", default=[], help="cases that get a Retrain and probes"
+  )
+  overrides, rest = dotted_overrides(sys.argv[1:])
+  arguments = parser.parse_args(rest)
+  config = configs.load(arguments.config, {"codes.rate": 0.0, **overrides})
+  dataset = setup.load_data(config, arguments.data_dir)
+  name = f"beyond_{common.study_name(config, overrides)}"
+  folder = arguments.runs or pathlib.Path("runs") / name
+  out = common.RESULTS / f"{name}.jsonl"
+  for seed in arguments.seeds:
+    seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": seed})
+    model = paper_tables.trained(folder / f"seed{seed}", dataset, seeded)
+    study(model, seeded, dataset, folder / f"codes{seed}", arguments, out)
+  print(table([json.loads(line) for line in out.read_text().splitlines()]))
+
+
+if __name__ == "__main__":
+  main()

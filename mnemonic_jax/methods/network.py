@@ -1,0 +1,166 @@
+"""What a method that edits weights must know of a model: its sites by name, and its head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mnemonic_jax import _checks, _trees
+from mnemonic_jax.errors import nearest
+from mnemonic_jax.fisher import loss_checks, plan
+from mnemonic_jax.fisher.plan import Plan, Step
+from mnemonic_jax.methods import cutting, places
+from mnemonic_jax.methods import head as heads
+from mnemonic_jax.methods.problem import Problem, class_weights, plan_of
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """An array that kernels write into.
+
+  Attributes:
+    name: the dotted path of the first kernel that writes there, with the layer in brackets where
+      layers are stacked.
+    kernels: the dotted paths of all of them.
+    depth: how many such arrays lie from here to the head, this one included; None where other
+      arrays bypass this one, so that `depth` does not count it.
+  """
+
+  name: str
+  kernels: tuple[str, ...]
+  depth: int | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outline:
+  """What a compiled program remembers of the model that it was traced with."""
+
+  depths: int = dataclasses.field(metadata={"static": True})
+  has_bias: bool = dataclasses.field(metadata={"static": True})
+
+  def require_margin(self, remain: Any) -> None:
+    """Refuse to drop rows where a forgotten class would score as the only kept one."""
+    if not self.has_bias and _checks.is_concrete(remain) and np.sum(remain) == 1:
+      raise ValueError(
+        "drop_row: the head has no bias, and there is one kept class: a forgotten class would "
+        "score as much. Expected two kept classes, or a head with a bias."
+      )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Network:
+  """The program of a model, and where it can be edited."""
+
+  planned: Plan
+  places: places.Places
+  sites: tuple[Site, ...]  # in the order of the data
+  head: heads.Head | None
+  why: str  # why the head cannot be dropped; empty where it can
+  reader: Step | None  # the contraction that makes the logits
+
+  @property
+  def outline(self) -> Outline:
+    """What does not depend on values."""
+    return Outline(self.depths, self.head is not None and self.head.bias is not None)
+
+  @property
+  def depths(self) -> int:
+    """The largest depth."""
+    return max((site.depth for site in self.sites if site.depth is not None), default=0)
+
+  def at_depth(self, depth: Any) -> jax.Array:
+    """(S,) bool: the sites up to a depth, which may be traced."""
+    never = self.depths + 1
+    return jnp.asarray([never if s.depth is None else s.depth for s in self.sites], int) <= depth
+
+  def named(self, names: tuple[str, ...]) -> jax.Array:
+    """(S,) bool: the sites of these names."""
+    known = [site.name for site in self.sites]
+    for name in names:
+      if name not in known:
+        raise ValueError(
+          f"sites: got {name!r}, which is no site of this model. {nearest(name, known)}"
+        )
+    return jnp.asarray([name in names for name in known], bool)
+
+  def require_head(self) -> heads.Head:
+    """The head, or a ValueError that says why its row cannot be dropped."""
+    if self.head is None:
+      raise ValueError(
+        f"drop_row: the head of this model cannot be dropped: {self.why}. Pass "
+        "mnemonic_jax.Projection(drop_row=False), which edits its kernel like the others."
+      )
+    return self.head
+
+
+def look(problem: Problem) -> Network:
+  """Find the sites and the head of a problem's model; nothing is computed."""
+  return of_plan(plan_of(problem), problem.params)
+
+
+def of_plan(planned: Plan, params: PyTree) -> Network:
+  """Find the sites and the head in the plan of the logits of one example."""
+  why, found = "", None
+  try:
+    found = heads.find(planned)
+  except heads.NoHead as error:
+    why = str(error)
+  reader = found.step if found else _last_contraction(planned)
+  without = planned.leaves(reader.params) if reader else frozenset()
+  at = places.find(planned, without)
+  paths = list(_trees.by_path(params))
+  known = list(places.known(at))
+  layers, depth = Counter(site.leaves[0] for site in known), 0
+  left, sites = Counter(layers), []
+  for site in reversed(known):
+    depth += site.main
+    kernels, first = tuple(paths[leaf] for leaf in site.leaves), site.leaves[0]
+    left[first] -= 1
+    layer = f"[{left[first]}]" if layers[first] > 1 else ""
+    sites.append(Site(kernels[0] + layer, kernels, depth if site.main else None))
+  return Network(planned, at, tuple(sites[::-1]), found, why, reader)
+
+
+def _last_contraction(planned: Plan) -> Step | None:
+  """The last operation in which a kernel meets data, if that makes the logits."""
+  contracted = [step for step in planned.steps or () if step.how == plan.CONTRACTED]
+  return contracted[-1] if contracted else None
+
+
+def edit(
+  problem: Problem, network: Network, active: jax.Array, *, drop_row: bool, bypassed: bool
+) -> tuple[PyTree, cutting.Found]:
+  """Cut at the active sites (S,) and drop the row, or cut the head's kernel too; traceable.
+
+  `bypassed`: whether `active` may hold sites that other arrays bypass.
+  """
+  leaves, treedef = _trees.flatten(problem.params)
+  sides = problem.forget, problem.remain
+  inputs, labels = problem.inputs, jnp.asarray(problem.labels)
+  with loss_checks.matmul_precision(problem.request.precision):
+    changes, found = cutting.cut_writes(
+      network.planned,
+      network.places,
+      [*leaves, *problem.constants],
+      [jnp.expand_dims(x, 1) for x in (inputs, labels)],
+      class_weights(problem),
+      sides,
+      active,
+      bypassed,
+      None if drop_row else network.reader,
+    )
+  for index, change in changes.items():
+    leaf = leaves[index]
+    leaves[index] = (leaf + change.astype(_trees.at_least_float32(leaf.dtype))).astype(leaf.dtype)
+  if drop_row:
+    new = network.require_head().dropped(leaves, *sides)
+    leaves = [new.get(index, leaf) for index, leaf in enumerate(leaves)]
+  return treedef.unflatten(leaves), found

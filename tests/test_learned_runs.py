@@ -1,0 +1,166 @@
+"""Learned codes on the command line: `mnemonic codes`, and what `run` and `forget` make of them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from running import call, snapshot
+from safetensors.numpy import load_file, save_file
+
+from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
+
+pytest_plugins = ["run_fixtures"]
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+SMALL = ("--codes.rate", 0, "--train.epochs", 8, "--model.hidden", 64, "--train.learning_rate", 0.1)
+NO_METHOD = ("--forget.method", "")
+
+
+@pytest.fixture(scope="module")
+def run_once(tmp_path_factory) -> tuple[pathlib.Path, dict]:
+  """`mnemonic run` without codes in training: it learns them. Copy it, do not write to it."""
+  folder = tmp_path_factory.mktemp("runs") / "learned"
+  return folder, call("run", "digits", *SMALL, *NO_METHOD, "--out", folder, "--json").json
+
+
+@pytest.fixture
+def run(run_once, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(run_once[0], tmp_path / "run"))
+
+
+def test_a_run_without_codes_learns_them_and_forgets_by_the_default(run_once):
+  folder, result = run_once
+  codes, forget = result["codes"], result["forget"]
+  assert codes["read"] == ["params", "training examples"]
+  assert (codes["classes"], codes["per_class"], codes["recalled"]) == (10, 1, 0)
+  assert codes["judges"] >= 10
+  assert forget["method"]["name"] == "projection" and forget["method"]["drop_row"] is True
+  assert forget["forget_error_after"] == 1 and forget["verdict"] == "forgotten"
+  assert forget["retain_accuracy_after"] >= forget["retain_accuracy_before"] - 0.02
+  assert forget["codes_sha256"] == codes["codes_sha256"]
+  assert forget["read"] == {"forget": ["params", "codes"], "score": "test"}
+  assert set(forget["predicted"]) == {"retain_accuracy", "forget_error"}
+  page = (folder / "forgets" / "0001" / "report.html").read_text()
+  assert "Predicted by judges" in page and "depth = " in page
+
+
+def test_a_later_request_by_another_method_joins_it(run, run_once):
+  result = call(
+    "forget", run, "--classes", 5, "--method", "projection", "--set", "depth=1", "--json"
+  ).json
+  assert result["classes"] == [0, 5] and result["method"]["depth"] == 1
+  assert result["per_class_accuracy_after"][0] == result["per_class_accuracy_after"][5] == 0
+  again = call("forget", run, "--classes", 5, "--method", "drop_row", "--json").json
+  assert again["method"] == {"name": "drop_row"} and again["forget_error_after"] == 1
+  assert (run / "forgets" / "0003").is_dir()
+
+
+def test_the_page_is_written_again_with_the_learned_codes(run):
+  page = run / "forgets" / "0001" / "report.html"
+  before = page.read_text()
+  assert call("report", run).code == 0 and page.read_text() == before
+
+
+def test_learned_codes_are_not_overwritten(run):
+  before = snapshot(run)
+  message = call("codes", run).refusal()
+  assert "is there already. Nothing was changed" in message and snapshot(run) == before
+
+
+def test_codes_are_recalled_without_a_picture_and_the_same_seed_gives_the_same(run):
+  path = run / "codes" / "learned.safetensors"
+  learned = load_file(path)
+  path.unlink()
+  found = call("codes", run, "--recall", "--per-class", 2, "--json").json
+  assert found["read"] == ["params"] and found["per_class"] == 2 and found["judges"] == 0
+  recalled = load_file(path)
+  assert recalled["codes"].shape == (10, 2, 8, 8, 1) and recalled["judges"].shape[1] == 0
+  result = call("forget", run, "--classes", 5, *NO_METHOD, "--json").json
+  assert result["predicted"] is None and result["forget_error_after"] == 1
+  path.unlink()
+  assert call("codes", run, "--json").json["codes_sha256"]
+  assert all(np.array_equal(learned[name], again) for name, again in load_file(path).items())
+
+
+def test_a_run_without_codes_says_how_to_learn_them(run):
+  shutil.rmtree(run / "codes")
+  message = call("forget", run, "--classes", 5).refusal()
+  assert "codes.rate: got 0" in message and "mnemonic codes RUN" in message
+
+
+@pytest.mark.parametrize("damage", ["another model", "cut", "another shape", "not ours"])
+def test_codes_that_are_not_this_model_s_are_refused(damage, run):
+  path = run / "codes" / "learned.safetensors"
+  arrays = load_file(path)
+  if damage == "another model":
+    save_file(arrays, path, {"params_sha256": "0" * 64})
+  elif damage == "cut":
+    path.write_bytes(path.read_bytes()[:100])
+  elif damage == "another shape":
+    save_file({**arrays, "codes": arrays["codes"][:9]}, path)
+  else:
+    save_file({"codes": arrays["codes"]}, path)
+  expected = {
+    "another model": "was learned from other params",
+    "cut": "cannot be read as learned codes",
+    "another shape": "expected (10, K, 8, 8, 1)",
+    "not ours": "has no judge_accuracy",
+  }[damage]
+  before = snapshot(run)
+  assert expected in call("forget", run, "--classes", 5).refusal()
+  assert snapshot(run) == before
+
+
+@pytest.mark.filterwarnings("ignore:The model classifies")
+def test_a_search_that_finds_nothing_prints_its_curve_and_writes_nothing(run):
+  path = run / "codes" / "learned.safetensors"
+  arrays, report = load_file(path), json.loads((run / "forgets/0001/report.json").read_text())
+  hopeless = {**arrays, "codes": arrays["codes"][::-1].copy()}
+  save_file(hopeless, path, {"params_sha256": report["params_sha256_before"]})
+  before = snapshot(run)
+  outcome = call("forget", run, "--classes", 5, "--method", "dampening", "--json")
+  assert outcome.code == 1 and snapshot(run) == before
+  assert outcome.out, outcome.err
+  told = json.loads(outcome.out)
+  assert len(told["curve"]) == 11 and "none of 11 candidates" in told["error"]
+
+
+def test_a_plain_checkpoint_without_codes(run, tmp_path):
+  """Params alone: learn the codes, then forget."""
+  checkpoint = newest(run / "checkpoints")
+  params = restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / "plain", {"params": jax.tree.map(np.asarray, params)})
+  plain, config = tmp_path / "plain", ("--config", "digits", "--model.hidden", 64)
+  file, out = tmp_path / "codes.safetensors", tmp_path / "out"
+  asked = ("forget", plain, *config, "--classes", 3, "--out", out)
+  assert "mnemonic codes" in call(*asked).refusal()
+  assert call("codes", plain, *config, "--out", file, "--json").json["judges"] >= 10
+  result = call(*asked, "--codes", file, *NO_METHOD, "--json").json
+  assert result["method"]["name"] == "projection" and result["forget_error_after"] == 1
+  theirs = load_file(run / "codes" / "learned.safetensors")
+  assert np.array_equal(load_file(file)["codes"], theirs["codes"])
+
+
+@pytest.mark.parametrize(
+  ("words", "code", "message"),
+  [
+    (("--method", "projection", "--set", "depth=9"), 1, "depth: got 9; this model has 1 site"),
+    (("--method", "projection", "--set", "depth=-1"), 2, "depth: got -1"),
+    (("--method", "projection", "--set", "sites=hidden"), 2, "expected a number, true, false"),
+    (("--method", "projection", "--set", 'sites=["hiden"]'), 1, "Did you mean hidden.kernel"),
+    (("--method", "dampening", "--set", "quantile=1.5"), 2, "quantile: got 1.5"),
+    (("--method", "dampening", "--set", "quantil=0.5"), 2, "Did you mean quantile"),
+    (("--codes", "x.safetensors"), 2, "--codes: is for a plain checkpoint"),
+  ],
+)
+def test_wrong_settings_are_told_and_change_nothing(words, code, message, run_once):
+  before = snapshot(run_once[0])
+  assert message in call("forget", run_once[0], "--classes", 5, *words).refusal(code)
+  assert snapshot(run_once[0]) == before
