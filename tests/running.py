@@ -31,7 +31,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 TINY = ("--train.epochs", "3", "--train.checkpoint_every", "1", "--model.hidden", "32")
 COMMAND = (sys.executable, "-c", "import sys; from mnemonic_jax.cli import main; sys.exit(main())")
-HANG = 1800  # seconds that only what hangs takes
+HANG = 900  # seconds that only what hangs takes
 # What the JSON of a forget promises.
 FORGET_KEYS = {
   *(

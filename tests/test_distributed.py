@@ -225,7 +225,7 @@ def test_who_did_not_come_to_a_roll_call_is_told_to_all(monkeypatch):
   monkeypatch.setattr(roll_calls, "_read_line", read_line)
   monkeypatch.setattr(roll_calls, "time", clock)
   for message in meet((0, 4), (2, 4)):
-    assert "of 4 processes, 1, 3 did not come within 1800 s" in message, message
+    assert "of 4 processes, 1, 3 did not come within 900 s" in message, message
 
 
 def test_a_roll_call_ignores_strangers():

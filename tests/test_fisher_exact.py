@@ -178,7 +178,9 @@ def test_forget_where_a_branch_is_for_another_platform():
     np.testing.assert_allclose(found.params[name], wanted.params[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", ["conv_groups", "lookup_repeated_in_an_example"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("conv_groups", marks=pytest.mark.long), "lookup_repeated_in_an_example"]
+)
 def test_with_jit_disabled(name):
   loss_fn, arrays, _ = prepared(name)
   with jax.disable_jit():

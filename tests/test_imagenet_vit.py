@@ -102,7 +102,7 @@ def compiled_forget(data, fsdp):
   return CompiledForget.on(sharding.make_mesh(data, fsdp), **{"execution.microbatch": 8})
 
 
-def train_and_forget(mesh, forget=None, steps=8):
+def train_and_forget(mesh, forget=None, steps=5):
   """Train, search a strength and forget."""
   dataset, layout = synthetic(), Layout(mesh)
   with layout.used():
