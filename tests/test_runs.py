@@ -615,12 +615,12 @@ def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same
   assert (run / "checkpoints" / str(44 * epoch)).is_dir()
 
 
-CONVNET = ("--model.name", "resnet4_small", "--model.width", "4", "--data.augment", "crop_flip")
+CONVNET = ("--model.name", "resnet10_small", "--model.width", "4", "--data.augment", "crop_flip")
 CONVNET = (*CONVNET, "--train.batch_size", "128", "--train.epochs", "2")
 
 
 def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
-  monkeypatch.setitem(models._RESNETS, "resnet4_small", {"depths": (1,), "small_stem": True})
+  monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
   whole = call("train", "digits", "--out", tmp_path / "whole", *CONVNET, "--json").json
   real, calls = Progress.update, []
 
