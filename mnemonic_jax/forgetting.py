@@ -162,7 +162,7 @@ def forget(
     method=info.pop("method", jax.tree.map(_plain, method)),
     code_retain_accuracy=float(scores.retain_accuracy),
     code_forget_error=float(scores.forget_error),
-    predicted=_prediction(predicted, method),
+    predicted=_prediction(predicted, bool(info.get("margin"))),
     info=info,
     seconds=seconds,
   )
@@ -234,11 +234,11 @@ def _default(codes: jax.Array | LearnedCodes) -> Method:
   )
 
 
-def _prediction(found: Predicted | None, method: Method) -> Prediction | None:
-  """What judges foresee; where rows are dropped, the error of a class is 1 for certain."""
+def _prediction(found: Predicted | None, certain: bool) -> Prediction | None:
+  """What judges foresee; the error is 1 where a forgotten class is below the kept ones."""
   if found is None:
     return None
-  if getattr(method, "drops_rows", False):
+  if certain:
     found = found._replace(forget_error=jnp.where(jnp.isnan(found.forget_error), jnp.nan, 1.0))
   known = lambda value: None if np.isnan(value) else float(value)
   return Prediction(known(found.retain_accuracy), known(found.forget_error))

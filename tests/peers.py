@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mnemonic_jax import training
+from mnemonic_jax.cli.commands import joined
 from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.multihost import processes
 from mnemonic_jax.multihost.processes import Watchdog
@@ -54,14 +55,7 @@ def main() -> int:
   outlive_the_others(options)
   try:
     signals.exit_at_once()
-    processes.initialize(
-      options.coordinator,
-      options.process_id,
-      options.num_processes,
-      startup_timeout=options.startup_timeout,
-      peer_timeout=options.peer_timeout,
-    )
-    with Watchdog(options.peer_timeout, options.startup_timeout) as watchdog:
+    with joined(options) as watchdog:
       train(options, watchdog)
     return 0
   except MnemonicError as error:

@@ -247,7 +247,8 @@ CASES = [
    ValueError, r"lambda1, lambda2: got shapes \(2,\) and \(\); expected two numbers"),
   ("method a class", forget_with(method=mj.Perturbation),
    TypeError, r"method: got .*Perturbation.*expected a method"),
-  ("no method", lambda: mj.forget(regression, PARAMS, CODES, [0]), TypeError, r"method"),
+  ("no method", lambda: mj.forget(regression, PARAMS, CODES, [0]), ValueError,
+   r"method: got None with plain codes.*learn_codes.*Perturbation"),
   ("layer_scale method", pieces(mj.layer_scale, jnp.ones(2), 1.0),
    TypeError, r"method: got 1.0; expected mnemonic_jax.Perturbation"),
   # make_codes

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+import mnemonic_jax as mj
 from mnemonic_jax import methods
 from mnemonic_jax.errors import UsageError
 from mnemonic_jax.runs import config as configs
@@ -178,7 +179,6 @@ def test_settings_belong_to_their_method(scissors):
 @pytest.mark.parametrize(
   ("forget", "message"),
   [
-    ({"method": "perturbation"}, r"settings\.lambda1: missing; perturbation needs it"),
     (
       {"method": "perturbation", "settings": {"lambda1": 1}},
       r"settings\.lambda2: missing; .* --set lambda2=NUMBER",
@@ -192,12 +192,25 @@ def test_settings_belong_to_their_method(scissors):
       r"settings: depth: got 3\.0; expected at most",
     ),
     ({"method": "perturb"}, r"method: got 'perturb'; .*Did you mean perturbation\?"),
-    ({"settings": {"lambda1": 1}}, r"method: missing; expected one of perturbation, scissors\."),
+    ({"settings": {"lambda1": 1}}, r"method: missing; expected one of .*, scissors\."),
   ],
 )
 def test_a_method_that_cannot_be_made(forget, message, scissors):
   with pytest.raises(UsageError, match=rf"^forget\.{message}"):
     configs.build("x", {"forget": forget})
+
+
+def test_numbers_may_be_left_out_where_codes_are_learned():
+  config = configs.build("x", {"forget": {"method": "perturbation"}})
+  assert configs.make_method(config.forget, learned=True) == mj.Perturbation()
+  with pytest.raises(UsageError, match=r"settings\.lambda1: missing; perturbation needs it"):
+    configs.make_method(config.forget)
+
+
+def test_settings_that_are_no_numbers_keep_their_type():
+  settings = {"depth": 2, "drop_row": False}
+  config = configs.build("x", {"forget": {"method": "projection", "settings": settings}})
+  assert configs.make_method(config.forget) == mj.Projection(depth=2, drop_row=False)
 
 
 def test_a_setting_outside_its_table_is_shown_where_it_belongs():

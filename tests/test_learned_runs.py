@@ -67,6 +67,28 @@ def test_the_page_is_written_again_with_the_learned_codes(run):
   assert call("report", run).code == 0 and page.read_text() == before
 
 
+def test_the_page_is_refused_with_codes_that_the_forget_did_not_use(run):
+  (run / "codes" / "learned.safetensors").rename(run / "elsewhere")
+  message = call("report", run).refusal()
+  assert "holds other codes than this forget used" in message and "--hide-codes" in message
+  assert call("report", run, "--hide-codes").code == 0
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (("--train.epochs", 9), "--train.epochs: codes are learned with fields of no section alone"),
+    (("--recall", "--beside", 2), "--beside: is for learned codes"),
+    (("--config", "digits", "--out", "x.safetensors"), "is a run, which has its own config"),
+    (("--out", "x.npz"), "expected a name that ends in .safetensors"),
+  ],
+)
+def test_codes_refuses_what_it_would_not_look_at(words, message, run_once):
+  before = snapshot(run_once[0])
+  assert message in call("codes", run_once[0], *words).refusal(2)
+  assert snapshot(run_once[0]) == before
+
+
 def test_learned_codes_are_not_overwritten(run):
   before = snapshot(run)
   message = call("codes", run).refusal()

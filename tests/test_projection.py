@@ -473,6 +473,123 @@ def test_without_the_row_the_head_is_cut_by_what_it_reads():
   np.testing.assert_array_equal(moved["b7"], params["b7"])
 
 
+# Found by a reader who did not write it -----------------------------------------------------------
+
+
+def forgotten(model, params, codes, method):
+  """The edited params, and what the method says."""
+  moved, info = jax.jit(
+    lambda p, c: mj.forget_step(model, p, c, jnp.asarray(FORGET), jnp.asarray(KEPT), method)
+  )(params, codes)
+  return host(moved), info
+
+
+def small(seed=3):
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  params = {"w": draw(INPUTS, WIDTH), "b": draw(WIDTH), "h": draw(WIDTH, CLASSES)}
+  return params, draw(CLASSES, 2, INPUTS)
+
+
+def test_without_a_kept_class_nothing_changes():
+  params, codes = draw(), codes_of()
+  everyone, nobody = np.ones(CLASSES, bool), np.zeros(CLASSES, bool)
+  step = jax.jit(lambda f, r: mj.forget_step(dense, params, codes, f, r, mj.Projection(depth=3))[0])
+  assert_trees_close(step(everyone, nobody), params, 0, 0)
+
+
+def normalised(p, x):
+  size = jnp.linalg.norm(jax.lax.stop_gradient(p["w"]), axis=0)
+  return jax.nn.relu(x @ p["w"] / size + p["b"]) @ p["h"]
+
+
+def read_elsewhere(p, x):
+  more = jax.lax.stop_gradient(p["w"]).sum() * jnp.arange(5.0)
+  return jax.nn.relu(x @ p["w"] + p["b"]) @ p["h"] + more
+
+
+@pytest.mark.parametrize("model", [normalised, read_elsewhere])
+def test_a_kernel_that_is_also_read_as_a_constant_is_not_edited(model):
+  params, codes = small()
+  assert mj.explain_projection(model, params, codes[:, 0]).sites == ()
+  with pytest.raises(ValueError, match="0 sites"):
+    mj.forget_step(model, params, codes, FORGET, KEPT, mj.Projection(depth=1, drop_row=False))
+
+
+def test_a_head_inside_a_remat_leaves_the_input_layer_alone():
+  model = lambda p, x: jax.checkpoint(lambda z: z @ p["h"])(jax.nn.relu(x @ p["w"] + p["b"]))
+  params, codes = small()
+  moved, _ = forgotten(model, params, codes, mj.Projection(depth=0, drop_row=False))
+  np.testing.assert_array_equal(moved["w"], params["w"])
+
+
+def test_a_scale_for_each_head_is_a_scale_of_its_channels():
+  def model(p, x):
+    z = (x @ p["w"]).reshape(-1, 2, WIDTH // 2) * p["s"] + p["b"].reshape(2, -1)
+    return jnp.tanh(z).reshape(-1, WIDTH) @ p["h"]
+
+  params, codes = small()
+  params["s"] = np.array([[2.0], [0.5]], np.float32)
+  moved, _ = forgotten(model, params, codes, mj.Projection(depth=1))
+  z = (codes.reshape(-1, INPUTS) @ moved["w"]).reshape(-1, 2, WIDTH // 2) * params["s"]
+  mean = (z + moved["b"].reshape(2, -1)).reshape(CLASSES, 2, WIDTH).mean(1)
+  np.testing.assert_allclose(mean[FORGET], np.tile(mean[KEPT].mean(0), (2, 1)), atol=1e-4)
+
+
+def test_a_scan_in_reverse_counts_depth_from_the_head():
+  params, codes = stacked_params(), codes_of(2)
+
+  def backwards(params, inputs):
+    layers = params["up"], params["down"], params["bias"]
+    step = lambda x, layer: (block(x, layer), None)
+    x, _ = jax.lax.scan(step, inputs @ params["first"], layers, reverse=True)
+    return x.mean(1) @ params["head"]["kernel"] + params["head"]["bias"]
+
+  flipped = {k: v[::-1] if k in ("up", "down", "bias") else v for k, v in params.items()}
+  wanted, _ = STEP(scanned, flipped, codes, mj.Projection(depth=1))
+  moved, _ = STEP(backwards, params, codes, mj.Projection(depth=1))
+  np.testing.assert_allclose(moved["down"][::-1], wanted["down"], rtol=1e-4, atol=1e-5)
+  assert np.array_equal(moved["down"][2], params["down"][2])
+  assert not np.array_equal(moved["down"][0], params["down"][0])
+
+
+def test_what_was_not_cut_is_not_reported():
+  _, info = STEP(dense, draw(), codes_of(), mj.Projection(depth=1))
+  np.testing.assert_array_equal(info.info["cut"], [0, 0, 0, 0, 1])
+  np.testing.assert_array_equal(info.info["rank"], [0, 0, 0, 0, 2])
+
+
+def test_the_noise_of_a_mean_is_no_direction():
+  same = np.tile(means()[:1], (CLASSES, 1))
+  found = directions.cut(jnp.asarray(same), jnp.asarray(FORGET), jnp.asarray(KEPT))
+  assert not as_matrix(found).any() and int(found.rank[0]) == 0
+
+
+def test_a_large_bias_in_bfloat16_keeps_the_margin():
+  rng = np.random.default_rng(0)
+  params = {"w": jnp.asarray(rng.normal(size=(INPUTS, CLASSES)), jnp.bfloat16)}
+  params["b"] = jnp.full(CLASSES, 400, jnp.bfloat16)
+  model = lambda p, x: x.astype(jnp.bfloat16) @ p["w"] + p["b"]
+  moved, info = mj.forget_step(model, params, small()[1], FORGET, KEPT, mj.DropRow())
+  inputs = rng.normal(size=(5000, INPUTS)).astype(np.float32)
+  assert KEPT[np.asarray(model(moved, inputs)).argmax(-1)].all() and info.info["margin"]
+
+
+def test_logits_rounded_to_integers_are_no_head():
+  model = lambda p, x: (x @ p["h"]).astype(jnp.int32).astype(jnp.float32)
+  params, codes = small()
+  with pytest.raises(ValueError, match="cannot be dropped"):
+    mj.forget_step(model, {"h": params["h"][:INPUTS]}, codes, FORGET, KEPT, mj.DropRow())
+
+
+def test_under_x64_params_are_edited_as_without():
+  params, codes = draw(), codes_of()
+  wanted, _ = STEP(dense, params, codes, mj.Projection(depth=2))
+  with jax.enable_x64(True):
+    moved, _ = forgotten(dense, params, codes, mj.Projection(depth=2))
+  assert_trees_close(moved, host(wanted), rtol=1e-4, atol=1e-5)
+
+
 # Bad input ---------------------------------------------------------------------------------------
 
 
@@ -484,6 +601,7 @@ def test_without_the_row_the_head_is_cut_by_what_it_reads():
     ({"depth": True}, TypeError, "depth: got True"),
     ({"depth": 1, "sites": ("k1",)}, ValueError, "expected one of them"),
     ({"sites": "k1"}, TypeError, "sites: got 'k1'"),
+    ({"drop_row": "no"}, TypeError, "drop_row: got 'no'"),
   ],
 )
 def test_wrong_settings_are_refused(settings, error, words):

@@ -121,6 +121,14 @@ def _train_text(result: dict[str, Any]) -> str:
 
 def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   request = learned.Request(options.recall, options.per_class, options.beside, options.seed)
+  if options.recall and options.beside:
+    raise UsageError("--beside: is for learned codes; with --recall all are. Use --per-class.")
+  if options.out is not None and options.out.suffix != ".safetensors":
+    raise UsageError(f"--out: got {options.out}; expected a name that ends in .safetensors.")
+  if (options.run / "config.json").is_file() and options.config is not None:
+    raise UsageError(
+      f"--config: {options.run} is a run, which has its own config. Leave out --config and --out."
+    )
   if options.config is not None or is_checkpoint(options.run):
     if options.config is None or options.out is None:
       missing = "--config" if options.config is None else "--out"
@@ -129,17 +137,19 @@ def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         f"codes {options.run} --config CONFIG --out FILE"
       )
     learned.refuse_existing(options.out)
+    _require_sections(options.overrides, "data", "model", "execution")
     config = configs.load(options.config, options.overrides)
-    dataset = setup.load_data(config, options.data_dir)
+    dataset = setup.load_data(config, options.data_dir, training=not options.recall)
     trained = trained_run.restore_plain(options.run, config, dataset, needs_codes=False)
     result = learned.learn(trained, config, dataset, options.out, request)
     return result, _codes_text(result)
   if options.out is not None:
     raise UsageError("--out: is for a plain checkpoint; a run keeps its codes in RUN/codes.")
+  _require_sections(options.overrides)
   folder = RunFolder.open(options.run)
   path = learned.path_in(folder)
   learned.refuse_existing(path)
-  dataset = setup.load_data(folder.config, options.data_dir)
+  dataset = setup.load_data(folder.config, options.data_dir, training=not options.recall)
   with folder.locked():
     trained = trained_run.restore(folder, dataset)
     result = learned.learn(trained, folder.config, dataset, path, request)
@@ -201,11 +211,13 @@ def _forget_plain(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def _require_sections(overrides: dict[str, Any], *sections: str) -> None:
-  """Refuse fields that a forget does not look at."""
+  """Refuse fields that a forget, or the learning of codes, does not look at."""
   for field in overrides:
     if field.split(".")[0] not in sections or field == "forget.classes":
-      known = ", ".join(f"[{section}]" for section in sections)
-      raise UsageError(f"--{field}: a forget takes only --classes and fields of {known}.")
+      known = ", ".join(f"[{section}]" for section in sections) or "no section"
+      if "forget" in sections:
+        raise UsageError(f"--{field}: a forget takes only --classes and fields of {known}.")
+      raise UsageError(f"--{field}: codes are learned with fields of {known} alone.")
 
 
 def _forget_text(result: dict[str, Any], names: Sequence[str]) -> str:

@@ -137,7 +137,7 @@ class _Walk(Engine):
     bypassed: bool,
     reader: Reader | None = None,
   ) -> None:
-    super().__init__(sums.Groups(weights))
+    super().__init__(sums.Groups(weights.astype(jnp.float32)))
     self.places, self.sides, self.active = found, sides, active
     self.bypassed, self.reader = bypassed, reader
     self.read: jax.Array | None = None  # (C, F), by the reader
@@ -192,8 +192,10 @@ class _Walk(Engine):
     kinds = [_kind(arg) for arg in args]
     if self.reader is not None and step.equation is self.reader.step.equation:
       args = self._read(step, args)
-    if step.how == plan.CONTRACTED and (channels := places.written(step)) is not None:
-      return [self._contracted(step, run, args, channels)]
+    if step.how == plan.CONTRACTED:
+      if (channels := self.places.channels.get(step.equation.outvars[0])) is not None:
+        return [self._contracted(step, run, args, channels)]
+      return on_batch(run, list(map(_plain, args)))
     has_weights = any(isinstance(kind, plan.Params) for kind in kinds)
     if has_weights and plan.gives_params(step.equation, kinds):
       return _rearranged(step.equation, args)
@@ -223,7 +225,7 @@ class _Walk(Engine):
     """What a kernel writes."""
     (output,) = on_batch(run, list(map(_plain, args)))
     width = math.prod(output.value.shape[1:][slice(*channels)])
-    ones, zeros = jnp.ones(width), jnp.zeros(width)
+    ones, zeros = jnp.ones(width, jnp.float32), jnp.zeros(width, jnp.float32)
     term = Term(output.value, ones, zeros, None, args[step.rule.index], step.rule)
     return Written(output.value, channels, (term,))
 
@@ -243,11 +245,11 @@ class _Walk(Engine):
       other, sign = pairs[1 - at]
       if len(written) == 1 and not isinstance(other, Data):
         offset = step.equation.invars[1 - at]
-        terms[0] = self._shifted(terms[0], other, sign, first.channels, offset)
+        terms[0] = self._shifted(terms[0], other, sign, first, offset)
       return Written(output.value, channels, tuple(terms))
     if name in places.SCALING:
       factor = jnp.asarray(_value(args[1 - at]), jnp.float32)
-      factor = _per_channel(factor, first.terms[0].scale)
+      factor = _per_channel(factor, first)
       factor = 1 / factor if name == "div" else factor
       terms = [_times(term, factor) for term in first.terms]
     else:
@@ -263,12 +265,12 @@ class _Walk(Engine):
     ]
     return Written(output.value, channels, tuple(terms))
 
-  def _shifted(self, term: Term, other: Any, sign: int, channels: Channels, atom: Any) -> Term:
+  def _shifted(self, term: Term, other: Any, sign: int, written: Written, atom: Any) -> Term:
     """A term to which a constant or a weight is added, if that is the same at all positions."""
     value = jnp.asarray(_value(other), jnp.float32)
-    if not places.is_per_channel(value.shape, channels):
+    if not places.is_per_channel(value.shape, written.channels):
       return term
-    added = sign * _per_channel(value, term.shift)
+    added = sign * _per_channel(value, written)
     term = term._replace(shift=term.shift + added)
     if not isinstance(other, Weight) or value.size != added.size:
       return term
@@ -290,7 +292,8 @@ class _Walk(Engine):
       taken = taken + live * one.taken(own)
       self._edit(term, one, live)
     rank, width = one.rank, one.directions.shape[1]
-    self.found[at] = rank.max(), jnp.mean((rank > 0) & (rank < width), dtype=jnp.float32)
+    share = jnp.mean((rank > 0) & (rank < width), dtype=jnp.float32)
+    self.found[at] = jnp.where(active, rank.max(), 0), jnp.where(active, share, 0)
     left = _channels_back(wide - taken, written.value.shape, written.channels)
     return Data(left.astype(written.value.dtype))
 
@@ -309,13 +312,13 @@ class _Walk(Engine):
       self._change(weight, change.reshape(weight.value.shape))
 
   def _change(self, weight: Weight, change: jax.Array) -> None:
-    for index, part in weight.back(change):
+    for index, part in weight.back(change.astype(jnp.float32)):
       self.changes[index] = self.changes[index] + part if index in self.changes else part
 
   def _inside(self, inside: Inside, active: jax.Array) -> _Walk:
     return _Walk(inside.places, self.groups.weights, self.sides, active, self.bypassed)
 
-  def _take(self, walk: _Walk, inside: Inside, args: list[Any], changes: Any, found: Found) -> None:
+  def _take(self, inside: Inside, args: list[Any], changes: Any, found: Found) -> None:
     """Take over what was found inside a step whose operands are `args`."""
     for index, change in changes.items():
       self._change(args[index], change)
@@ -326,7 +329,7 @@ class _Walk(Engine):
     (body,), count = step.inner, inside.places.count
     walk = self._inside(inside, self.active[inside.first : inside.first + count])
     outs = walk.evaluate(body, [_outer(body, i, arg) for i, arg in enumerate(args)])
-    self._take(walk, inside, args, walk.changes, walk.found_at())
+    self._take(inside, args, walk.changes, walk.found_at())
     return [_plain(out) for out in outs]
 
   def _scanned(self, step: Step, inside: Inside, args: list[Any]) -> list[Any]:
@@ -340,6 +343,7 @@ class _Walk(Engine):
       args[num_consts + num_carry :],
     )
     active = self.active[inside.first : inside.first + count * length].reshape(length, count)
+    in_order = (lambda x: x[::-1]) if params["reverse"] else (lambda x: x)  # of the data
     stacked = [jnp.moveaxis(x.value, 1, 0) if isinstance(x, Data) else _value(x) for x in xs]
 
     def iterate(carry: list[jax.Array], x: Any) -> Any:
@@ -353,8 +357,10 @@ class _Walk(Engine):
 
     names = ("length", "reverse", "unroll", "_split_transpose")
     settings = {name: params[name] for name in names if name in params}
-    end, (ys, changes, found) = jax.lax.scan(iterate, carry, (stacked, active), **settings)
-    self._take(self, inside, args, changes, found)
+    end, (ys, changes, found) = jax.lax.scan(
+      iterate, carry, (stacked, in_order(active)), **settings
+    )
+    self._take(inside, args, changes, Found(*map(in_order, found)))
     return [*map(Data, end), *(Data(jnp.moveaxis(y, 0, 1)) for y in ys)]
 
 
@@ -406,7 +412,9 @@ def _rearranged(equation: Any, args: list[Any]) -> list[Any]:
 
   def back_from(index: int) -> Back:
     def back(change: jax.Array) -> list[tuple[int, jax.Array]]:
-      changes = [change if i == index else jnp.zeros(out.shape) for i, out in enumerate(outs)]
+      changes = [
+        change if i == index else jnp.zeros(out.shape, jnp.float32) for i, out in enumerate(outs)
+      ]
       parts = zip(weights, transposed(changes), strict=True)
       return [pair for weight, part in parts for pair in weight.back(part)]
 
@@ -434,9 +442,12 @@ def _negated(term: Term) -> Term:
   return _times(term._replace(linear=-term.linear), -1)
 
 
-def _per_channel(value: jax.Array, like: jax.Array) -> jax.Array:
-  """(F,) of an array that is the same at all positions."""
-  return jnp.broadcast_to(value.reshape(-1), like.shape)
+def _per_channel(value: jax.Array, written: Written) -> jax.Array:
+  """(F,) of an operand that is the same at all positions of what is written."""
+  sizes = written.value.shape[1:][slice(*written.channels)]
+  if value.ndim:
+    value = value.reshape(value.shape[slice(*written.channels)])
+  return jnp.broadcast_to(value, sizes).reshape(-1)
 
 
 def _channels_last(x: jax.Array, channels: Channels) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 _TIE = 0.1  # times the largest singular value: how far W may grow to keep the kept means
 _SMALLEST = 1e-5  # eigenvalues of R D below this part of the largest count as 0
+_ROUNDING = 2e-6  # times the largest entry of B: a class's mean is the kept one
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -52,7 +53,7 @@ def cut(means: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1)
     D W D = D, also where columns of D are equal or dependent. Traceable in all arguments.
 
   Edge cases:
-    no forgotten class, or D = 0: D and W are 0.
+    no forgotten class, no kept one, or D = 0 (up to rounding): D and W are 0.
     a group whose D has rank F: nothing would be left of it, so its D and W are 0; `rank` says so.
 
   Args:
@@ -63,7 +64,7 @@ def cut(means: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1)
   Source: this project. DAMP (Hatami, Aalishah, Monosov, 2026, arXiv 2604.15166) projects
   orthogonally, with prototypes of real data.
   """
-  kept, gone = remain.astype(jnp.float32), forget.astype(jnp.float32)
+  kept, gone = remain.astype(jnp.float32), (forget & jnp.any(remain)).astype(jnp.float32)
   parts = means.astype(jnp.float32).reshape(len(means), groups, -1)
   return jax.vmap(_cut_of_group, (1, None, None))(parts, gone, kept)
 
@@ -75,6 +76,8 @@ def _cut_of_group(means: jax.Array, gone: jax.Array, kept: jax.Array) -> Cut:
   largest = jnp.max(jnp.abs(columns))
   unit = jnp.where(largest > 0, largest, 1)
   columns = columns / unit
+  gone = gone * (jnp.max(jnp.abs(gone[:, None] * columns), axis=1) > _ROUNDING)
+  columns = jnp.where((gone + kept > 0)[:, None], columns, 0)
   directions = gone[:, None] * columns  # D^T
   product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
   gram = product(columns, columns.T)

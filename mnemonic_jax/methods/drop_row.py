@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 from mnemonic_jax import _trees
 from mnemonic_jax.methods import network
@@ -25,14 +26,16 @@ class DropRow:
   for every class f that is not kept, those of `forgotten` too.
 
   Guarantees:
-    A forgotten class's score is the mean kept score less one: it is never the largest, and the kept
-    classes keep their order exactly. The head holds nothing about the class any more. All other
-    leaves stay as they are; features still tell the class apart.
+    With a bias, a forgotten class's score is the mean kept score less one: it is never the largest,
+    and the kept classes keep their order exactly. The head holds nothing about the class any more.
+    All other leaves stay as they are; features still tell the class apart.
 
   Edge cases:
     a head that cannot be dropped (several heads, a cosine or text head, rows shared with an
       embedding): a ValueError that says why.
-    a head without a bias: the score is the mean kept score; with one kept class, a ValueError.
+    a head without a bias: the score is the mean kept score, so it is the largest only where all
+      kept ones tie (as where all features are 0) and the class stands first; with one kept class, a
+      ValueError.
 
   >>> codes = jax.random.uniform(jax.random.key(0), (3, 1, 8))
   >>> params = {"kernel": codes[:, 0].T, "bias": jnp.zeros(3)}
@@ -43,12 +46,11 @@ class DropRow:
   Source: this project; it equals the head edit that every table carries as a control.
   """
 
-  drops_rows = True  # so the forgotten classes' error is 1, whatever judges foresee
-
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
-    """Forget; `info` is empty."""
-    drop_program.eval_shape(problem)[1].require_margin(problem.remain)
-    return drop_program(problem)[0], {}
+    """Forget; `info["margin"]`: whether a forgotten class is below the kept ones for certain."""
+    outline = drop_program.eval_shape(problem)[1]
+    outline.require_margin(problem.remain)
+    return drop_program(problem)[0], {"margin": np.bool_(outline.has_bias)}
 
 
 @jax.jit

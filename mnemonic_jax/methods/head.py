@@ -21,6 +21,8 @@ from mnemonic_jax.fisher.plan import Plan, Step
 from mnemonic_jax.methods import places
 from mnemonic_jax.methods.places import Channels
 
+_LAST_PLACES = 8  # by how many a bias is less at least
+
 
 class NoHead(ValueError):
   """Why the head of a model cannot be dropped."""
@@ -58,13 +60,13 @@ class Row:
     along[self.axis] = -1
     chosen = jnp.broadcast_to(classes.reshape(along), arranged.shape)
     # `arranged` is a permutation times a number c, so its transpose is its inverse times c^2.
-    scale = self.arranged(jnp.ones(self.shape)).reshape(-1)[0]
-    values = back(jnp.where(chosen, entry, 0)) / scale**2
+    scale = self.arranged(jnp.ones(self.shape, jnp.float32)).reshape(-1)[0]
+    values = back(jnp.where(chosen, entry, 0).astype(jnp.float32)) / scale**2
     return jnp.where(back(chosen.astype(jnp.float32)) != 0, values.astype(leaf.dtype), leaf)
 
   def mean(self, leaf: jax.Array, classes: jax.Array) -> jax.Array:
     """The mean of the arranged leaf over classes (C,) bool; the axis of classes has size 1."""
-    share = classes / jnp.maximum(classes.sum(), 1)
+    share = classes.astype(jnp.float32) / jnp.maximum(classes.sum(dtype=jnp.float32), 1)
     arranged = self.arranged(leaf)
     mean = jnp.tensordot(share, arranged, (0, self.axis), precision=jax.lax.Precision.HIGHEST)
     return jnp.expand_dims(mean, self.axis)
@@ -86,18 +88,21 @@ class Head:
         w_f <- mean of the kept rows        b_f <- mean of the kept biases - 1
 
     for every class f that is not kept, those forgotten earlier too. Without a class to forget, or
-    one to keep, nothing changes.
+    one to keep, nothing changes. Where biases are so large that their dtype would lose the 1, it is
+    eight of its last places.
 
     Guarantees:
-      A forgotten class's score is the mean kept score less one (times the factor that follows), so
-      it is never the largest, and the kept classes keep their order.
+      With a bias, a forgotten class's score is the mean kept score less one (times the factor that
+      follows), so it is never the largest, and the kept classes keep their order.
     """
     gone = ~remain & jnp.any(forget) & jnp.any(remain)
-    new = {}
-    for row, less in ((self.kernel, 0), (self.bias, 1)):
-      if row is not None:
-        leaf = leaves[row.leaf]
-        new[row.leaf] = row.put(leaf, gone, row.mean(leaf, remain) - less)
+    kernel = leaves[self.kernel.leaf]
+    new = {self.kernel.leaf: self.kernel.put(kernel, gone, self.kernel.mean(kernel, remain))}
+    if self.bias is not None:
+      bias = leaves[self.bias.leaf]
+      last_place = float(jnp.finfo(bias.dtype).eps) * jnp.max(jnp.abs(bias)).astype(jnp.float32)
+      less = jnp.maximum(1, _LAST_PLACES * last_place)
+      new[self.bias.leaf] = self.bias.put(bias, gone, self.bias.mean(bias, remain) - less)
     return new
 
 
@@ -150,7 +155,10 @@ def _before(
   atoms, shape = equation.invars, equation.outvars[0].aval.shape
   kind = lambda atom: "const" if isinstance(atom, jex.Literal) else kinds[atom]
   data = [i for i, a in enumerate(atoms) if kind(a) == "data" or isinstance(kind(a), Channels)]
-  if name in places.UNCHANGED - {"neg"}:
+  floating = all(
+    jnp.issubdtype(x.aval.dtype, jnp.floating) for x in (atoms[0], equation.outvars[0])
+  )
+  if name in places.UNCHANGED - {"neg"} and floating:
     return atoms[0], axis, None
   if name in places.RESHAPING or name == "transpose":
     back = _axis_before(equation, axis)

@@ -130,9 +130,15 @@ def of_plan(planned: Plan, params: PyTree) -> Network:
 
 
 def _last_contraction(planned: Plan) -> Step | None:
-  """The last operation in which a kernel meets data, if that makes the logits."""
-  contracted = [step for step in planned.steps or () if step.how == plan.CONTRACTED]
-  return contracted[-1] if contracted else None
+  """The operation in which a kernel meets data, if nothing after it mixes channels again."""
+  alone = places.alone(planned)
+  for step in reversed(planned.steps or ()):
+    if step.how == plan.CONTRACTED:
+      return step if step.equation.invars[step.rule.index] in alone else None
+    mixes = step.how in (plan.SCAN, plan.COND, plan.REMATERIALISED, plan.TIED)
+    if mixes or step.equation.primitive.name in ("dot_general", "conv_general_dilated"):
+      return None
+  return None
 
 
 def edit(

@@ -99,7 +99,8 @@ def find(
       too: those of its inputs of which no element is used twice.
     main: nothing bypasses that body.
   """
-  all_kinds, _ = _kinds(planned, frozenset())
+  mine = alone(planned, inside)
+  all_kinds, _ = _kinds(planned, frozenset(), mine)
   consumers = _consumers(planned)
   returned = {var for var in planned.jaxpr.outvars if not isinstance(var, jex.Literal)}
 
@@ -107,13 +108,12 @@ def find(
     used = consumers.get(var, [])
     if var in returned:
       return inside is not None
-    goes_on = len(used) == 1 and isinstance(_result(used[0], all_kinds), Channels)
+    goes_on = len(used) == 1 and isinstance(_result(used[0], all_kinds, mine), Channels)
     return bool(used) and not goes_on
 
   found = {var for var, kind in all_kinds.items() if isinstance(kind, Channels) and is_site(var)}
-  left, writers = _kinds(planned, frozenset(found))
+  left, writers = _kinds(planned, frozenset(found), mine)
   on_all_paths, steps_on_all = _main(planned)
-  mine = alone(planned, inside)
   count, sites, inner = 0, {}, {}
   for index, step in enumerate(planned.steps or ()):
     if step.how in (plan.SCAN, plan.REMATERIALISED):
@@ -215,12 +215,13 @@ def _transposed(channels: Channels, permutation: Sequence[int]) -> Channels | No
   return Channels(moved[0], moved[-1] + 1) if in_order else None
 
 
-def _result(step: Step, kinds: dict[Any, Kind]) -> Kind:
-  """What the results of an operation are."""
+def _result(step: Step, kinds: dict[Any, Kind], alone: frozenset[Any] | None) -> Kind:
+  """What the results of an operation are; a kernel that is not `alone` cannot be edited."""
   read = lambda atom: "const" if isinstance(atom, jex.Literal) else kinds[atom]
   operands = [read(atom) for atom in step.equation.invars]
   if step.how == plan.CONTRACTED:
-    return written(step) or "data"
+    kernel = step.equation.invars[step.rule.index]
+    return "data" if alone is not None and kernel not in alone else written(step) or "data"
   if step.how in (plan.SCAN, plan.COND, plan.REMATERIALISED, plan.TIED):
     return "data"
   weights = [kind for kind in operands if isinstance(kind, plan.Params)]
@@ -237,7 +238,7 @@ def kinds(planned: Plan) -> dict[Any, Kind]:
 
 
 def _kinds(
-  planned: Plan, sites: frozenset[Any]
+  planned: Plan, sites: frozenset[Any], alone: frozenset[Any] | None = None
 ) -> tuple[dict[Any, Kind], dict[Any, tuple[int, ...]]]:
   """The kind of every variable, and the leaves of params that have written into it.
 
@@ -249,7 +250,7 @@ def _kinds(
     kinds[var] = plan.Params(frozenset([index])) if isinstance(kind, plan.Params) else kind
   seen: dict[Any, Kind] = dict(kinds)  # what later operations see
   for step in planned.steps or ():
-    kind = _result(step, seen)
+    kind = _result(step, seen, alone)
     for var in step.equation.outvars:
       kinds[var] = kind
       seen[var] = "data" if var in sites else kind

@@ -78,6 +78,8 @@ class Projection:
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
       raise TypeError(f"sites: got {names!r}; expected a tuple of names of sites.")
     object.__setattr__(self, "sites", tuple(names))
+    if not isinstance(self.drop_row, bool):
+      raise TypeError(f"drop_row: got {self.drop_row!r}; expected True or False.")
     if self.depth is not None and self.sites:
       raise ValueError(
         f"depth: got {self.depth} with sites {self.sites}; expected one of them. depth counts "
@@ -87,17 +89,15 @@ class Projection:
       object.__setattr__(self, "depth", _checks.require_size("depth", self.depth, 0))
 
   @property
-  def drops_rows(self) -> bool:
-    """Whether the forgotten classes' error is 1, whatever judges foresee."""
-    return self.drop_row
-
-  @property
   def to_search(self) -> tuple[str, ...]:
     """The settings that a search chooses."""
     return ("depth",) if self.depth is None and not self.sites else ()
 
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
+
+    Both are 0 where nothing was cut. "margin": whether the row is dropped and a forgotten class is
+    below the kept ones for certain.
 
     A search adds the "method", and A_R (without the row dropped, E_F too) as predicted for depth 0,
     1, ... ("curve_...").
@@ -113,11 +113,12 @@ class Projection:
     run = lambda depth: project_program(self.sites, self.drop_row, problem, np.int32(depth))
     if not self.to_search:
       params, info, _ = run(self.depth or 0)
-      return params, info
+      return params, {**info, "margin": np.bool_(self.drop_row and outline.has_bias)}
     depth, curve = self._searched(problem, outline.depths, lambda depth: run(depth)[0])
     params, info, _ = run(depth)
     found = dataclasses.replace(self, depth=depth)
-    return params, {**info, **curve, "method": found}
+    margin = np.bool_(self.drop_row and outline.has_bias)
+    return params, {**info, **curve, "margin": margin, "method": found}
 
   def _searched(
     self, problem: Problem, depths: int, apply: Callable[[Any], PyTree]

@@ -288,17 +288,28 @@ def make_method(forget: ForgetConfig, *, learned: bool = False) -> Any:
       raise UsageError(
         f"{_SETTINGS}.{name}: unknown setting of {forget.method}. {nearest(name, takes)}"
       )
-  number = lambda name, x: float(x) if type(x) is int and not takes[name].metadata else x
+  numbers = [name for name, field in takes.items() if not field.metadata.get("static")]
+  for name in numbers:
+    value = forget.settings.get(name, 0)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+      raise UsageError(f"{_SETTINGS}.{name}: got {value!r}; expected a number.")
+  missing = [n for n in numbers if n not in forget.settings and takes[n].default is None]
+  if missing and len(missing) < len(numbers):
+    raise _missing(missing[0], forget.method)
   try:
-    made = kind(**{name: number(name, value) for name, value in forget.settings.items()})
+    made = kind(**{name: float(x) if name in numbers else x for name, x in forget.settings.items()})
   except (TypeError, ValueError) as error:
     raise UsageError(f"{_SETTINGS}: {error}") from error
   for name in () if learned else getattr(made, "to_search", ()):
-    raise UsageError(
-      f"{_SETTINGS}.{name}: missing; {forget.method} needs it. Write it in the config, or pass "
-      f"--{_SETTINGS}.{name} NUMBER, or --set {name}=NUMBER to mnemonic forget."
-    )
+    raise _missing(name, forget.method)
   return made
+
+
+def _missing(name: str, method: str) -> UsageError:
+  return UsageError(
+    f"{_SETTINGS}.{name}: missing; {method} needs it. Write it in the config, or pass "
+    f"--{_SETTINGS}.{name} NUMBER, or --set {name}=NUMBER to mnemonic forget."
+  )
 
 
 def _known_settings() -> list[str]:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
 from etils import epath
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -117,14 +116,18 @@ def evaluate(run: RunFolder, dataset: Dataset, classes: Sequence[int | str] = ()
 
 
 def _codes_of(run: RunFolder, report: dict[str, Any]) -> Any:
-  """The codes that a forget used: learned ones if they are those, else those of the training."""
+  """The codes that a forget used: learned ones, or those of the training."""
   path = learned.path_in(run)
+  candidates = [restore_codes(run.checkpoints)]
   if path.exists():
-    with safetensors.safe_open(str(path), framework="np") as stored:
-      codes = stored.get_tensor("codes")
+    candidates.append(learned.read_codes(path))
+  for codes in candidates:
     if files.array_sha256(codes) == report["codes_sha256"]:
       return codes
-  return restore_codes(run.checkpoints)
+  raise MnemonicError(
+    f"{run.path}: holds other codes than this forget used: their SHA-256 is not codes_sha256 of "
+    "the report. Put the file of learned codes back, or leave the codes out with --hide-codes."
+  )
 
 
 def write_page(

@@ -128,8 +128,13 @@ def save(out: epath.Path, codes: LearnedCodes, params_sha256: str, read: list[st
     save_file(arrays, temporary, metadata)
 
 
-def load(path: epath.Path, params_sha256: str, num_classes: int, shape: Any) -> LearnedCodes:
-  """Read learned codes back, and refuse those of another model, data set or shape."""
+def read_codes(path: epath.Path) -> np.ndarray:
+  """The codes (C, K, *shape) of a file, whatever model they are of."""
+  return _read(path)[0]["codes"]
+
+
+def _read(path: epath.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The arrays and metadata of a file."""
   try:
     with safetensors.safe_open(str(path), framework="np") as stored:
       metadata = stored.metadata() or {}
@@ -141,6 +146,12 @@ def load(path: epath.Path, params_sha256: str, num_classes: int, shape: Any) -> 
     raise MnemonicError(
       f"{path}: has no {', '.join(missing)}; expected a file that `mnemonic codes` wrote."
     )
+  return arrays, metadata
+
+
+def load(path: epath.Path, params_sha256: str, num_classes: int, shape: Any) -> LearnedCodes:
+  """Read learned codes back, and refuse those of another model, data set or shape."""
+  arrays, metadata = _read(path)
   codes = arrays["codes"]
   if codes.ndim < 3 or (codes.shape[0], *codes.shape[2:]) != (num_classes, *shape):
     raise MnemonicError(
