@@ -50,9 +50,9 @@ class ForgetResult:
   method: Method
   code_retain_accuracy: float
   code_forget_error: float
-  predicted: Prediction | None
   info: Mapping[str, Any]
   seconds: Mapping[str, float]
+  predicted: Prediction | None = None
 
 
 class ForgetInfo(NamedTuple):

@@ -267,14 +267,11 @@ def test_a_negative_number_is_a_value():
 def test_a_config_file_without_a_method(tmp_path):
   """It trains; to forget, a method must be named."""
   file = tmp_path / "mine.toml"
-  file.write_text('[model]\nhidden = 32\n[train]\nepochs = 2\nschedule = "cosine"\n')
+  file.write_text('[model]\nhidden = 8\n[train]\nepochs = 2\nschedule = "cosine"\n')
   result = call("train", file, "--out", tmp_path / "run", "--train.epochs", 1, "--json").json
   assert (result["config"], result["epochs"]) == ("mine", 1)
   message = call("forget", tmp_path / "run", "--classes", 3).refusal(2)
-  assert (
-    "forget.method: missing; expected one of projection, drop_row, dampening, perturbation"
-    in message
-  )
+  assert re.search("forget.method: missing; expected one of .*perturbation", message)
   words = ("--method", "perturbation", "--set", "lambda1=1e-3", "--set", "lambda2=1")
   assert call("forget", tmp_path / "run", "--classes", 3, *words).code == 0
 
