@@ -19,7 +19,7 @@ from mnemonic_jax.fisher import Execution
 from mnemonic_jax.learning import LearnedCodes, Predicted
 from mnemonic_jax.methods.problem import Problem
 from mnemonic_jax.methods.projection import Projection
-from mnemonic_jax.methods.protocol import Method, OneShot, Stepwise, require_method
+from mnemonic_jax.methods.protocol import Method, OneShot, Stepwise, require_method, steps_of
 from mnemonic_jax.methods.request import all_finite, check_values, resolve, sides_of
 
 PyTree = Any
@@ -77,6 +77,7 @@ def forget(
   layer_axis: PyTree = None,
   precision: str | None = "highest",
   execution: Execution | None = None,
+  kept: Iterable[tuple[Any, Any]] | None = None,
   progress: Callable[[int, int], None] | None = None,
   state: PyTree = None,
   on_state: Callable[[PyTree], None] | None = None,
@@ -107,6 +108,8 @@ def forget(
     layer_axis: a tree prefix of ints or None; the layer axis of stacked leaves.
     precision: matmul precision of Fishers and logits.
     execution: microbatch; changes rounding only.
+    kept: yields (inputs, labels), examples of kept classes that join the recalled codes from which
+      a method heals or learns anew: half of each batch. None: no example is read.
     progress: called as progress(done, of) after each step of a method that takes many.
     state: of such a method, to go on from, with the same result bit for bit.
     on_state: called with each new state, a pytree of arrays that the caller may save.
@@ -129,6 +132,11 @@ def forget(
   started = time.perf_counter()
   method = _default(codes) if method is None else method
   require_method(method)
+  if kept is not None and not steps_of(method):
+    raise ValueError(
+      f"kept: {method} reads no examples; expected None, or a method that does, such as "
+      "mnemonic_jax.Projection(heal=150)."
+    )
   for name, value in (("params", params), ("codes", codes), ("method", method)):
     if not _checks.is_concrete(value):
       raise TypeError(
@@ -137,7 +145,8 @@ def forget(
       )
   with compile_seconds() as compiling:
     request = loss, mask, layer_axis, precision, execution
-    problem = resolve(logits_fn, params, codes, sides_of(codes, classes, forgotten), *request)
+    sides = sides_of(codes, classes, forgotten)
+    problem = resolve(logits_fn, params, codes, sides, *request, kept)
     check_values(problem)
     before, ready = compiling(), time.perf_counter()
     moved, info = _run(method, problem, progress, state, on_state)
@@ -252,12 +261,18 @@ def _run(
   on_state: Callable[[PyTree], None] | None,
 ) -> tuple[PyTree, dict[str, Any]]:
   """Run a method of either kind, the one that takes many steps from `state` on."""
-  if isinstance(method, OneShot):
+  resolved, found = method, {}
+  if steps_of(method) and getattr(method, "to_search", ()):
+    resolved, found = method.resolved(problem)
+    found = {**found, "method": resolved}
+  if not steps_of(resolved):
     if state is not None:
       raise ValueError(f"state: {type(method).__name__} takes one step; expected None.")
-    return method.step(problem)
+    params, info = resolved.step(problem)
+    return params, {**info, **found}
+  method = resolved
   if state is None:
-    state = _init(method, problem)
+    state = method.init(problem)
   else:
     _require_state(method, problem, state)
   for done in range(int(state.done) + 1, method.steps + 1):
@@ -266,7 +281,8 @@ def _run(
       on_state(state)
     if progress is not None:
       progress(done, method.steps)
-  return method.finish(problem, state)
+  params, info = method.finish(problem, state)
+  return params, {**info, **found}
 
 
 def _layout(tree: PyTree) -> PyTree:
@@ -284,7 +300,7 @@ def _require_like_params(method: Method, params: PyTree, moved: PyTree) -> None:
 
 def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> None:
   """Refuse a state of another structure, shape or dtype than the method's own."""
-  wanted = _layout(jax.eval_shape(_init, method, problem))
+  wanted = _layout(jax.eval_shape(method.init, problem))
   if (found := _layout(state)) != wanted:
     raise ValueError(
       f"state: got {found}; expected a state that {type(method).__name__} made for these params: "
@@ -292,7 +308,6 @@ def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> None:
     )
 
 
-_init = jax.jit(lambda method, problem: method.init(problem))
 _advance = jax.jit(lambda method, problem, state: method.advance(problem, state))
 
 

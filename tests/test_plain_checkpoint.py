@@ -217,9 +217,9 @@ def with_kernel(tree: dict, kernel: np.ndarray) -> dict:
 BAD = {
   "no codes": (
     lambda t: without(t, "codes"),
-    'holds note, optimizer, params, step; expected "params" and "codes"',
+    "holds note, optimizer, params, step; expected 'params' and 'codes'",
   ),
-  "no params": (lambda t: without(t, "params"), 'expected "params" and "codes"'),
+  "no params": (lambda t: without(t, "params"), "expected 'params' and 'codes'"),
   "a leaf less": (
     lambda t: {**t, "params": without(t["params"], "output")},
     "has no params.output.bias; mlp of config 'digits' for digits expects float32 (10,)",

@@ -14,7 +14,7 @@ from mnemonic_jax import _checks, _trees
 from mnemonic_jax.errors import nearest
 from mnemonic_jax.fisher import loss_checks, plan
 from mnemonic_jax.fisher.plan import Plan, Step
-from mnemonic_jax.methods import cutting, places
+from mnemonic_jax.methods import behind, cutting, places
 from mnemonic_jax.methods import head as heads
 from mnemonic_jax.methods.problem import Problem, class_weights, plan_of
 
@@ -91,6 +91,21 @@ class Network:
         )
     return jnp.asarray([name in names for name in known], bool)
 
+  def trained(self, active: jax.Array, problem: Problem) -> list[jax.Array]:
+    """For each leaf that may change: whether the model uses it from the first active site on.
+
+    Bools that broadcast to the leaf. The kernels that write into that site count.
+    """
+    first = jnp.where(jnp.any(active), jnp.argmax(active), len(self.sites) + 1)
+    before = behind.sites_before(self.planned, self.places)
+    leaves, found = jax.tree.leaves(problem.params), []
+    for index, may_change in enumerate(problem.request.mask):
+      if may_change:
+        use = before.get(index, np.asarray(-1))  # one that is not used does not move
+        use = use.reshape(use.shape + (1,) * (leaves[index].ndim - use.ndim))
+        found.append(jnp.asarray(use) >= first)
+    return found
+
   def require_head(self) -> heads.Head:
     """The head, or a ValueError that says why its row cannot be dropped."""
     if self.head is None:
@@ -142,11 +157,12 @@ def _last_contraction(planned: Plan) -> Step | None:
 
 
 def edit(
-  problem: Problem, network: Network, active: jax.Array, *, drop_row: bool, bypassed: bool
+  problem: Problem, network: Network, active: jax.Array, *, head: str, bypassed: bool
 ) -> tuple[PyTree, cutting.Found]:
-  """Cut at the active sites (S,) and drop the row, or cut the head's kernel too; traceable.
+  """Cut at the active sites (S,); traceable.
 
-  `bypassed`: whether `active` may hold sites that other arrays bypass.
+  `head`: "drop" its rows, "cut" its kernel too, or "leave" it. `bypassed`: whether `active` may
+  hold sites that other arrays bypass.
   """
   leaves, treedef = _trees.flatten(problem.params)
   sides = problem.forget, problem.remain
@@ -161,12 +177,12 @@ def edit(
       sides,
       active,
       bypassed,
-      None if drop_row else network.reader,
+      network.reader if head == "cut" else None,
     )
   for index, change in changes.items():
     leaf = leaves[index]
     leaves[index] = (leaf + change.astype(_trees.at_least_float32(leaf.dtype))).astype(leaf.dtype)
-  if drop_row:
+  if head == "drop":
     new = network.require_head().dropped(leaves, *sides)
     leaves = [new.get(index, leaf) for index, leaf in enumerate(leaves)]
   return treedef.unflatten(leaves), found

@@ -83,6 +83,8 @@ class Problem:
     codes: (C, K, *shape).
     forget, remain: (C,) bool, the classes of both sides; a class may be in neither.
     judges: what foretells accuracy on data; None if the codes have none.
+    recalled: (C, R, *shape), codes recalled from the model alone; None if there are none.
+    kept: (M, *shape), examples of kept classes that the caller passes; None if there are none.
   """
 
   request: Request = dataclasses.field(metadata={"static": True})
@@ -92,6 +94,8 @@ class Problem:
   forget: jax.Array
   remain: jax.Array
   judges: Judges | None = None
+  recalled: jax.Array | None = None
+  kept: jax.Array | None = None
 
   @property
   def inputs(self) -> jax.Array:

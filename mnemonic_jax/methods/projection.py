@@ -9,10 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from mnemonic_jax import _checks, _functions, _trees
 from mnemonic_jax._types import LogitsFn
-from mnemonic_jax.methods import network, places, search
+from mnemonic_jax.methods import distilling, network, places, search
+from mnemonic_jax.methods.drop_row import drop_program
 from mnemonic_jax.methods.problem import Problem, plan_of_logits
 from mnemonic_jax.methods.protocol import Info, method
 
@@ -22,6 +24,9 @@ _CHEAP = 0.005  # predicted A_R that a deeper cut may cost
 # Without judges: the deepest that cost no accuracy on every set tried. On digits depth 1 costs 6
 # points (experiments/README.md).
 _RECALLED_DEPTH = 0
+_CODES_TO_HEAL = 8  # a class
+_OPTIMIZER = optax.chain(optax.clip_by_global_norm(2.0), optax.sgd(0.002, momentum=0.9))
+_SHIFT = 16  # pictures move by 1/16 of their side
 _static: Any = partial(dataclasses.field, metadata={"static": True})
 
 
@@ -57,6 +62,11 @@ class Projection:
       where judges cannot be relied on (`learning.calibrated`), 0.
     sites: names of sites to cut instead (`explain_projection` lists them).
     drop_row: drop the rows as `DropRow` does, as the last step.
+    heal: before that, how many steps of distilling the model as it was: the mean KL divergence of
+      its kept logits from those of the edited model, on batches of 128 of the recalled codes of
+      kept classes (8 a class at least), by SGD (0.002, momentum 0.9, gradient norm at most 2). The
+      leaves that the model uses from the first site on are trained, in evaluation mode. 150 is
+      enough where any is. 0: none. `forget` alone takes it.
 
   >>> codes = jax.random.normal(jax.random.key(0), (3, 1, 8))
   >>> params = {"hidden": jnp.eye(8), "output": codes[:, 0].T, "bias": jnp.zeros(3)}
@@ -72,6 +82,7 @@ class Projection:
   depth: int | None = _static(default=None)
   sites: tuple[str, ...] = _static(default=())
   drop_row: bool = _static(default=True)
+  heal: int = _static(default=0)
 
   def __post_init__(self) -> None:
     names = self.sites
@@ -87,11 +98,17 @@ class Projection:
       )
     if self.depth is not None:
       object.__setattr__(self, "depth", _checks.require_size("depth", self.depth, 0))
+    object.__setattr__(self, "heal", _checks.require_size("heal", self.heal, 0))
 
   @property
   def to_search(self) -> tuple[str, ...]:
     """The settings that a search chooses."""
     return ("depth",) if self.depth is None and not self.sites else ()
+
+  @property
+  def steps(self) -> int:
+    """How many steps healing takes; none where nothing below the head is cut."""
+    return 0 if self.depth == 0 else self.heal
 
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
@@ -102,7 +119,52 @@ class Projection:
     A search adds the "method", and A_R (without the row dropped, E_F too) as predicted for depth 0,
     1, ... ("curve_...").
     """
-    outline = project_program.eval_shape(self.sites, self.drop_row, problem, np.int32(0))[2]
+    method, curve = self.resolved(problem)
+    outline = method._outline(problem)
+    params, info, _ = method._run(problem, "drop" if self.drop_row else "cut")
+    found = {"method": method} if self.to_search else {}
+    return params, {**info, **curve, **found, "margin": method._margin(outline)}
+
+  def resolved(self, problem: Problem) -> tuple[Projection, Info]:
+    """Choose the depth where it is searched; also what was foreseen of each that was tried."""
+    outline = self._outline(problem)
+    if not self.to_search:
+      return self, {}
+    head = "drop" if self.drop_row else "cut"
+    apply = lambda depth: project_program(self.sites, head, problem, np.int32(depth))[0]
+    depth, curve = self._searched(problem, outline.depths, apply)
+    return dataclasses.replace(self, depth=depth), curve
+
+  def init(self, problem: Problem) -> distilling.State:
+    """Cut, and be ready to heal; the head is left for the end where its row is dropped."""
+    distilling.require_recalled(problem, _CODES_TO_HEAL, f"Projection(heal={self.heal})")
+    self._outline(problem)
+    params, _, _ = self._run(problem, "leave" if self.drop_row else "cut")
+    trained = _trained(self.sites, problem, np.int32(self.depth or 0))
+    return distilling.start(problem, params, trained, _OPTIMIZER)
+
+  def advance(self, problem: Problem, state: distilling.State) -> distilling.State:
+    """Heal by one step."""
+
+    def loss(params: PyTree, statistics: Any, inputs: jax.Array) -> tuple[jax.Array, Any]:
+      models = (distilling.logits_of(problem, p, inputs) for p in (problem.params, params))
+      return distilling.divergence(*models, problem.remain), statistics
+
+    return distilling.advanced(problem, state, loss, _OPTIMIZER, _SHIFT)
+
+  def finish(self, problem: Problem, state: distilling.State) -> tuple[PyTree, Info]:
+    """Drop the row of what has healed; `info` as of `step`."""
+    outline, params = self._outline(problem), distilling.whole(problem, state.leaves)
+    _, info, _ = self._run(problem, "leave" if self.drop_row else "cut")
+    if self.drop_row:
+      params = drop_program(dataclasses.replace(problem, params=params))[0]
+    return params, {**info, "margin": self._margin(outline)}
+
+  def _outline(self, problem: Problem) -> network.Outline:
+    """What is known of the model before anything is computed; refuses what it cannot do."""
+    head = "drop" if self.drop_row else "cut"
+    outline: network.Outline
+    outline = project_program.eval_shape(self.sites, head, problem, np.int32(0))[2]
     if (self.depth or 0) > outline.depths:
       raise ValueError(
         f"depth: got {self.depth}; this model has {outline.depths} sites. "
@@ -110,15 +172,13 @@ class Projection:
       )
     if self.drop_row:
       outline.require_margin(problem.remain)
-    run = lambda depth: project_program(self.sites, self.drop_row, problem, np.int32(depth))
-    if not self.to_search:
-      params, info, _ = run(self.depth or 0)
-      return params, {**info, "margin": np.bool_(self.drop_row and outline.has_bias)}
-    depth, curve = self._searched(problem, outline.depths, lambda depth: run(depth)[0])
-    params, info, _ = run(depth)
-    found = dataclasses.replace(self, depth=depth)
-    margin = np.bool_(self.drop_row and outline.has_bias)
-    return params, {**info, **curve, "margin": margin, "method": found}
+    return outline
+
+  def _run(self, problem: Problem, head: str) -> tuple[PyTree, Info, network.Outline]:
+    return project_program(self.sites, head, problem, np.int32(self.depth or 0))  # type: ignore
+
+  def _margin(self, outline: network.Outline) -> Any:
+    return np.bool_(self.drop_row and outline.has_bias)
 
   def _searched(
     self, problem: Problem, depths: int, apply: Callable[[Any], PyTree]
@@ -139,13 +199,20 @@ class Projection:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def project_program(
-  named: tuple[str, ...], drop_row: bool, problem: Problem, depth: Any
+  named: tuple[str, ...], head: str, problem: Problem, depth: Any
 ) -> tuple[PyTree, Info, network.Outline]:
   """Project at the sites that are named, else up to a depth: one program for all depths."""
   model = network.look(problem)
   active = model.named(named) if named else model.at_depth(depth)
-  params, found = network.edit(problem, model, active, drop_row=drop_row, bypassed=bool(named))
+  params, found = network.edit(problem, model, active, head=head, bypassed=bool(named))
   return params, found._asdict(), model.outline
+
+
+@partial(jax.jit, static_argnums=0)
+def _trained(named: tuple[str, ...], problem: Problem, depth: Any) -> list[jax.Array]:
+  """What healing trains: a bool for each leaf that may change, or for each of its layers."""
+  model = network.look(problem)
+  return model.trained(model.named(named) if named else model.at_depth(depth), problem)
 
 
 @dataclasses.dataclass(frozen=True)

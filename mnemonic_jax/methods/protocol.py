@@ -11,6 +11,10 @@ or, if it takes many steps from Python,
     advance(problem, state) -> state         one step, which the caller jits
     finish(problem, state) -> (params, info)
 
+A method may have both: it takes many steps if its `steps` is not 0. If it also searches, it has
+
+    resolved(problem) -> (method, info)      the method with the numbers found, before `init`
+
 `problem` is a `mnemonic_jax.methods.problem.Problem`. `params` have the structure, shapes and
 dtypes of `problem.params`: a method changes weights only. `info` is a dict of arrays that the
 method says of itself. Its key "method", if there is one, holds the method with the numbers that a
@@ -111,7 +115,7 @@ def require_method(method: Any, *, one_shot: bool = False) -> None:
       f"method: got {_checks.kind(method)}; expected a method, such as "
       "mnemonic_jax.Perturbation(lambda1=1e-3, lambda2=10.0)."
     )
-  if one_shot and not isinstance(method, OneShot):
+  if one_shot and steps_of(method):
     raise ValueError(
       f"method: {type(method).__name__} takes {method.steps} steps from Python; expected a method "
       "that can be traced. Call mnemonic_jax.forget."
@@ -121,6 +125,11 @@ def require_method(method: Any, *, one_shot: bool = False) -> None:
       f"method: {type(method).__name__} has {', '.join(names)} to search; expected all settings. "
       "Call mnemonic_jax.forget, whose result.method has them."
     )
+
+
+def steps_of(method: Any) -> int:
+  """How many steps from Python a method takes; 0 if it is one pure function."""
+  return int(getattr(method, "steps", 0))
 
 
 def _is_number(value: Any) -> bool:

@@ -36,10 +36,11 @@ def resolve(
   layer_axis: PyTree,
   precision: str | None,
   execution: Execution | None,
+  kept: Any = None,
 ) -> Problem:
   """Check what needs no values, and gather it as a problem."""
   _checks.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
-  plain, judges = taken_apart(codes)
+  plain, judges, recalled = taken_apart(codes)
   _checks.require_codes(plain)
   sides = _check_masks(*sides, plain.shape[0])
   if loss is not None:
@@ -57,24 +58,63 @@ def resolve(
     _mesh.Placement.of(params, (plain, sides), execution.shardings),
   )
   judges = judges and Judges(_beside(judges.inputs, params), *judges[1:])
-  on_devices = _beside(jnp.asarray(plain), params)
-  problem = Problem(request, constants, params, on_devices, *sides, judges)
+  beside = lambda x: None if x is None else _beside(jnp.asarray(x), params)
+  examples = beside(None if kept is None else kept_examples(kept, plain, sides[1]))
+  arrays = judges, beside(recalled), examples
+  problem = Problem(request, constants, params, beside(plain), *sides, *arrays)
   _check_functions(problem)
   return problem
 
 
-def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None]:
-  """Codes as an array, and their judges if there are any."""
+def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None, Any]:
+  """Codes as an array, their judges and what was recalled from the model alone, if there are any.
+
+  Where no data was read, the codes themselves are recalled ones.
+  """
   if not isinstance(codes, LearnedCodes):
-    return codes, None
+    return codes, None, None
+  recalled = codes.recalled if codes.recalled.shape[1] else None
   if not codes.judges.shape[1]:
-    return codes.codes, None
-  return codes.codes, Judges(codes.judges, codes.judge_weights, codes.judge_accuracy)
+    return codes.codes, None, codes.codes if recalled is None else recalled
+  judges = Judges(codes.judges, codes.judge_weights, codes.judge_accuracy)
+  return codes.codes, judges, recalled
+
+
+def kept_examples(kept: Any, codes: jax.Array, remain: Any) -> np.ndarray:
+  """The inputs (M, *shape) of all batches of examples, which must be of kept classes."""
+  expected = "expected batches (inputs, labels) of kept classes"
+  inputs, allowed = [], np.asarray(remain)
+  try:
+    batches = iter(kept)
+  except TypeError:
+    raise TypeError(f"kept: got {_checks.kind(kept)}; {expected}.") from None
+  for batch in batches:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+      raise TypeError(f"kept: yielded {_checks.kind(batch)}; {expected}.")
+    some, labels = map(np.asarray, batch)
+    if some.shape[1:] != codes.shape[2:] or labels.shape != some.shape[:1]:
+      raise ValueError(
+        f"kept: yielded inputs {some.shape} with labels {labels.shape}; expected (N, "
+        f"{', '.join(map(str, codes.shape[2:]))}) and (N,)."
+      )
+    if not (jnp.issubdtype(some.dtype, jnp.floating) and np.isfinite(some).all()):
+      raise ValueError(f"kept: inputs are {some.dtype} or not finite; expected finite floats.")
+    if not np.issubdtype(labels.dtype, np.integer):
+      raise TypeError(f"kept: labels are {labels.dtype}; expected integers in [0, {len(allowed)}).")
+    known = (labels >= 0) & (labels < len(allowed))
+    if others := sorted({int(c) for c in labels[~known]} | {int(c) for c in labels[known][~allowed[labels[known]]]}):
+      raise ValueError(
+        f"kept: holds examples of classes {others[:5]}, which are not kept; {expected} alone."
+      )
+    inputs.append(some)
+  if not sum(map(len, inputs)):
+    raise ValueError(f"kept: holds no example; {expected}, or None.")
+  return np.concatenate(inputs)
 
 
 def sides_of(codes: Any, classes: Any, forgotten: Any) -> tuple[np.ndarray, np.ndarray]:
   """The classes of a request as masks (C,) of those to forget and those to keep."""
-  codes, _ = taken_apart(codes)
+  codes, *_ = taken_apart(codes)
   _checks.require_codes(codes)
   num_classes = codes.shape[0]
   chosen = _checks.require_classes("classes", classes, num_classes)
