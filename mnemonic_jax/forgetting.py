@@ -261,27 +261,28 @@ def _run(
   on_state: Callable[[PyTree], None] | None,
 ) -> tuple[PyTree, dict[str, Any]]:
   """Run a method of either kind, the one that takes many steps from `state` on."""
-  resolved, found = method, {}
-  if steps_of(method) and getattr(method, "to_search", ()):
-    resolved, found = method.resolved(problem)
-    found = {**found, "method": resolved}
-  if not steps_of(resolved):
-    if state is not None:
-      raise ValueError(f"state: {type(method).__name__} takes one step; expected None.")
-    params, info = resolved.step(problem)
+  run: Any = method
+  found: dict[str, Any] = {}
+  if steps_of(run) and hasattr(run, "to_search") and run.to_search:
+    run, found = run.resolved(problem)
+    found = {**found, "method": run}
+  steps = steps_of(run)
+  if state is not None and not steps:
+    raise ValueError(f"state: {type(run).__name__} takes one step; expected None.")
+  if not steps:
+    params, info = run.step(problem)
     return params, {**info, **found}
-  method = resolved
   if state is None:
-    state = method.init(problem)
+    state = run.init(problem)
   else:
-    _require_state(method, problem, state)
-  for done in range(int(state.done) + 1, method.steps + 1):
-    state = _advance(method, problem, state)
+    _require_state(run, problem, state)
+  for done in range(int(state.done) + 1, steps + 1):
+    state = _advance(run, problem, state)
     if on_state is not None:
       on_state(state)
     if progress is not None:
-      progress(done, method.steps)
-  params, info = method.finish(problem, state)
+      progress(done, steps)
+  params, info = run.finish(problem, state)
   return params, {**info, **found}
 
 

@@ -12,5 +12,6 @@ from mnemonic_jax.methods.protocol import Method as Method
 from mnemonic_jax.methods.protocol import name_of
 from mnemonic_jax.methods.protocol import require_method as require_method
 from mnemonic_jax.methods.protocol import settings as settings
+from mnemonic_jax.methods.relearn import Relearn
 
-METHODS = {name_of(cls): cls for cls in (Projection, DropRow, Dampening, Perturbation)}
+METHODS = {name_of(cls): cls for cls in (Projection, DropRow, Relearn, Dampening, Perturbation)}

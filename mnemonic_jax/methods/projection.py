@@ -147,8 +147,9 @@ class Projection:
     """Heal by one step."""
 
     def loss(params: PyTree, statistics: Any, inputs: jax.Array) -> tuple[jax.Array, Any]:
-      models = (distilling.logits_of(problem, p, inputs) for p in (problem.params, params))
-      return distilling.divergence(*models, problem.remain), statistics
+      teacher = distilling.logits_of(problem, problem.params, inputs)
+      student = distilling.logits_of(problem, params, inputs)
+      return distilling.divergence(teacher, student, problem.remain), statistics
 
     return distilling.advanced(problem, state, loss, _OPTIMIZER, _SHIFT)
 
@@ -175,7 +176,7 @@ class Projection:
     return outline
 
   def _run(self, problem: Problem, head: str) -> tuple[PyTree, Info, network.Outline]:
-    return project_program(self.sites, head, problem, np.int32(self.depth or 0))  # type: ignore
+    return project_program(self.sites, head, problem, np.int32(self.depth or 0))
 
   def _margin(self, outline: network.Outline) -> Any:
     return np.bool_(self.drop_row and outline.has_bias)
@@ -212,7 +213,7 @@ def project_program(
 def _trained(named: tuple[str, ...], problem: Problem, depth: Any) -> list[jax.Array]:
   """What healing trains: a bool for each leaf that may change, or for each of its layers."""
   model = network.look(problem)
-  return model.trained(model.named(named) if named else model.at_depth(depth), problem)
+  return model.used_from(model.named(named) if named else model.at_depth(depth), problem)
 
 
 @dataclasses.dataclass(frozen=True)
