@@ -93,15 +93,15 @@ class Network:
         )
     return jnp.asarray([name in names for name in known], bool)
 
-  def used_from(self, active: jax.Array, problem: Problem) -> list[jax.Array]:
-    """For each leaf that may change: whether the model uses it from the first active site on.
+  def used_from(self, active: jax.Array, params: PyTree) -> list[jax.Array]:
+    """For each leaf: whether the model uses it from the first active site on.
 
     Bools that broadcast to the leaf. The kernels that write into that site count.
     """
     first = jnp.where(jnp.any(active), jnp.argmax(active), len(self.sites) + 1)
-    return _used(problem, behind.arrays_before(self.planned, self.places), first)
+    return _used(params, behind.arrays_before(self.planned, self.places), first)
 
-  def stage(self, depth: int, problem: Problem) -> list[jax.Array]:
+  def stage(self, depth: int, params: PyTree) -> list[jax.Array]:
     """The same for the stage that starts `depth` forks from the head, the head left out.
 
     In a model with fewer than two forks, `depth` sites from the head.
@@ -120,7 +120,7 @@ class Network:
     for row in (head.kernel, head.bias):
       if row is not None:
         before.pop(row.leaf)
-    return _used(problem, before, starts[-depth] + 1)
+    return _used(params, before, starts[-depth] + 1)
 
   def require_head(self) -> heads.Head:
     """The head, or a ValueError that says why its row cannot be dropped."""
@@ -132,14 +132,13 @@ class Network:
     return self.head
 
 
-def _used(problem: Problem, before: dict[int, np.ndarray], first: Any) -> list[jax.Array]:
-  """Whether at least `first` arrays come before each leaf that may change, where it is used."""
-  leaves, found = jax.tree.leaves(problem.params), []
-  for index, may_change in enumerate(problem.request.mask):
-    if may_change:
-      use = before.get(index, np.asarray(-1))
-      use = use.reshape(use.shape + (1,) * (leaves[index].ndim - use.ndim))
-      found.append(jnp.asarray(use) >= first)
+def _used(params: PyTree, before: dict[int, np.ndarray], first: Any) -> list[jax.Array]:
+  """Whether at least `first` arrays come before each leaf, where it is used."""
+  found = []
+  for index, leaf in enumerate(jax.tree.leaves(params)):
+    use = before.get(index, np.asarray(-1))
+    use = use.reshape(use.shape + (1,) * (jnp.ndim(leaf) - use.ndim))
+    found.append(jnp.asarray(use) >= first)
   return found
 
 

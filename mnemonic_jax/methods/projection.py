@@ -211,9 +211,9 @@ def project_program(
 
 @partial(jax.jit, static_argnums=0)
 def _trained(named: tuple[str, ...], problem: Problem, depth: Any) -> list[jax.Array]:
-  """What healing trains: a bool for each leaf that may change, or for each of its layers."""
+  """What healing trains: bools for each leaf."""
   model = network.look(problem)
-  return model.used_from(model.named(named) if named else model.at_depth(depth), problem)
+  return model.used_from(model.named(named) if named else model.at_depth(depth), problem.params)
 
 
 @dataclasses.dataclass(frozen=True)

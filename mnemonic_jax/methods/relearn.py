@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import _checks, _trees
+from mnemonic_jax import _checks, _functions, _trees
+from mnemonic_jax._types import LogitsFn
 from mnemonic_jax.methods import distilling, network
 from mnemonic_jax.methods.drop_row import drop_program
-from mnemonic_jax.methods.problem import Problem
+from mnemonic_jax.methods.problem import Problem, plan_of_logits
 from mnemonic_jax.methods.protocol import Info, method
 
 PyTree = Any
@@ -141,34 +142,41 @@ class Relearn:
 
   def _require_other(self, problem: Problem, trained: list[jax.Array]) -> None:
     """Refuse weights that are not fresh, and a mask that leaves nothing to learn."""
-    chosen = iter(trained)
-    leaves = map(jax.tree.leaves, (self.fresh, problem.params))
-    kernels = [
-      (fresh, old, next(chosen))
-      for fresh, old, may_change in zip(*leaves, problem.request.mask, strict=True)
-      if may_change
-    ]
-    kernels = [kernel for kernel in kernels if kernel[1].ndim > 1]
     if not _checks.is_concrete((problem, self.fresh)):
       return
-    if not any(bool(np.any(renew)) for _, _, renew in kernels):
+    leaves = map(jax.tree.leaves, (self.fresh, problem.params))
+    found = zip(*leaves, trained, problem.request.mask, strict=True)
+    kernels = [(new, old, here) for new, old, here, may in found if may and old.ndim > 1]
+    if not any(bool(np.any(here)) for _, _, here in kernels):
       raise ValueError(
         f"depth: no kernel lies behind the start of stage {self.depth} from the head, or the mask "
         "leaves them out; expected one that can be learned anew. Use a larger depth."
       )
-    if all(bool(jnp.all((fresh == old) | ~renew)) for fresh, old, renew in kernels):
+    if all(bool(jnp.all((new == old) | ~here)) for new, old, here in kernels):
       raise ValueError("fresh: equals params; expected newly initialised weights: another key.")
+
+
+def renewed(logits_fn: LogitsFn, params: PyTree, inputs: Any, depth: int) -> PyTree:
+  """Tell which leaves `Relearn` of a depth learns anew: a tree like params, of bools.
+
+  Arrays may be `jax.ShapeDtypeStruct`s, because nothing of the model is computed. A leaf of stacked
+  layers has a bool for each of them.
+  """
+  function, constants = _functions.split(logits_fn)
+  mask = _trees.mask_leaves(None, params)
+  planned = plan_of_logits(function, constants, params, inputs, mask)
+  return _trees.like(params, network.of_plan(planned, params).stage(depth, params))
 
 
 @partial(jax.jit, static_argnums=0)
 def _renewed(depth: int, problem: Problem) -> list[jax.Array]:
-  """What is learned anew: bools for each leaf that may change."""
-  return network.look(problem).stage(depth, problem)
+  """What is learned anew: bools for each leaf."""
+  return network.look(problem).stage(depth, problem.params)
 
 
 def _put(problem: Problem, fresh: PyTree, trained: list[jax.Array]) -> PyTree:
   """The params, with fresh weights where they are learned anew."""
-  chosen, (old, treedef) = iter(trained), _trees.flatten(problem.params)
-  triples = zip(old, jax.tree.leaves(fresh), problem.request.mask, strict=True)
-  put = lambda leaf, new, may: jnp.where(next(chosen), new, leaf) if may else leaf
-  return treedef.unflatten([put(*triple) for triple in triples])
+  old, treedef = _trees.flatten(problem.params)
+  found = zip(old, jax.tree.leaves(fresh), trained, problem.request.mask, strict=True)
+  put = lambda leaf, new, here, may_change: jnp.where(here, new, leaf) if may_change else leaf
+  return treedef.unflatten([put(*one) for one in found])
