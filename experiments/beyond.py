@@ -44,7 +44,7 @@ CASES = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "0,1,2", "3,4,5", "2,
 CASES += ["0,2,4,6,8", "1,3,5,7,9"]
 # Codes recalled a class: those that Projection takes, and those that stages are learned anew from.
 RECALLED, MANY = 8, 64
-HEAL_STEPS, RELEARN_STEPS = 150, renewal.STEPS
+HEAL_STEPS, RELEARN_STEPS = 150, 800
 QUANTILES = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
 STRENGTHS = tuple((a, b) for a in (1e-3, 1e-2, 1e-1) for b in (1e-1, 1e0, 1e1, 1e2))
 
@@ -91,7 +91,8 @@ def deeper(
   for depth in range(1, min(depths, DEPTHS[-1]) + 1) if case in arguments.heal else ():
     yield f"projection {depth}, healed", mj.Projection(depth=depth, heal=HEAL_STEPS)
   for depth in (1, 2) if case in arguments.relearn else ():
-    yield f"relearn {depth}", renewal.relearn(model, shape, depth, RELEARN_STEPS)
+    wanted = mj.Relearn(depth, None, RELEARN_STEPS)
+    yield f"relearn {depth}", renewal.completed(wanted, model, shape)
 
 
 def paths() -> Iterator[tuple[str, Any]]:

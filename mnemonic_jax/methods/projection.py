@@ -110,6 +110,11 @@ class Projection:
     """How many steps healing takes; none where nothing below the head is cut."""
     return 0 if self.depth == 0 else self.heal
 
+  @property
+  def learns_from(self) -> int:
+    """How many recalled codes a class it needs."""
+    return _CODES_TO_HEAL if self.heal else 0
+
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
 
@@ -137,7 +142,7 @@ class Projection:
 
   def init(self, problem: Problem) -> distilling.State:
     """Cut, and be ready to heal; the head is left for the end where its row is dropped."""
-    distilling.require_recalled(problem, _CODES_TO_HEAL, f"Projection(heal={self.heal})")
+    distilling.require_recalled(problem, self.learns_from, f"Projection(heal={self.heal})")
     self._outline(problem)
     params, _, _ = self._run(problem, "leave" if self.drop_row else "cut")
     trained = _trained(self.sites, problem, np.int32(self.depth or 0))

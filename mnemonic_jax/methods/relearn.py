@@ -89,9 +89,14 @@ class Relearn:
         "both, or none."
       )
 
+  @property
+  def learns_from(self) -> int:
+    """How many recalled codes a class it needs."""
+    return _CODES
+
   def init(self, problem: Problem) -> distilling.State:
     """Put the fresh weights in."""
-    distilling.require_recalled(problem, _CODES, "Relearn")
+    distilling.require_recalled(problem, self.learns_from, "Relearn")
     network.look(problem).outline.require_margin(problem.remain)
     self._require_fresh(problem.params)
     trained = _renewed(self.depth, problem)
