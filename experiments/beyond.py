@@ -1,7 +1,8 @@
 """Forget models that were trained without codes: every method, beside Retrain and the head edit.
 
 Command:  python experiments/beyond.py CONFIG --data-dir DIR [--seeds 0] [--cases 0 3 0,1,2]
-          [--retrain 0 3] [--heal 0 3] [--relearn 0] [--paths 0 3] [--runs FOLDER]
+          [--retrain 0 3] [--heal 0 3] [--relearn 0] [--paths 0 3] [--sources 0]
+          [--runs FOLDER]
 
 Trains what is missing with codes.rate 0 (a training that was stopped resumes), learns codes from
 the training data and recalls others from the model alone, and forgets each case by each method.
@@ -45,6 +46,7 @@ CASES += ["0,2,4,6,8", "1,3,5,7,9"]
 # Codes recalled a class: those that Projection takes, and those that stages are learned anew from.
 RECALLED, MANY = 8, 64
 HEAL_STEPS, RELEARN_STEPS = 150, 800
+SHARES = (0.01, 0.1)
 QUANTILES = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
 STRENGTHS = tuple((a, b) for a in (1e-3, 1e-2, 1e-1) for b in (1e-1, 1e0, 1e1, 1e2))
 
@@ -53,20 +55,45 @@ def codes_of(
   model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path, many: bool
 ) -> dict[str, LearnedCodes]:
   """Learn and recall the codes of a model, or read those that are there."""
-  found = {}
-  for name, request in (
-    ("learned", learned.Request()),
-    ("recalled", learned.Request(from_model=True, per_class=RECALLED)),
-    ("many", learned.Request(from_model=True, per_class=MANY)),
-  ):
-    if name == "many" and not many:
-      continue
-    path = epath.Path(folder) / f"{name}.safetensors"
-    if not path.exists():
-      told = learned.learn(model, config, dataset, path, request)
-      print(f"{name} codes in {told['seconds']:.1f} s", file=sys.stderr, flush=True)
-    sha256 = files.params_sha256(model.params)
-    found[name] = learned.load(path, sha256, len(dataset.class_names), dataset.shape)
+  alone = learned.Request(from_model=True, per_class=RECALLED)
+  found = {
+    "learned": codes_in(folder, "learned", model, config, dataset, learned.Request()),
+    "recalled": codes_in(folder, "recalled", model, config, dataset, alone),
+  }
+  if many:
+    request = alone._replace(per_class=MANY)
+    codes = codes_in(folder, "many", model, config, dataset, request).codes
+    found["many"] = dataclasses.replace(found["learned"], recalled=codes)
+  return found
+
+
+def codes_in(
+  folder: pathlib.Path, name: str, model: Trained, config: Any, dataset: Dataset, request: Any
+) -> LearnedCodes:
+  """Learn or recall codes into a file of that name, or read those that are there."""
+  path = epath.Path(folder) / f"{name}.safetensors"
+  if not path.exists():
+    told = learned.learn(model, config, dataset, path, request)
+    print(f"{name} codes in {told['seconds']:.1f} s", file=sys.stderr, flush=True)
+  sha256 = files.params_sha256(model.params)
+  return learned.load(path, sha256, len(dataset.class_names), dataset.shape)
+
+
+def of_sources(
+  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path
+) -> dict[str, LearnedCodes]:
+  """Codes learned from a share of the training data, and random ones that nothing was told of."""
+  found, train = {}, dataset.train
+  order = np.random.default_rng(config.train.seed).permutation(train.num_examples)
+  for share in SHARES:
+    rows = np.sort(order[: int(share * train.num_examples)])
+    part = dataclasses.replace(dataset, train=train.part(rows))
+    name = f"learned from {share:.0%}"
+    found[name] = codes_in(folder, name, model, config, part, learned.Request())
+  inputs = jax.random.uniform(jax.random.key(0), (len(dataset.class_names), 1, *dataset.shape))
+  codes = dataset.preprocess(dataset.levels * inputs)
+  none = np.zeros((len(codes), 0), np.float32)
+  found["random"] = LearnedCodes(codes, codes[:, :0], none, none, codes[:, :0])
   return found
 
 
@@ -177,8 +204,7 @@ def study(
   seed = config.train.seed
   many = bool({*arguments.heal, *arguments.relearn})
   rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder, many)
-  if many:
-    codes["many"] = dataclasses.replace(codes["learned"], recalled=codes["many"].codes)
+  others = of_sources(model, config, dataset, folder) if arguments.sources else {}
   images = jax.ShapeDtypeStruct((1, *dataset.shape), "float32")
   plan = mj.explain_projection(model.logits_fn, model.params, images)
   depths = max((site.depth or 0 for site in plan.sites), default=0)
@@ -196,6 +222,13 @@ def study(
     for name, method in deeper(depths, case, arguments, model, dataset.shape):
       if not rows.has(case, name):
         rows.forget(case, name, codes["many"], method, probe)
+    for source, own in others.items() if case in arguments.sources else ():
+      for depth in range(min(depths, 3) + 1):
+        for kept in (False, True) if depth < 2 else (False,):
+          name = f"projection {depth}{', row kept' * kept}, {source}"
+          if not rows.has(case, name):
+            method = mj.Projection(depth=depth, drop_row=not kept)
+            rows.forget(case, name, own, method, probe and depth > 0 and not kept)
     for name, method in paths() if case in arguments.paths else ():
       if not rows.has(case, name):
         rows.forget(case, name, codes["learned"], method, False)
@@ -269,6 +302,8 @@ def main() -> None:
   )
   for name, what in (("heal", "rows of healing"), ("relearn", "stages learned anew")):
     parser.add_argument(f"--{name}", nargs="*", default=[], help=f"cases that get {what}")
+  help = "cases with codes from 1 %% and 10 %% of the data, and random ones"
+  parser.add_argument("--sources", nargs="*", default=[], help=help)
   parser.add_argument("--paths", nargs="*", default=[], help="cases whose judges are followed")
   overrides, rest = dotted_overrides(sys.argv[1:])
   arguments = parser.parse_args(rest)

@@ -215,7 +215,7 @@ def test_with_the_row_kept_the_head_is_cut_before_it_heals():
 
 METHODS = {
   "heal": mj.Projection(depth=1, heal=4),
-  "relearn": mj.Relearn(1, make_params("mlp", 7), 4),
+  "relearn": mj.Relearn(2, make_params("mlp", 7), 4),
 }
 
 
@@ -246,7 +246,7 @@ def test_the_depth_is_searched_before_healing():
 def test_half_precision_params_keep_their_dtype_and_learn_in_float32(name):
   half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
   fresh = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_params("mlp", 7))
-  method = {"heal": METHODS["heal"], "relearn": mj.Relearn(1, fresh, 4)}[name]
+  method = {"heal": METHODS["heal"], "relearn": mj.Relearn(2, fresh, 4)}[name]
   codes = jax.tree.map(lambda x: x.astype(jnp.bfloat16), recalled(64))
   states = []
   found = mj.forget(mlp, half, codes, FORGET, method=method, on_state=states.append)
@@ -289,8 +289,9 @@ def test_a_stage_of_a_plain_model_starts_at_a_site():
   plain = lambda p, x: jnp.tanh(jnp.tanh(jnp.tanh(x @ p["a"]) @ p["b"]) @ p["c"]) @ p["head"]
   assert renewed_modules(plain, three, inputs, 2) == {"c"}
   assert renewed_modules(plain, three, inputs, 3) == {"b", "c"}
-  with pytest.raises(ValueError, match="depth: got 4; this model has 3 arrays"):
-    relearn.renewed(plain, three, inputs, 4)
+  assert renewed_modules(plain, three, inputs, 4) == {"a", "b", "c"}
+  with pytest.raises(ValueError, match="depth: got 5; this model has 4 arrays"):
+    relearn.renewed(plain, three, inputs, 5)
 
 
 def test_a_stage_of_a_transformer_starts_at_what_attention_reads():
@@ -412,7 +413,7 @@ BAD = {
     lambda: renewed_by(jax.tree.map(lambda x: x.astype(jnp.bfloat16), FRESH)), "fresh: got"
   ),
   "fresh of another structure": (lambda: renewed_by(list(FRESH.values())), "fresh: got"),
-  "fresh that is not": (lambda: renewed_by(PARAMS, deep), "fresh: equals params"),
+  "fresh that is not": (lambda: renewed_by(PARAMS), "fresh: equals params"),
   "fresh NaN": (
     lambda: renewed_by({**FRESH, "bias1": FRESH["bias1"] * jnp.nan}), "fresh: got NaN or inf"
   ),
@@ -420,13 +421,17 @@ BAD = {
   "no steps": (lambda: mj.Relearn(1, FRESH, 0), "steps: got 0"),
   "too deep": (
     lambda: mj.forget(mlp, PARAMS, recalled(64), FORGET, method=mj.Relearn(3, FRESH, 2)),
-    "depth: got 3; this model has",
+    "depth: got 3; this model has 2",
+  ),
+  "nothing behind": (
+    lambda: mj.forget(mlp, PARAMS, recalled(64), FORGET, method=mj.Relearn(1, FRESH, 2)),
+    "depth: no kernel lies behind",
   ),
   "train_fn without fold_fn": (lambda: renew(2, fold_fn=None), "train_fn: got one of train_fn and"),
   "train_fn without statistics": (lambda: renew(2, statistics=None), "statistics: got"),
   "all masked": (
     lambda: mj.forget(
-      mlp, PARAMS, recalled(64), FORGET, method=mj.Relearn(1, FRESH, 2),
+      mlp, PARAMS, recalled(64), FORGET, method=mj.Relearn(2, FRESH, 2),
       mask={"kernel1": True, "bias1": True, "kernel2": False, "bias2": False},
     ),
     "drop_row|depth: no kernel",
@@ -446,12 +451,8 @@ def with_kept(inputs, labels):
   return forget_with([(inputs, np.asarray(labels))])
 
 
-def deep(params, inputs):
-  return jnp.tanh(mlp(params, inputs)) @ params["kernel2"].T[:, :4] + params["bias2"]
-
-
 def renewed_by(fresh, logits_fn=mlp):
-  return mj.forget(logits_fn, PARAMS, recalled(64), FORGET, method=mj.Relearn(1, fresh, 2))
+  return mj.forget(logits_fn, PARAMS, recalled(64), FORGET, method=mj.Relearn(2, fresh, 2))
 
 
 @pytest.mark.parametrize("name", BAD)

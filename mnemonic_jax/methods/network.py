@@ -104,13 +104,14 @@ class Network:
   def stage(self, depth: int, params: PyTree) -> list[jax.Array]:
     """The same for the stage that starts `depth` forks from the head, the head left out.
 
-    In a model with fewer than two forks, `depth` sites from the head.
+    In a model with fewer than two forks, `depth` sites from the head. The first of all starts at
+    the input.
     """
     forks = behind.forks(self.planned)
-    starts = list(range(forks.count))
+    starts = [-1, *range(forks.count)]
     before = behind.arrays_before(self.planned, forks)
     if forks.count < _STAGES:
-      starts = [i for i, site in enumerate(self.sites) if site.depth is not None]
+      starts = [-1, *(i for i, site in enumerate(self.sites) if site.depth is not None)]
       before = behind.arrays_before(self.planned, self.places)
     if depth > len(starts):
       raise ValueError(

@@ -51,7 +51,7 @@ class Relearn:
   Attributes:
     depth: how many stages. A stage starts at an array that feeds two or more kernels (the input of
       a ResNet's stage, what a transformer's attention reads); in a model with fewer than two of
-      them, at a site of `explain_projection`.
+      them, at a site of `explain_projection`. The first of all starts at the input.
     fresh: newly initialised params, of the structure and dtypes of `params`.
     steps: of SGD.
     rate: its largest.
