@@ -248,7 +248,7 @@ def examples_at_once(
   concrete = _checks.is_concrete((params, batch, weights))
   if convolves and jax.default_backend() == "cpu" and not concrete:
     return num_examples
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
   spread = objective.placement.spread
   allowed = max(allowed - held, 0) * (1 if spread is None else spread.mesh.size)
