@@ -19,7 +19,16 @@ from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SMALL = ("--codes.rate", 0, "--train.epochs", 8, "--model.hidden", 128, "--train.learning_rate", 0.1)
+SMALL = (
+  "--codes.rate",
+  0,
+  "--train.epochs",
+  8,
+  "--model.hidden",
+  128,
+  "--train.learning_rate",
+  0.1,
+)
 NO_METHOD = ("--forget.method", "")
 
 

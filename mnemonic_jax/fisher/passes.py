@@ -176,9 +176,7 @@ def part(parts: PyTree, index: Any, spread: _mesh.Spread) -> PyTree:
   return jax.tree.map(lambda x: spread.examples(x[:, index]), parts)
 
 
-def spread_out(
-  batch: PyTree, weights: jax.Array, spread: _mesh.Spread
-) -> tuple[PyTree, jax.Array]:
+def spread_out(batch: PyTree, weights: jax.Array, spread: _mesh.Spread) -> tuple[PyTree, jax.Array]:
   """A whole batch and its weights (G, N), each device its part; those that fill it up weigh 0."""
   return part(dealt(batch, 1, spread), 0, spread), _dealt_weights(weights, 1, spread)[:, :, 0]
 

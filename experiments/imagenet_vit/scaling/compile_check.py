@@ -134,9 +134,7 @@ def _programs(
   }
   forward = cost_model.VITS[config.model.name].forward_flops(num_classes, config.data.side)
   passes = cost_model.forward_passes(config.model.remat)
-  return {
-    name: (*call, passes[name] * forward * counts[name]) for name, call in calls.items()
-  }
+  return {name: (*call, passes[name] * forward * counts[name]) for name, call in calls.items()}
 
 
 def check(
