@@ -220,7 +220,7 @@ def test_deep_learns_the_last_stage_anew(run):
   assert recalled(run) == ["learned.safetensors", "recalled_64.safetensors"]
 
 
-class Stop(Exception):
+class Stop(BaseException):
   """Stands for a kill."""
 
 
