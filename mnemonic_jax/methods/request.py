@@ -190,7 +190,7 @@ def _why_it_fails(codes: tuple[int, ...], inputs: tuple[int, ...], error: Except
   )
 
 
-def check_values(problem: Problem) -> None:
+def check_values(problem: Problem, *, reads_codes: bool = True) -> None:
   """Refuse NaN and inf, and examples that depend on each other; warn of codes without meaning."""
   codes_are, params_are = _both_finite(problem.codes, problem.params)
   if not codes_are:
@@ -202,6 +202,8 @@ def check_values(problem: Problem) -> None:
       f"params: NaN or inf in {', '.join(bad[:3])}; expected finite params. Restore an earlier "
       "checkpoint."
     )
+  if not reads_codes:
+    return
   logits = problem.logits(problem.params)
   scores = problem.scores_of(logits, problem.params)
   if np.isnan(accuracy := float(scores.retain_accuracy)):
