@@ -204,6 +204,11 @@ def check_values(problem: Problem, *, reads_codes: bool = True) -> None:
     )
   if not reads_codes:
     return
+  if removed := np.flatnonzero(_removed(problem.codes, problem.forget)).tolist():
+    raise ValueError(
+      f"classes: got {removed}, whose codes are all zeros: they were removed, and the model had "
+      "to forget them before that. Expected classes that have codes."
+    )
   logits = problem.logits(problem.params)
   scores = problem.scores_of(logits, problem.params)
   if np.isnan(accuracy := float(scores.retain_accuracy)):
@@ -241,6 +246,13 @@ def _check_independence(problem: Problem, logits: jax.Array) -> None:
       "model.eval(), or pass use_running_average=True and deterministic=True; (b) a mean over the "
       "batch inside the model."
     )
+
+
+@jax.jit
+def _removed(codes: jax.Array, asked: jax.Array) -> jax.Array:
+  """(C,) bool: the classes asked for whose codes are zeros where others' are not."""
+  has = jnp.any(codes != 0, axis=tuple(range(1, codes.ndim)))
+  return asked & ~has & jnp.any(has)
 
 
 @jax.jit
