@@ -12,7 +12,6 @@ from mnemonic_jax.errors import UsageError
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import format1
 
-
 WITH_CODES = [name for name in configs.names() if configs.load(name).codes.rate]
 
 
