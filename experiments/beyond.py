@@ -1,18 +1,22 @@
 """Forget models that were trained without codes: every method, beside Retrain and the head edit.
 
 Command:  python experiments/beyond.py CONFIG --data-dir DIR [--seeds 0] [--cases 0 3 0,1,2]
-          [--retrain 0 3] [--runs FOLDER]
+          [--retrain 0 3] [--heal 0 3] [--relearn 0] [--paths 0 3] [--sources 0]
+          [--runs FOLDER]
 
 Trains what is missing with codes.rate 0 (a training that was stopped resumes), learns codes from
 the training data and recalls others from the model alone, and forgets each case by each method.
 One line a row goes to experiments/results/beyond_NAME.jsonl as soon as it is measured; a row that
 is there already is not measured again. Figures are on the test split, in %; settings are chosen
-without it. A probe is fitted only where the case has a Retrain (--retrain).
+without it. A probe is fitted only where the case has a Retrain (--retrain). --heal and --relearn
+name the cases that get rows of healing and of the last stages learned anew; --paths those whose
+judges are compared with test data along whole paths of strengths.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -33,36 +37,70 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.learning import LearnedCodes
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import files, learned, setup
+from mnemonic_jax.runs import files, learned, renewal, setup
 from mnemonic_jax.runs.trained import Trained
 
 DEPTHS = range(9)
 CASES = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "0,1,2", "3,4,5", "2,4,8"]
 CASES += ["0,2,4,6,8", "1,3,5,7,9"]
-# Codes recalled a class: those that Projection takes.
-RECALLED = 8
+# Codes recalled a class: those that Projection takes, and those that stages are learned anew from.
+RECALLED, MANY = 8, 64
+HEAL_STEPS, RELEARN_STEPS = 150, 800
+SHARES = (0.01, 0.1)
+QUANTILES = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
+STRENGTHS = tuple((a, b) for a in (1e-3, 1e-2, 1e-1) for b in (1e-1, 1e0, 1e1, 1e2))
 
 
-def codes_of(model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path) -> dict[str, Any]:
+def codes_of(
+  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path, many: bool
+) -> dict[str, LearnedCodes]:
   """Learn and recall the codes of a model, or read those that are there."""
-  found = {}
-  for name, request in (
-    ("learned", learned.Request()),
-    ("recalled", learned.Request(from_model=True, per_class=RECALLED)),
-  ):
-    path = epath.Path(folder) / f"{name}.safetensors"
-    if not path.exists():
-      told = learned.learn(model, config, dataset, path, request)
-      print(f"{name} codes in {told['seconds']:.1f} s", file=sys.stderr, flush=True)
-    sha256 = files.params_sha256(model.params)
-    found[name] = learned.load(path, sha256, len(dataset.class_names), dataset.shape)
+  alone = learned.Request(from_model=True, per_class=RECALLED)
+  found = {
+    "learned": codes_in(folder, "learned", model, config, dataset, learned.Request()),
+    "recalled": codes_in(folder, "recalled", model, config, dataset, alone),
+  }
+  if many:
+    request = alone._replace(per_class=MANY)
+    codes = codes_in(folder, "many", model, config, dataset, request).codes
+    found["many"] = dataclasses.replace(found["learned"], recalled=codes)
   return found
 
 
-def ways(codes: dict[str, LearnedCodes], depths: int) -> Iterator[tuple[str, str, Any]]:
+def codes_in(
+  folder: pathlib.Path, name: str, model: Trained, config: Any, dataset: Dataset, request: Any
+) -> LearnedCodes:
+  """Learn or recall codes into a file of that name, or read those that are there."""
+  path = epath.Path(folder) / f"{name}.safetensors"
+  if not path.exists():
+    told = learned.learn(model, config, dataset, path, request)
+    print(f"{name} codes in {told['seconds']:.1f} s", file=sys.stderr, flush=True)
+  sha256 = files.params_sha256(model.params)
+  return learned.load(path, sha256, len(dataset.class_names), dataset.shape)
+
+
+def of_sources(
+  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path
+) -> dict[str, LearnedCodes]:
+  """Codes learned from a share of the training data, and random ones that nothing was told of."""
+  found, train = {}, dataset.train
+  order = np.random.default_rng(config.train.seed).permutation(train.num_examples)
+  for share in SHARES:
+    rows = np.sort(order[: int(share * train.num_examples)])
+    part = dataclasses.replace(dataset, train=train.part(rows))
+    name = f"learned from {share:.0%}"
+    found[name] = codes_in(folder, name, model, config, part, learned.Request())
+  inputs = jax.random.uniform(jax.random.key(0), (len(dataset.class_names), 1, *dataset.shape))
+  codes = dataset.preprocess(dataset.levels * inputs)
+  none = np.zeros((len(codes), 0), np.float32)
+  found["random"] = LearnedCodes(codes, codes[:, :0], none, none, codes[:, :0])
+  return found
+
+
+def ways(depths: int) -> Iterator[tuple[str, str, Any]]:
   """The rows of a case: a name, which codes, and the method; None for the default."""
   yield "drop_row", "learned", mj.DropRow()
-  for name in codes:
+  for name in ("learned", "recalled"):
     yield f"default, {name}", name, None
     for depth in range(1, min(depths, DEPTHS[-1]) + 1):
       yield f"projection {depth}, {name}", name, mj.Projection(depth=depth)
@@ -71,6 +109,25 @@ def ways(codes: dict[str, LearnedCodes], depths: int) -> Iterator[tuple[str, str
     yield f"projection {depth}, row kept, learned", "learned", method
   yield "dampening, searched", "learned", mj.Dampening()
   yield "perturbation, searched", "learned", mj.Perturbation()
+
+
+def deeper(
+  depths: int, case: str, arguments: Any, model: Trained, shape: Any
+) -> Iterator[tuple[str, Any]]:
+  """The rows with healing, and with stages learned anew, both from many recalled codes."""
+  for depth in range(1, min(depths, DEPTHS[-1]) + 1) if case in arguments.heal else ():
+    yield f"projection {depth}, healed", mj.Projection(depth=depth, heal=HEAL_STEPS)
+  for depth in (1, 2) if case in arguments.relearn else ():
+    wanted = mj.Relearn(depth, None, RELEARN_STEPS)
+    yield f"relearn {depth}", renewal.completed(wanted, model, shape)
+
+
+def paths() -> Iterator[tuple[str, Any]]:
+  """The rows that tell whether judges predict: strengths from none to too much."""
+  for quantile in QUANTILES:
+    yield f"path: dampening {quantile}", mj.Dampening(quantile)
+  for strength in STRENGTHS:
+    yield f"path: perturbation {strength}", mj.Perturbation(*strength)
 
 
 class Study:
@@ -145,7 +202,9 @@ def study(
 ) -> None:
   """All rows of one seed that are missing."""
   seed = config.train.seed
-  rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder)
+  many = bool({*arguments.heal, *arguments.relearn})
+  rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder, many)
+  others = of_sources(model, config, dataset, folder) if arguments.sources else {}
   images = jax.ShapeDtypeStruct((1, *dataset.shape), "float32")
   plan = mj.explain_projection(model.logits_fn, model.params, images)
   depths = max((site.depth or 0 for site in plan.sites), default=0)
@@ -156,10 +215,23 @@ def study(
     if not rows.has(case, "head edit"):
       hidden = head_edit(model.params, model.model.head, classes)
       rows.add(case, "head edit", hidden, False)
-    for name, source, method in ways(codes, depths):
+    for name, source, method in ways(depths):
       if not rows.has(case, name):
         probed = probe and ("projection" in name or "dampening" in name) and "kept" not in name
         rows.forget(case, name, codes[source], method, probed)
+    for name, method in deeper(depths, case, arguments, model, dataset.shape):
+      if not rows.has(case, name):
+        rows.forget(case, name, codes["many"], method, probe)
+    for source, own in others.items() if case in arguments.sources else ():
+      for depth in range(min(depths, 3) + 1):
+        for kept in (False, True) if depth < 2 else (False,):
+          name = f"projection {depth}{', row kept' * kept}, {source}"
+          if not rows.has(case, name):
+            method = mj.Projection(depth=depth, drop_row=not kept)
+            rows.forget(case, name, own, method, probe and depth > 0 and not kept)
+    for name, method in paths() if case in arguments.paths else ():
+      if not rows.has(case, name):
+        rows.forget(case, name, codes["learned"], method, False)
     if probe and not rows.has(case, "retrain"):
       retrained = folder / f"without_{case.replace(',', '_')}"
       again = paper_tables.trained(retrained, dataset.without(tuple(classes)), config)
@@ -173,6 +245,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     "|---" * 7 + "|",
   ]
   singles = lambda row: "," not in row["case"]
+  lines = [row for row in lines if not row["method"].startswith("path")]
   groups = {"singles": [row for row in lines if singles(row)]}
   for case in dict.fromkeys(row["case"] for row in lines if not singles(row)):
     groups[case] = [row for row in lines if row["case"] == case]
@@ -190,6 +263,30 @@ def table(lines: list[dict[str, Any]]) -> str:
   return "\n".join(shown)
 
 
+def of_judges(lines: list[dict[str, Any]]) -> str:
+  """How well judges foretell, along whole paths; each point is one strength of one method."""
+  heads = {(row["seed"], row["case"]): row for row in lines if row["method"] == "drop_row"}
+  errors, costs = [], []
+  for row in lines:
+    followed = row["method"].startswith("path") or "row kept" in row["method"]
+    if not followed or not row.get("predicted") or None in row["predicted"].values():
+      continue
+    head = heads[row["seed"], row["case"]]
+    if 5 <= row["forget_error"] <= 95:
+      errors.append(100 * row["predicted"]["forget_error"] - row["forget_error"])
+    foreseen = row["predicted"]["retain_accuracy"] - head["predicted"]["retain_accuracy"]
+    costs.append(100 * foreseen - (row["retain_accuracy"] - head["retain_accuracy"]))
+  if not errors:
+    return ""
+  size = np.abs(errors)
+  return (
+    f"Judges, {len(size)} points with E_F between 5 and 95: off by {size.mean():.1f} on average "
+    f"(bias {np.mean(errors):+.1f}), at most 10 in {100 * np.mean(size <= 10):.0f} %. A_R against "
+    f"the head edit's, {len(costs)} points: off by {np.abs(costs).mean():.1f} on average, at most "
+    f"2 in {100 * np.mean(np.abs(costs) <= 2):.0f} %."
+  )
+
+
 def main() -> None:
   """Train what is missing, measure what is missing, print the table."""
   parser = argparse.ArgumentParser(
@@ -203,6 +300,11 @@ def main() -> None:
   parser.add_argument(
     "--retrain", nargs="*", default=[], help="cases that get a Retrain and probes"
   )
+  for name, what in (("heal", "rows of healing"), ("relearn", "stages learned anew")):
+    parser.add_argument(f"--{name}", nargs="*", default=[], help=f"cases that get {what}")
+  help = "cases with codes from 1 %% and 10 %% of the data, and random ones"
+  parser.add_argument("--sources", nargs="*", default=[], help=help)
+  parser.add_argument("--paths", nargs="*", default=[], help="cases whose judges are followed")
   overrides, rest = dotted_overrides(sys.argv[1:])
   arguments = parser.parse_args(rest)
   config = configs.load(arguments.config, {"codes.rate": 0.0, **overrides})
@@ -214,7 +316,8 @@ def main() -> None:
     seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": seed})
     model = paper_tables.trained(folder / f"seed{seed}", dataset, seeded)
     study(model, seeded, dataset, folder / f"codes{seed}", arguments, out)
-  print(table([json.loads(line) for line in out.read_text().splitlines()]))
+  lines = [json.loads(line) for line in out.read_text().splitlines()]
+  print(table(lines), of_judges(lines), sep="\n\n")
 
 
 if __name__ == "__main__":

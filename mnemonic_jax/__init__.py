@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     perturb,
   )
   from mnemonic_jax.methods.projection import Projection, ProjectionPlan, explain_projection
+  from mnemonic_jax.methods.relearn import Relearn
   from mnemonic_jax.methods.search import CannotForget
   from mnemonic_jax.training import TrainState, init_train_state, make_train_step
 
@@ -60,6 +61,7 @@ _MODULE_OF = {
   "ProjectionPlan": "methods.projection",
   "explain_projection": "methods.projection",
   "DropRow": "methods.drop_row",
+  "Relearn": "methods.relearn",
   "Dampening": "methods.dampening",
   "Perturbation": "methods.perturbation",
   "amplitude": "methods.perturbation",

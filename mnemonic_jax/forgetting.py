@@ -111,7 +111,7 @@ def forget(
     kept: yields (inputs, labels), examples of kept classes that join the recalled codes from which
       a method heals or learns anew: half of each batch. None: no example is read.
     progress: called as progress(done, of) after each step of a method that takes many.
-    state: of such a method, to go on from, with the same result bit for bit.
+    state: of such a method, to go on from, with the same result bit for bit; or its leaves, a list.
     on_state: called with each new state, a pytree of arrays that the caller may save.
 
   Returns:
@@ -261,27 +261,25 @@ def _run(
   on_state: Callable[[PyTree], None] | None,
 ) -> tuple[PyTree, dict[str, Any]]:
   """Run a method of either kind, the one that takes many steps from `state` on."""
-  resolved, found = method, {}
-  if steps_of(method) and getattr(method, "to_search", ()):
-    resolved, found = method.resolved(problem)
-    found = {**found, "method": resolved}
-  if not steps_of(resolved):
-    if state is not None:
-      raise ValueError(f"state: {type(method).__name__} takes one step; expected None.")
-    params, info = resolved.step(problem)
+  run: Any = method
+  found: dict[str, Any] = {}
+  if steps_of(run) and hasattr(run, "to_search") and run.to_search:
+    run, found = run.resolved(problem)
+    found = {**found, "method": run}
+  steps = steps_of(run)
+  if state is not None and not steps:
+    raise ValueError(f"state: {type(run).__name__} takes one step; expected None.")
+  if not steps:
+    params, info = run.step(problem)
     return params, {**info, **found}
-  method = resolved
-  if state is None:
-    state = method.init(problem)
-  else:
-    _require_state(method, problem, state)
-  for done in range(int(state.done) + 1, method.steps + 1):
-    state = _advance(method, problem, state)
+  state = run.init(problem) if state is None else _require_state(run, problem, state)
+  for done in range(int(state.done) + 1, steps + 1):
+    state = _advance(run, problem, state)
     if on_state is not None:
       on_state(state)
     if progress is not None:
-      progress(done, method.steps)
-  params, info = method.finish(problem, state)
+      progress(done, steps)
+  params, info = run.finish(problem, state)
   return params, {**info, **found}
 
 
@@ -298,14 +296,18 @@ def _require_like_params(method: Method, params: PyTree, moved: PyTree) -> None:
     )
 
 
-def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> None:
-  """Refuse a state of another structure, shape or dtype than the method's own."""
-  wanted = _layout(jax.eval_shape(method.init, problem))
+def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> PyTree:
+  """The state; refuse one of another structure, shape or dtype than the method's own."""
+  own = jax.eval_shape(method.init, problem)
+  if isinstance(state, list) and len(state) == len(jax.tree.leaves(own)):
+    state = jax.tree.unflatten(jax.tree.structure(own), state)
+  wanted = _layout(own)
   if (found := _layout(state)) != wanted:
     raise ValueError(
       f"state: got {found}; expected a state that {type(method).__name__} made for these params: "
       f"{wanted}."
     )
+  return state
 
 
 _advance = jax.jit(lambda method, problem, state: method.advance(problem, state))

@@ -401,3 +401,46 @@ def dampened(params, codes, classes, quantile):
     for name in factors:
       factors[name] = np.minimum(factors[name], np.minimum(limit / eta[name], 1))
   return {name: result[name] * factors[name] for name in result}
+
+
+def divergence(teacher, student, kept):
+  """The mean over examples of KL(softmax of the teacher || of the student) over kept logits."""
+  total = 0.0
+  for wanted, found in zip(teacher, student, strict=True):
+    p, q = (np.exp(row[kept] - row[kept].max()) for row in (wanted, found))
+    p, q = p / p.sum(), q / q.sum()
+    total += sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True))
+  return total / len(teacher)
+
+
+def divergence_residual(teacher, student, kept):
+  """d KL / d the student's logits, one example: q - p over the kept classes, 0 elsewhere."""
+  found = np.zeros(len(teacher))
+  p, q = (np.exp(row[kept] - row[kept].max()) for row in (teacher, student))
+  found[kept] = q / q.sum() - p / p.sum()
+  return found
+
+
+def healed(params, old, batches, kept, trained, rate, momentum, largest):
+  """Distil the MLP `old` into `params` by SGD on given batches, one example at a time.
+
+  `trained` names the leaves that move; their gradient's norm is at most `largest`.
+  """
+  params = {name: np.array(leaf, np.float64) for name, leaf in params.items()}
+  speed = {name: np.zeros_like(params[name]) for name in trained}
+  for inputs in batches:
+    gradient = {name: np.zeros_like(params[name]) for name in trained}
+    for x in inputs.astype(np.float64):
+      r = divergence_residual(mlp_logits(old, x), mlp_logits(params, x), kept)
+      hidden = _hidden(params, x)
+      back = hidden * (1 - hidden) * (params["kernel2"] @ r)
+      of_one = {"kernel1": np.outer(x, back), "bias1": back, "kernel2": np.outer(hidden, r),
+                "bias2": r}  # fmt: skip
+      for name in trained:
+        gradient[name] += of_one[name] / len(inputs)
+    norm = math.sqrt(sum(np.sum(g**2) for g in gradient.values()))
+    for name in trained:
+      step = gradient[name] * min(1, largest / norm)
+      speed[name] = momentum * speed[name] + step
+      params[name] = params[name] - rate * speed[name]
+  return params

@@ -118,3 +118,15 @@ def test_the_papers_tables_for_a_changed_config(tmp_path, capsys, monkeypatch):
   with pytest.raises(SystemExit):
     study.main()
   assert "--train.seed: is varied here" in capsys.readouterr().err
+
+
+def test_a_checkpoint_alone_is_enough(capsys):
+  spec = importlib.util.spec_from_file_location(
+    "forget_a_checkpoint", EXPERIMENTS.parent / "examples" / "forget_a_checkpoint.py"
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  before, after = module.main()
+  assert before.retain_accuracy > 0.9 and before.forget_error < 0.15
+  assert after.forget_error == 1 and after.retain_accuracy >= before.retain_accuracy
+  assert "method: Projection(depth=0" in capsys.readouterr().out

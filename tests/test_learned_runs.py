@@ -13,6 +13,7 @@ import pytest
 from running import call, snapshot
 from safetensors.numpy import load_file, save_file
 
+from mnemonic_jax.runs import stepwise
 from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 
 pytest_plugins = ["run_fixtures"]
@@ -186,3 +187,92 @@ def test_wrong_settings_are_told_and_change_nothing(words, code, message, run_on
   before = snapshot(run_once[0])
   assert message in call("forget", run_once[0], "--classes", 5, *words).refusal(code)
   assert snapshot(run_once[0]) == before
+
+
+# Healing, and stages learned anew ----------------------------------------------------------------
+
+HEALED = ("--heal", 6, "--set", "depth=1")
+
+
+def recalled(run: pathlib.Path) -> list[str]:
+  return sorted(path.name for path in (run / "codes").iterdir())
+
+
+def test_forget_heals_on_codes_that_it_recalls_itself_and_keeps(run):
+  result = call("forget", run, "--classes", 5, *HEALED, "--json").json
+  settings = {"depth": 1, "sites": [], "drop_row": True, "heal": 6}
+  assert result["method"] == {"name": "projection", **settings}
+  assert recalled(run) == ["learned.safetensors", "recalled_8.safetensors"]
+  before = snapshot(run / "codes")
+  again = call("forget", run, "--classes", 5, *HEALED, "--json").json
+  assert snapshot(run / "codes") == before
+  assert again["params_sha256_after"] == result["params_sha256_after"]
+  assert not list((run / "forgets").glob(".stepwise*"))
+  assert result["read"]["forget"] == ["params", "codes"]
+
+
+def test_deep_learns_the_last_stage_anew(run):
+  words = ("--deep", 2, "--set", "steps=5", "--set", "rate=0.01")
+  result = call("forget", run, "--classes", 5, *words, "--json").json
+  method = {"name": "relearn", "depth": 2, "steps": 5, "rate": 0.01}
+  assert result["method"] == method and result["info"]["training_mode"] is False
+  assert result["forget_error_after"] == 1
+  assert recalled(run) == ["learned.safetensors", "recalled_64.safetensors"]
+
+
+class Stop(Exception):
+  """Stands for a kill."""
+
+
+def test_a_stopped_forget_goes_on_where_it_was(run, monkeypatch):
+  whole = call("forget", run, "--classes", 5, *HEALED, "--json").json
+  monkeypatch.setattr(stepwise, "SECONDS_BETWEEN", 0.0)
+  show, seen = stepwise.Kept.progress, []
+
+  def stop(self, done, of):
+    seen.append(done)
+    if done == 4 and len(seen) == 4:
+      raise Stop
+    show(self, done, of)
+
+  monkeypatch.setattr(stepwise.Kept, "progress", stop)
+  with pytest.raises(Stop):
+    call("forget", run, "--classes", 5, *HEALED, "--json")
+  assert len(list((run / "forgets").glob(".stepwise*"))) == 1
+  result = call("forget", run, "--classes", 5, *HEALED, "--json").json
+  assert seen == [1, 2, 3, 4, 5, 6]
+  assert result["params_sha256_after"] == whole["params_sha256_after"]
+  assert not list((run / "forgets").glob(".stepwise*"))
+
+
+def test_a_damaged_state_is_begun_again(run, monkeypatch):
+  monkeypatch.setattr(stepwise.Kept, "load", _damaged(stepwise.Kept.load))
+  assert call("forget", run, "--classes", 5, *HEALED, "--json").json["method"]["heal"] == 6
+
+
+def _damaged(load):
+  def damaged(self):
+    self.path.parent.mkdir(parents=True, exist_ok=True)
+    self.path.write_bytes(b"no safetensors")
+    return load(self)
+
+  return damaged
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (("--heal", "--deep"), "--heal: got --deep too"),
+    (("--heal", "--method", "dampening"), "--heal: is for the method projection"),
+    (("--deep", "--method", "projection"), "--deep: is for the method relearn"),
+    (("--method", "relearn"), "forget.settings.depth: missing"),
+    (("--deep", "--set", "fresh=1"), "forget.settings.fresh: unknown setting of relearn"),
+    (("--heal", "--set", "heal=-1"), "heal: got -1"),
+    (("--deep", "--set", "rate=x"), "forget.settings.rate: got 'x'; expected a number"),
+  ],
+)
+def test_bad_words_for_healing(run_once, words, message):
+  folder, _ = run_once
+  before = snapshot(folder)
+  assert message in call("forget", folder, "--classes", 5, *words).refusal(2)
+  assert snapshot(folder) == before

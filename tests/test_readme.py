@@ -21,7 +21,7 @@ def test_the_quick_start_forgets_and_the_guide_goes_on_from_it(capsys):
   default = evaluate(names["logits_fn"], names["by_default"].params, test, classes=[0])
   assert default.forget_error == 1 and default.retain_accuracy >= before.retain_accuracy - 0.01
   printed = capsys.readouterr().out
-  assert printed.count("Scores(retain_accuracy=") == 4 and "kFLOP/example" in printed
+  assert printed.count("Scores(retain_accuracy=") == 5 and "kFLOP/example" in printed
   leaves = names["jax"].tree.leaves
   assert all(leaf.shape[0] == 10 for leaf in leaves((names["fisher"], names["each_params"])))
 

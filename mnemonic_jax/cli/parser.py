@@ -43,9 +43,25 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
   return options
 
 
+_RENEWING = 800  # steps of --deep
+
+
 def _method_overrides(options: argparse.Namespace) -> dict[str, Any]:
   """Return `--method NAME --set NAME=VALUE` as fields of the config."""
-  found = {} if options.method is None else {"forget.method": options.method}
+  found: dict[str, Any] = {} if options.method is None else {"forget.method": options.method}
+  if options.heal is not None and options.deep is not None:
+    raise UsageError(
+      "--heal: got --deep too; expected one of them. --deep learns anew what it cuts."
+    )
+  for flag, method, settings in (
+    ("heal", "projection", {"heal": options.heal}),
+    ("deep", "relearn", {"depth": options.deep, "steps": _RENEWING}),
+  ):
+    if getattr(options, flag) is not None:
+      if options.method not in (None, method):
+        raise UsageError(f"--{flag}: is for the method {method}; got --method {options.method}.")
+      found["forget.method"] = method
+      found |= {f"forget.settings.{name}": value for name, value in settings.items()}
   for text in options.set:
     name, equals, value = text.partition("=")
     if not (name and equals and value):
@@ -162,6 +178,22 @@ def _add_forget(verbs: Any) -> None:
     action="append",
     default=[],
     help="a setting of the method, such as lambda1=1e-3; may be repeated",
+  )
+  forget.add_argument(
+    "--heal",
+    type=_count,
+    nargs="?",
+    const=150,
+    metavar="STEPS",
+    help="cut the class out, then distil the model as it was, on codes of the kept classes",
+  )
+  forget.add_argument(
+    "--deep",
+    type=_count,
+    nargs="?",
+    const=2,
+    metavar="DEPTH",
+    help="learn the last DEPTH stages anew, from such codes (minutes; costs accuracy)",
   )
   forget.add_argument(
     "--config", help="for a plain checkpoint: a named config or a TOML file with its model"

@@ -1,41 +1,117 @@
-"""Which params a model uses behind a site: those that may change without changing what comes first.
+"""Which params a model uses behind an array: those that may change without changing what it holds.
 
-"Behind" is meant in the order of the program.
+"Behind" is meant in the order of the program. The arrays are sites (see `places`), or forks: those
+that feed two or more kernels, as the input of a ResNet's stage does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from jax.extend import core as jex
 
 from mnemonic_jax.fisher import plan
 from mnemonic_jax.fisher.plan import Plan, Step
-from mnemonic_jax.methods.places import Inside, Places
+from mnemonic_jax.methods.places import RESHAPING, UNCHANGED
 
 _REARRANGED = (plan.SAME, plan.REARRANGED, plan.SCALED)
+_FEEDING = 2  # kernels that a fork feeds at least
 
 
-def sites_before(planned: Plan, places: Places) -> dict[int, np.ndarray]:
-  """For each input of a plan that is used: how many sites come before its first use.
+class Arrays(Protocol):
+  """Arrays of a plan that are counted: `places.Places`, or `Forks`."""
+
+  @property
+  def sites(self) -> Mapping[Any, int]:
+    """Variable -> its place in the order of the data, among those of this plan."""
+
+  @property
+  def inner(self) -> Mapping[int, Any]:
+    """Id of an equation -> what is inside it, see `places.Inside`."""
+
+  @property
+  def count(self) -> int:
+    """How many there are, those inside included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Forks:
+  """The arrays of a plan that feed two or more kernels."""
+
+  sites: Mapping[Any, int]
+  inner: Mapping[int, Inside]
+  count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Inside:
+  """The forks in the body of a step."""
+
+  first: int
+  iterations: int
+  scanned: bool
+  places: Forks
+
+
+def forks(planned: Plan) -> Forks:
+  """Find the forks of a plan; its inputs may be some."""
+  made, feeds = {}, Counter[Any]()
+  for step in planned.steps or ():
+    made.update(dict.fromkeys(step.equation.outvars, step))
+    if step.how in (plan.CONTRACTED, plan.TIED):
+      feeds[_origin(step.equation.invars[step.rule.data_index], made)] += 1
+  sites: dict[Any, int] = {}
+  inner: dict[int, Inside] = {}
+  for var in planned.jaxpr.invars:
+    if feeds[var] >= _FEEDING:
+      sites[var] = len(sites)
+  count = len(sites)
+  for step in planned.steps or ():
+    if step.how in (plan.SCAN, plan.REMATERIALISED):
+      scanned, body = step.how == plan.SCAN, forks(step.inner[0])
+      inside = Inside(count, step.equation.params["length"] if scanned else 1, scanned, body)
+      if body.count:
+        inner[id(step.equation)] = inside
+        count += body.count * inside.iterations
+    for var in step.equation.outvars:
+      if feeds[var] >= _FEEDING:
+        sites[var] = count
+        count += 1
+  return Forks(sites, inner, count)
+
+
+def _origin(var: Any, made: Mapping[Any, Step]) -> Any:
+  """The array that a cast, reshaped or transposed one is of."""
+  while (step := made.get(var)) is not None:
+    (first, *others), name = step.equation.invars, step.equation.primitive.name
+    if others or name not in UNCHANGED | RESHAPING | {"transpose"}:
+      break
+    var = first
+  return var
+
+
+def arrays_before(planned: Plan, places: Arrays) -> dict[int, np.ndarray]:
+  """For each input of a plan that is used: how many of the arrays come before its first use.
 
   An array () int; or (layers,), for each slice of a leaf that is scanned along its first axis.
   """
   found: dict[int, np.ndarray] = {}
   inputs = {var: frozenset([index]) for index, var in enumerate(planned.jaxpr.invars)}
-  count = 0
+  count = sum(var in places.sites for var in planned.jaxpr.invars)
   for step in planned.steps or ():
     used = [inputs.get(a, frozenset()) for a in map(_variable, step.equation.invars)]
     if step.how in _REARRANGED:
       inputs.update(dict.fromkeys(step.equation.outvars, frozenset().union(*used)))
       continue
     inside = places.inner.get(id(step.equation))
-    for position, indices in enumerate(used):
-      for index in indices if inside is None else ():
+    if inside is None:
+      for index in frozenset[int]().union(*used):
         _note(found, index, np.asarray(count))
-    if inside is not None:
+    else:
       for position, first in _inside(step, inside):
         for index in used[position]:
           _note(found, index, first)
@@ -44,10 +120,10 @@ def sites_before(planned: Plan, places: Places) -> dict[int, np.ndarray]:
   return found
 
 
-def _inside(step: Step, inside: Inside) -> Iterator[tuple[int, np.ndarray]]:
+def _inside(step: Step, inside: Any) -> Iterator[tuple[int, np.ndarray]]:
   """The same for the operands of a step, from the uses inside it."""
   (body,) = step.inner
-  for position, first in sites_before(body, inside.places).items():
+  for position, first in arrays_before(body, inside.places).items():
     if not inside.scanned:
       yield position, inside.first + first
       continue
@@ -56,8 +132,10 @@ def _inside(step: Step, inside: Inside) -> Iterator[tuple[int, np.ndarray]]:
     each = each[::-1] if params["reverse"] else each
     own = step.kinds[position]
     is_slice = position >= params["num_consts"] + params["num_carry"]
-    apart = is_slice and isinstance(kind, plan.Params) and isinstance(own, plan.Params)
-    yield position, each if apart and own.whole else each.min()
+    apart = (
+      is_slice and isinstance(kind, plan.Params) and isinstance(own, plan.Params) and own.whole
+    )
+    yield position, each if apart else each.min()
 
 
 def _note(found: dict[int, np.ndarray], index: int, first: Any) -> None:

@@ -102,10 +102,15 @@ def logits_of(problem: Problem, params: PyTree, inputs: jax.Array) -> jax.Array:
 def start(
   problem: Problem, params: PyTree, trained: list[jax.Array], optimizer: Any, statistics: Any = None
 ) -> State:
-  """The state before the first step; `trained` has an entry for each leaf that may change."""
-  leaves = zip(jax.tree.leaves(params), problem.request.mask, strict=True)
-  wide = [x.astype(_trees.at_least_float32(x.dtype)) for x, may_change in leaves if may_change]
+  """The state before the first step; `trained` has an entry for each leaf."""
+  mask = problem.request.mask
+  leaves, trained = _chosen(jax.tree.leaves(params), mask), _chosen(trained, mask)
+  wide = [x.astype(_trees.at_least_float32(x.dtype)) for x in leaves]
   return State(jnp.int32(0), wide, optimizer.init(wide), trained, statistics)
+
+
+def _chosen(leaves: list[Any], mask: tuple[bool, ...]) -> list[Any]:
+  return [leaf for leaf, may_change in zip(leaves, mask, strict=True) if may_change]
 
 
 def advanced(problem: Problem, state: State, loss: Loss, optimizer: Any, shift: int) -> State:

@@ -20,6 +20,8 @@ from mnemonic_jax.methods.problem import Problem, class_weights, plan_of
 
 PyTree = Any
 
+_STAGES = 2  # forks that a model has at least if they are where its stages start
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -91,20 +93,35 @@ class Network:
         )
     return jnp.asarray([name in names for name in known], bool)
 
-  def trained(self, active: jax.Array, problem: Problem) -> list[jax.Array]:
-    """For each leaf that may change: whether the model uses it from the first active site on.
+  def used_from(self, active: jax.Array, params: PyTree) -> list[jax.Array]:
+    """For each leaf: whether the model uses it from the first active site on.
 
     Bools that broadcast to the leaf. The kernels that write into that site count.
     """
     first = jnp.where(jnp.any(active), jnp.argmax(active), len(self.sites) + 1)
-    before = behind.sites_before(self.planned, self.places)
-    leaves, found = jax.tree.leaves(problem.params), []
-    for index, may_change in enumerate(problem.request.mask):
-      if may_change:
-        use = before.get(index, np.asarray(-1))  # one that is not used does not move
-        use = use.reshape(use.shape + (1,) * (leaves[index].ndim - use.ndim))
-        found.append(jnp.asarray(use) >= first)
-    return found
+    return _used(params, behind.arrays_before(self.planned, self.places), first)
+
+  def stage(self, depth: int, params: PyTree) -> list[jax.Array]:
+    """The same for the stage that starts `depth` forks from the head, the head left out.
+
+    In a model with fewer than two forks, `depth` sites from the head. The first of all starts at
+    the input.
+    """
+    forks = behind.forks(self.planned)
+    starts = [-1, *range(forks.count)]
+    before = behind.arrays_before(self.planned, forks)
+    if forks.count < _STAGES:
+      starts = [-1, *(i for i, site in enumerate(self.sites) if site.depth is not None)]
+      before = behind.arrays_before(self.planned, self.places)
+    if depth > len(starts):
+      raise ValueError(
+        f"depth: got {depth}; this model has {len(starts)} arrays behind which a stage can start."
+      )
+    head = self.require_head()
+    for row in (head.kernel, head.bias):
+      if row is not None:
+        before.pop(row.leaf)
+    return _used(params, before, starts[-depth] + 1)
 
   def require_head(self) -> heads.Head:
     """The head, or a ValueError that says why its row cannot be dropped."""
@@ -114,6 +131,16 @@ class Network:
         "mnemonic_jax.Projection(drop_row=False), which edits its kernel like the others."
       )
     return self.head
+
+
+def _used(params: PyTree, before: dict[int, np.ndarray], first: Any) -> list[jax.Array]:
+  """Whether at least `first` arrays come before each leaf, where it is used."""
+  found = []
+  for index, leaf in enumerate(jax.tree.leaves(params)):
+    use = before.get(index, np.asarray(-1))
+    use = use.reshape(use.shape + (1,) * (jnp.ndim(leaf) - use.ndim))
+    found.append(jnp.asarray(use) >= first)
+  return found
 
 
 def look(problem: Problem) -> Network:

@@ -110,6 +110,11 @@ class Projection:
     """How many steps healing takes; none where nothing below the head is cut."""
     return 0 if self.depth == 0 else self.heal
 
+  @property
+  def learns_from(self) -> int:
+    """How many recalled codes a class it needs."""
+    return _CODES_TO_HEAL if self.heal else 0
+
   def step(self, problem: Problem) -> tuple[PyTree, Info]:
     """Forget; `info` holds the "rank" of D at each site (S,), and the share "cut" of its groups.
 
@@ -137,7 +142,7 @@ class Projection:
 
   def init(self, problem: Problem) -> distilling.State:
     """Cut, and be ready to heal; the head is left for the end where its row is dropped."""
-    distilling.require_recalled(problem, _CODES_TO_HEAL, f"Projection(heal={self.heal})")
+    distilling.require_recalled(problem, self.learns_from, f"Projection(heal={self.heal})")
     self._outline(problem)
     params, _, _ = self._run(problem, "leave" if self.drop_row else "cut")
     trained = _trained(self.sites, problem, np.int32(self.depth or 0))
@@ -147,8 +152,9 @@ class Projection:
     """Heal by one step."""
 
     def loss(params: PyTree, statistics: Any, inputs: jax.Array) -> tuple[jax.Array, Any]:
-      models = (distilling.logits_of(problem, p, inputs) for p in (problem.params, params))
-      return distilling.divergence(*models, problem.remain), statistics
+      teacher = distilling.logits_of(problem, problem.params, inputs)
+      student = distilling.logits_of(problem, params, inputs)
+      return distilling.divergence(teacher, student, problem.remain), statistics
 
     return distilling.advanced(problem, state, loss, _OPTIMIZER, _SHIFT)
 
@@ -175,7 +181,7 @@ class Projection:
     return outline
 
   def _run(self, problem: Problem, head: str) -> tuple[PyTree, Info, network.Outline]:
-    return project_program(self.sites, head, problem, np.int32(self.depth or 0))  # type: ignore
+    return project_program(self.sites, head, problem, np.int32(self.depth or 0))
 
   def _margin(self, outline: network.Outline) -> Any:
     return np.bool_(self.drop_row and outline.has_bias)
@@ -210,9 +216,9 @@ def project_program(
 
 @partial(jax.jit, static_argnums=0)
 def _trained(named: tuple[str, ...], problem: Problem, depth: Any) -> list[jax.Array]:
-  """What healing trains: a bool for each leaf that may change, or for each of its layers."""
+  """What healing trains: bools for each leaf."""
   model = network.look(problem)
-  return model.trained(model.named(named) if named else model.at_depth(depth), problem)
+  return model.used_from(model.named(named) if named else model.at_depth(depth), problem.params)
 
 
 @dataclasses.dataclass(frozen=True)

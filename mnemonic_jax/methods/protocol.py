@@ -97,9 +97,13 @@ def method(cls: _Class) -> _Class:
 
 
 def settings(method: Any) -> dict[str, Any]:
-  """The fields of a method as plain values that JSON has, `{"lambda1": 0.001, ...}`."""
+  """The fields of a method as plain values that JSON has, `{"lambda1": 0.001, ...}`.
+
+  Fields with `metadata={"recorded": False}`, weights and functions, are left out.
+  """
   plain = lambda value: np.asarray(value).tolist() if _is_number(value) else value
-  return {f.name: plain(getattr(method, f.name)) for f in dataclasses.fields(method)}
+  recorded = (f.name for f in dataclasses.fields(method) if f.metadata.get("recorded", True))
+  return {name: plain(getattr(method, name)) for name in recorded}
 
 
 def name_of(method: Any) -> str:
@@ -115,9 +119,9 @@ def require_method(method: Any, *, one_shot: bool = False) -> None:
       f"method: got {_checks.kind(method)}; expected a method, such as "
       "mnemonic_jax.Perturbation(lambda1=1e-3, lambda2=10.0)."
     )
-  if one_shot and steps_of(method):
+  if one_shot and (steps := steps_of(method)):
     raise ValueError(
-      f"method: {type(method).__name__} takes {method.steps} steps from Python; expected a method "
+      f"method: {type(method).__name__} takes {steps} steps from Python; expected a method "
       "that can be traced. Call mnemonic_jax.forget."
     )
   if one_shot and (names := getattr(method, "to_search", ())):

@@ -58,10 +58,17 @@ def resolve(
     _mesh.Placement.of(params, (plain, sides), execution.shardings),
   )
   judges = judges and Judges(_beside(judges.inputs, params), *judges[1:])
-  beside = lambda x: None if x is None else _beside(jnp.asarray(x), params)
-  examples = beside(None if kept is None else kept_examples(kept, plain, sides[1]))
-  arrays = judges, beside(recalled), examples
-  problem = Problem(request, constants, params, beside(plain), *sides, *arrays)
+  beside = lambda x: _beside(jnp.asarray(x), params)
+  problem = Problem(
+    request,
+    constants,
+    params,
+    beside(plain),
+    *sides,
+    judges=judges,
+    recalled=None if recalled is None else beside(recalled),
+    kept=None if kept is None else beside(kept_examples(kept, plain, sides[1])),
+  )
   _check_functions(problem)
   return problem
 
@@ -83,7 +90,7 @@ def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None, An
 def kept_examples(kept: Any, codes: jax.Array, remain: Any) -> np.ndarray:
   """The inputs (M, *shape) of all batches of examples, which must be of kept classes."""
   expected = "expected batches (inputs, labels) of kept classes"
-  inputs, allowed = [], np.asarray(remain)
+  inputs, allowed = [], len(np.asarray(remain))
   try:
     batches = iter(kept)
   except TypeError:
@@ -100,9 +107,8 @@ def kept_examples(kept: Any, codes: jax.Array, remain: Any) -> np.ndarray:
     if not (jnp.issubdtype(some.dtype, jnp.floating) and np.isfinite(some).all()):
       raise ValueError(f"kept: inputs are {some.dtype} or not finite; expected finite floats.")
     if not np.issubdtype(labels.dtype, np.integer):
-      raise TypeError(f"kept: labels are {labels.dtype}; expected integers in [0, {len(allowed)}).")
-    known = (labels >= 0) & (labels < len(allowed))
-    if others := sorted({int(c) for c in labels[~known]} | {int(c) for c in labels[known][~allowed[labels[known]]]}):
+      raise TypeError(f"kept: labels are {labels.dtype}; expected integers in [0, {allowed}).")
+    if others := sorted(set(labels.tolist()) - set(np.flatnonzero(remain).tolist())):
       raise ValueError(
         f"kept: holds examples of classes {others[:5]}, which are not kept; {expected} alone."
       )

@@ -13,7 +13,7 @@ from flax import nnx
 
 from mnemonic_jax import _mesh
 from mnemonic_jax._functions import Bound
-from mnemonic_jax.models import text_head
+from mnemonic_jax.models import batch_norm, text_head
 from mnemonic_jax.models.mlp import MLP
 from mnemonic_jax.models.resnet import ResNet, Statistics
 from mnemonic_jax.models.staged import pooled as pooled
@@ -23,13 +23,18 @@ from mnemonic_jax.models.vit import ViT
 PyTree = Any
 
 
+# Whether a model is in training mode, or the names of its submodules that are.
+Mode = bool | tuple[str, ...]
+
+
 class Model(NamedTuple):
   """A model as pure functions on nested dicts of arrays.
 
   Attributes:
     init: key -> (params, model_state). Training and forgetting change params; model_state holds
       everything else, such as running statistics.
-    apply: (params, model_state, inputs, train) -> (logits, model_state).
+    apply: (params, model_state, inputs, train) -> (logits, model_state). `train` is a bool, or the
+      names of the submodules that are in training mode.
     features: (params, model_state, inputs) -> (N, F), the input of the last layer in evaluation
       mode.
     stages: (params, model_state, inputs) -> {name: (N, ..., F)}, the output of each stage in
@@ -41,15 +46,17 @@ class Model(NamedTuple):
     statistics: (params, model_state, inputs) -> {name: (values (N, ..., F), mean (F,), variance
       (F,))}, what each BatchNorm reads in evaluation mode, and its running statistics. None for a
       model without BatchNorm.
+    fold: (model_state, params, statistics) -> params; see `fold_fn`.
   """
 
   init: Callable[[jax.Array], tuple[PyTree, PyTree]]
-  apply: Callable[[PyTree, PyTree, jax.Array, bool], tuple[jax.Array, PyTree]]
+  apply: Callable[[PyTree, PyTree, jax.Array, Mode], tuple[jax.Array, PyTree]]
   features: Callable[[PyTree, PyTree, jax.Array], jax.Array]
   stages: Callable[[PyTree, PyTree, jax.Array], dict[str, jax.Array]]
   head: tuple[str, ...]
   layer_axis: PyTree = None
   statistics: Callable[[PyTree, PyTree, jax.Array], Statistics] | None = None
+  fold: Callable[[PyTree, PyTree, PyTree], PyTree] = lambda model_state, params, statistics: params
 
   def logits_fn(self, model_state: PyTree) -> Bound:
     """Bind a model state: (params, inputs) -> logits (N, C) in evaluation mode.
@@ -68,6 +75,25 @@ class Model(NamedTuple):
       return None
     return Bound(_StateFirst(self.statistics), model_state)
 
+  def train_fn(self, modules: tuple[str, ...] | None = None) -> _InTraining:
+    """Return (params, model_state, inputs) -> (logits, model_state), as `Relearn` takes it.
+
+    modules: the names of those, among the keys of params, that are in training mode. None: all.
+    """
+    return _InTraining(self.apply, True if modules is None else tuple(modules))
+
+  def fold_fn(self, model_state: PyTree) -> Bound:
+    """Return (params, statistics) -> params, as `Relearn` takes it.
+
+    With `model_state` the result gives the logits that `params` give with `statistics`:
+
+        scale' = scale sqrt((v + eps) / (v' + eps))
+        bias'  = bias + (m - m') scale / sqrt(v' + eps)
+
+    for each BatchNorm, m and v of `model_state`, m' and v' of `statistics`.
+    """
+    return Bound(self.fold, model_state)
+
 
 @dataclasses.dataclass(frozen=True)
 class _InEvaluation:
@@ -77,6 +103,19 @@ class _InEvaluation:
 
   def __call__(self, model_state: PyTree, params: PyTree, inputs: jax.Array) -> jax.Array:
     return self.apply(params, model_state, inputs, False)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _InTraining:
+  """(params, model_state, inputs) -> (logits, model_state) in training mode."""
+
+  apply: Callable[..., tuple[jax.Array, PyTree]]
+  mode: Mode
+
+  def __call__(
+    self, params: PyTree, model_state: PyTree, inputs: jax.Array
+  ) -> tuple[jax.Array, PyTree]:
+    return self.apply(params, model_state, inputs, self.mode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,20 +232,22 @@ def functional(
     _, params, model_state = _split(make_module(nnx.Rngs(key)))
     return nnx.to_pure_dict(params), nnx.to_pure_dict(model_state)
 
-  def bound(params: PyTree, model_state: PyTree, train: bool) -> Any:
+  def bound(params: PyTree, model_state: PyTree, train: Mode) -> Any:
     params = {name: x if name in stacked else _mesh.gathered(x) for name, x in params.items()}
     states = [jax.tree.map(lambda x: x, shape) for shape in shapes]
     for state, values in zip(states, (params, model_state), strict=True):
       nnx.replace_by_pure_dict(state, values)
     module = nnx.merge(graph, *states)
-    if train:
+    if train is True:
       module.train()
     else:
       module.eval()
+    for name in train if isinstance(train, tuple) else ():
+      getattr(module, name).train()
     return module
 
   def apply(
-    params: PyTree, model_state: PyTree, inputs: jax.Array, train: bool
+    params: PyTree, model_state: PyTree, inputs: jax.Array, train: Mode
   ) -> tuple[jax.Array, PyTree]:
     module = bound(params, model_state, train)
     logits = module(inputs)
@@ -222,8 +263,11 @@ def functional(
     found: Statistics = bound(params, model_state, False).statistics(inputs)
     return found
 
+  def fold(model_state: PyTree, params: PyTree, statistics: PyTree) -> PyTree:
+    return batch_norm.folded(module, params, model_state, statistics)
+
   of_batch_norm = statistics if hasattr(module, "statistics") else None
-  return Model(init, apply, features, stages, head, layer_axis, of_batch_norm)
+  return Model(init, apply, features, stages, head, layer_axis, of_batch_norm, fold)
 
 
 def _split(module: Any) -> tuple[Any, Any, Any]:

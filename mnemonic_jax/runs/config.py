@@ -294,7 +294,9 @@ def make_method(forget: ForgetConfig, *, learned: bool = False) -> Any:
       f"forget.method: got {forget.method!r}; expected the name of a method. {known}"
     )
   kind: Any = methods.METHODS[forget.method]
-  takes = {field.name: field for field in dataclasses.fields(kind)}
+  recorded = (f for f in dataclasses.fields(kind) if f.metadata.get("recorded", True))
+  takes = {field.name: field for field in recorded}
+  fresh = {"fresh": None} if kind is methods.Relearn else {}  # `renewal.completed` brings them
   for name in forget.settings:
     if name not in takes:
       raise UsageError(
@@ -302,14 +304,19 @@ def make_method(forget: ForgetConfig, *, learned: bool = False) -> Any:
       )
   numbers = [name for name, field in takes.items() if not field.metadata.get("static")]
   for name in numbers:
-    value = forget.settings.get(name, 0)
+    value = forget.settings.get(name, 0.0)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
       raise UsageError(f"{_SETTINGS}.{name}: got {value!r}; expected a number.")
   missing = [n for n in numbers if n not in forget.settings and takes[n].default is None]
   if missing and len(missing) < len(numbers):
     raise _missing(missing[0], forget.method)
+  needed = (name for name, field in takes.items() if field.default is dataclasses.MISSING)
+  for name in needed:
+    if name not in forget.settings:
+      raise _missing(name, forget.method)
+  own = {name: float(x) if name in numbers else x for name, x in forget.settings.items()}
   try:
-    made = kind(**{name: float(x) if name in numbers else x for name, x in forget.settings.items()})
+    made = kind(**own, **fresh)
   except (TypeError, ValueError) as error:
     raise UsageError(f"{_SETTINGS}: {error}") from error
   for name in () if learned else getattr(made, "to_search", ()):

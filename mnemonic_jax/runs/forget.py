@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 
 from mnemonic_jax import forgetting, methods
@@ -18,7 +19,7 @@ from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
-from mnemonic_jax.runs import files, scoring
+from mnemonic_jax.runs import files, renewal, scoring, stepwise
 from mnemonic_jax.runs import learned as learned_codes
 from mnemonic_jax.runs.checkpoints import require_plain, save_params
 from mnemonic_jax.runs.config import Config, make_method
@@ -82,8 +83,11 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> 
     trained = restore(run, dataset)
     if path.exists():
       trained = with_learned(trained, path, dataset)
-    report, fill = described(trained, run.config, dataset, asked)
+    trained, asked = _ready(trained, asked, run.config, dataset, path.parent)
+    keeper = _keeper(run.path / "forgets", trained, asked)
+    report, fill = described(trained, run.config, dataset, asked, keeper=keeper)
     folder = run.add_forget(fill)
+    keeper.remove()
   return _placed(report, folder)
 
 
@@ -123,9 +127,24 @@ def forget_plain(
   trained = restore_plain(checkpoint, config, dataset, needs_codes=codes is None)
   if codes is not None:
     trained = with_learned(trained, codes, dataset)
-  report, fill = described(trained, config, dataset, asked)
+  trained, asked = _ready(trained, asked, config, dataset, None)
+  keeper = _keeper(out.parent, trained, asked)
+  report, fill = described(trained, config, dataset, asked, keeper=keeper)
   files.make_folder(out, fill)
+  keeper.remove()
   return _placed(report, out)
+
+
+def _ready(
+  trained: Trained, asked: Asked, config: Config, dataset: Dataset, folder: epath.Path | None
+) -> tuple[Trained, Asked]:
+  """Bring what a method that learns needs; `folder` keeps recalled codes."""
+  if wanted := getattr(asked.method, "learns_from", 0):
+    trained = renewal.with_recalled(trained, wanted, config, dataset, folder)
+  if isinstance(asked.method, methods.Relearn):
+    method = renewal.completed(asked.method, trained, dataset.shape)
+    asked = asked._replace(method=method)
+  return trained, asked
 
 
 def _placed(report: dict[str, Any], folder: epath.Path) -> dict[str, Any]:
@@ -139,13 +158,14 @@ def described(
   asked: Asked,
   one_shot: OneShot | None = None,
   predict: Predict | None = None,
+  keeper: stepwise.Keeper | None = None,
 ) -> tuple[dict[str, Any], Callable[[epath.Path], None]]:
   """Forget and score; return the report, and a function that writes all files into a folder.
 
   `one_shot` forgets in one copy of the params, and `predict` runs the model over a split; by
   default both use one process and one device.
   """
-  one_shot = one_shot or _on_one_device(trained, config, asked)
+  one_shot = one_shot or _on_one_device(trained, config, asked, keeper)
   if predict is None:
     predict = lambda candidates, split: scoring.predict_each(
       trained.logits_fn, candidates, split, dataset.preprocess
@@ -192,16 +212,40 @@ def described(
   return report, fill
 
 
-def _on_one_device(trained: Trained, config: Config, asked: Asked) -> OneShot:
-  return partial(
-    forgetting.forget,
+def _keeper(folder: epath.Path, trained: Trained, asked: Asked) -> stepwise.Keeper:
+  """Keep the states of a request in a folder."""
+  arrays = jax.tree.leaves(trained.codes)
+  hashes = [files.array_sha256(array) for array in arrays]
+  method = methods.Projection() if asked.method is None else asked.method
+  return stepwise.Keeper(folder, method, {"codes_sha256": hashes, "classes": asked.classes})
+
+
+def _on_one_device(
+  trained: Trained, config: Config, asked: Asked, keeper: stepwise.Keeper | None
+) -> OneShot:
+  def one_shot(params: Any) -> ForgetResult:
+    forget = partial(_forget_one, trained, config, asked, params)
+    if keeper is None or not methods.steps_of(asked.method):
+      return forget()
+    kept = keeper.of(params)
+    return forget(state=kept.load(), on_state=kept.save, progress=kept.progress)
+
+  return one_shot
+
+
+def _forget_one(
+  trained: Trained, config: Config, asked: Asked, params: Any, **stepping: Any
+) -> ForgetResult:
+  return forgetting.forget(
     trained.logits_fn,
+    params,
     codes=trained.codes,
     classes=asked.classes,
     method=asked.method,
     layer_axis=trained.model.layer_axis,
     precision=config.forget.precision,
     execution=Execution(microbatch=config.execution.microbatch or None),
+    **stepping,
   )
 
 

@@ -1,0 +1,187 @@
+"""Learn the last stages anew from recalled codes of the kept classes: the features go too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mnemonic_jax import _checks, _functions, _trees
+from mnemonic_jax._types import LogitsFn
+from mnemonic_jax.methods import distilling, network
+from mnemonic_jax.methods.drop_row import drop_program
+from mnemonic_jax.methods.problem import Problem, plan_of_logits
+from mnemonic_jax.methods.protocol import Info, method
+
+PyTree = Any
+TrainFn = Callable[[PyTree, PyTree, jax.Array], tuple[jax.Array, PyTree]]
+FoldFn = Callable[[PyTree, PyTree], PyTree]
+
+_CODES = 64  # a class
+_SHIFT = 8  # pictures move by 1/8 of their side
+_WARM_UP, _MOMENTUM, _DECAY, _LARGEST_NORM = 0.2, 0.9, 5e-4, 5.0
+_STATIC, _UNRECORDED = {"static": True}, {"recorded": False}
+
+
+@method
+@dataclasses.dataclass(frozen=True)
+class Relearn:
+  """Learn the last stages from fresh weights, then drop the forgotten classes' rows of the head.
+
+      minimise KL(softmax of the model as it was || softmax of the new one), over kept logits
+
+  on batches of 128 recalled codes of kept classes, flipped, shifted by up to 1/8 of their side and
+  mixed in pairs. SGD with Nesterov momentum 0.9, weight decay 5e-4, a one-cycle rate with 20 % of
+  warm-up, gradient norm at most 5. The head is kept, and so is all that comes before.
+
+  Guarantees:
+    No weight that is learned anew has ever seen the class. Running statistics stay as they are.
+
+  Edge cases:
+    without `train_fn` and `fold_fn`: trained in evaluation mode, which fresh weights under
+      BatchNorm bear badly; `info["training_mode"]` says so.
+    what the stages before tell of the class stays in them, and so is partly readable.
+
+  Attributes:
+    depth: how many stages. A stage starts at an array that feeds two or more kernels (the input of
+      a ResNet's stage, what a transformer's attention reads); in a model with fewer than two of
+      them, at a site of `explain_projection`. The first of all starts at the input.
+    fresh: newly initialised params, of the structure and dtypes of `params`.
+    steps: of SGD.
+    rate: its largest.
+    train_fn: (params, statistics, inputs) -> (logits, statistics), the model in training mode:
+      `Model.train_fn`.
+    fold_fn: (params, statistics) -> params that give, with the statistics of `logits_fn`, what the
+      trained ones give with theirs: `Model.fold_fn`.
+    statistics: those that the training starts with: the model state.
+
+  Source: this project. EU-k (Goel et al., 2022, arXiv 2201.06640) learns the last layers anew from
+  data; GKT (Chundawat et al., 2023, arXiv 2201.05629) and ISPF (Zhang et al., 2025, arXiv
+  2412.13790) distil a fresh student without data.
+  """
+
+  depth: int = dataclasses.field(metadata=_STATIC)
+  fresh: PyTree = dataclasses.field(metadata=_UNRECORDED)
+  steps: int = dataclasses.field(metadata=_STATIC)
+  rate: Any = 0.05
+  train_fn: TrainFn | None = dataclasses.field(default=None, metadata=_STATIC | _UNRECORDED)
+  fold_fn: FoldFn | None = dataclasses.field(default=None, metadata=_STATIC | _UNRECORDED)
+  statistics: PyTree = dataclasses.field(default=None, metadata=_UNRECORDED)
+
+  def __post_init__(self) -> None:
+    for name in ("depth", "steps"):
+      object.__setattr__(self, name, _checks.require_size(name, getattr(self, name), 1))
+    functions = {"train_fn": self.train_fn, "fold_fn": self.fold_fn}
+    given = [name for name, function in functions.items() if function is not None]
+    for name in given:
+      _checks.require_callable(name, functions[name], "of (params, statistics, ...)")
+    if len(given) == 1:
+      raise ValueError(f"{given[0]}: got one of train_fn and fold_fn; expected both, or none.")
+    if (self.statistics is None) != (self.train_fn is None):
+      raise ValueError(
+        f"statistics: got {_checks.kind(self.statistics)} with train_fn={self.train_fn}; expected "
+        "both, or none."
+      )
+
+  @property
+  def learns_from(self) -> int:
+    """How many recalled codes a class it needs."""
+    return _CODES
+
+  def init(self, problem: Problem) -> distilling.State:
+    """Put the fresh weights in."""
+    distilling.require_recalled(problem, self.learns_from, "Relearn")
+    network.look(problem).outline.require_margin(problem.remain)
+    self._require_fresh(problem.params)
+    trained = _renewed(self.depth, problem)
+    self._require_other(problem, trained)
+    params = _put(problem, self.fresh, trained)
+    return distilling.start(problem, params, trained, self._optimizer, self.statistics)
+
+  def advance(self, problem: Problem, state: distilling.State) -> distilling.State:
+    """Do one step of SGD."""
+
+    def loss(params: PyTree, statistics: Any, inputs: jax.Array) -> tuple[jax.Array, Any]:
+      teacher = distilling.logits_of(problem, problem.params, inputs)
+      if self.train_fn is None:
+        student = distilling.logits_of(problem, params, inputs)
+      else:
+        student, statistics = self.train_fn(params, statistics, inputs)
+      return distilling.divergence(teacher, student, problem.remain), statistics
+
+    return distilling.advanced(problem, state, loss, self._optimizer, _SHIFT)
+
+  def finish(self, problem: Problem, state: distilling.State) -> tuple[PyTree, Info]:
+    """Fold the statistics into the weights, and drop the rows."""
+    params = distilling.whole(problem, state.leaves)
+    if self.fold_fn is not None:
+      params = self.fold_fn(params, state.statistics)
+    params, outline = drop_program(dataclasses.replace(problem, params=params))
+    margin, training = np.bool_(outline.has_bias), np.bool_(self.train_fn is not None)
+    return params, {"training_mode": training, "margin": margin}
+
+  @property
+  def _optimizer(self) -> Any:
+    schedule = optax.cosine_onecycle_schedule(self.steps, self.rate, pct_start=_WARM_UP)
+    return optax.chain(
+      optax.clip_by_global_norm(_LARGEST_NORM),
+      optax.add_decayed_weights(_DECAY),
+      optax.sgd(schedule, momentum=_MOMENTUM, nesterov=True),
+    )
+
+  def _require_fresh(self, params: PyTree) -> None:
+    layout = lambda tree: jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x).name), tree)
+    if (found := layout(self.fresh)) != (wanted := layout(params)):
+      raise ValueError(
+        f"fresh: got {found}; expected params of the structure, shapes and dtypes of params: "
+        f"{wanted}. Initialise the model again, with another key."
+      )
+    if _checks.is_concrete(self.fresh) and not bool(jax.jit(_trees.all_finite)(self.fresh)):
+      raise ValueError("fresh: got NaN or inf; expected finite params.")
+
+  def _require_other(self, problem: Problem, trained: list[jax.Array]) -> None:
+    """Refuse weights that are not fresh, and a mask that leaves nothing to learn."""
+    if not _checks.is_concrete((problem, self.fresh)):
+      return
+    leaves = map(jax.tree.leaves, (self.fresh, problem.params))
+    found = zip(*leaves, trained, problem.request.mask, strict=True)
+    kernels = [(new, old, here) for new, old, here, may in found if may and old.ndim > 1]
+    if not any(bool(np.any(here)) for _, _, here in kernels):
+      raise ValueError(
+        f"depth: no kernel lies behind the start of stage {self.depth} from the head, or the mask "
+        "leaves them out; expected one that can be learned anew. Use a larger depth."
+      )
+    if all(bool(jnp.all((new == old) | ~here)) for new, old, here in kernels):
+      raise ValueError("fresh: equals params; expected newly initialised weights: another key.")
+
+
+def renewed(logits_fn: LogitsFn, params: PyTree, inputs: Any, depth: int) -> PyTree:
+  """Tell which leaves `Relearn` of a depth learns anew: a tree like params, of bools.
+
+  Arrays may be `jax.ShapeDtypeStruct`s, because nothing of the model is computed. A leaf of stacked
+  layers has a bool for each of them.
+  """
+  function, constants = _functions.split(logits_fn)
+  mask = _trees.mask_leaves(None, params)
+  planned = plan_of_logits(function, constants, params, inputs, mask)
+  return _trees.like(params, network.of_plan(planned, params).stage(depth, params))
+
+
+@partial(jax.jit, static_argnums=0)
+def _renewed(depth: int, problem: Problem) -> list[jax.Array]:
+  """What is learned anew: bools for each leaf."""
+  return network.look(problem).stage(depth, problem.params)
+
+
+def _put(problem: Problem, fresh: PyTree, trained: list[jax.Array]) -> PyTree:
+  """The params, with fresh weights where they are learned anew."""
+  old, treedef = _trees.flatten(problem.params)
+  found = zip(old, jax.tree.leaves(fresh), trained, problem.request.mask, strict=True)
+  put = lambda leaf, new, here, may_change: jnp.where(here, new, leaf) if may_change else leaf
+  return treedef.unflatten([put(*one) for one in found])
