@@ -142,7 +142,7 @@ def test_every_section_refuses_fields_it_has_not():
 def test_a_bad_value_names_field_and_value(field, value):
   shown = value[0] if isinstance(value, list) else value
   with pytest.raises(UsageError, match=f"^{field}: got ") as caught:
-    configs.load("digits", {field: value})
+    configs.load("digits_paper", {field: value})
   assert str(shown) in str(caught.value) and "expected" in str(caught.value)
 
 
