@@ -19,7 +19,7 @@ from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SMALL = ("--codes.rate", 0, "--train.epochs", 8, "--model.hidden", 64, "--train.learning_rate", 0.1)
+SMALL = ("--train.epochs", 8, "--model.hidden", 64, "--train.learning_rate", 0.1)
 NO_METHOD = ("--forget.method", "")
 
 
@@ -27,7 +27,7 @@ NO_METHOD = ("--forget.method", "")
 def run_once(tmp_path_factory) -> tuple[pathlib.Path, dict]:
   """`mnemonic run` without codes in training: it learns them. Copy it, do not write to it."""
   folder = tmp_path_factory.mktemp("runs") / "learned"
-  return folder, call("run", "digits", *SMALL, *NO_METHOD, "--out", folder, "--json").json
+  return folder, call("run", "digits", *SMALL, "--out", folder, "--json").json
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_codes_are_recalled_without_a_picture_and_the_same_seed_gives_the_same(r
   assert found["read"] == ["params"] and found["per_class"] == 2 and found["judges"] == 0
   recalled = load_file(path)
   assert recalled["codes"].shape == (10, 2, 8, 8, 1) and recalled["judges"].shape[1] == 0
-  result = call("forget", run, "--classes", 5, *NO_METHOD, "--json").json
+  result = call("forget", run, "--classes", 5, "--json").json
   assert result["predicted"] is None and result["forget_error_after"] == 1
   path.unlink()
   assert call("codes", run, "--json").json["codes_sha256"]
@@ -160,7 +160,7 @@ def test_a_plain_checkpoint_without_codes(run, tmp_path):
   params = restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "plain", {"params": jax.tree.map(np.asarray, params)})
-  plain, config = tmp_path / "plain", ("--config", "digits", "--model.hidden", 64)
+  plain, config = tmp_path / "plain", ("--config", "digits_paper", "--model.hidden", 64)
   file, out = tmp_path / "codes.safetensors", tmp_path / "out"
   asked = ("forget", plain, *config, "--classes", 3, "--out", out)
   assert "mnemonic codes" in call(*asked).refusal()

@@ -52,7 +52,7 @@ def start_on(devices, words, count, flags=""):
 
 def test_two_processes_train_a_stored_set_as_one_device_does(tmp_path):
   """The digits, without epochs in one call: each process places its rows of each batch."""
-  words = ("digits", "--model.hidden", 32, "--train.epochs", 2, "--log-every", 20)
+  words = ("digits_paper", "--model.hidden", 32, "--train.epochs", 2, "--log-every", 20)
   patience = ("--startup-timeout", HANG, "--peer-timeout", HANG)
   found = []
   for devices, count in ((1, 1), (4, 2)):
