@@ -242,6 +242,23 @@ def placed(placement: _mesh.Placement, tree: PyTree) -> PyTree:
   return jax.device_put(tree, whole)
 
 
+def dealt(placement: _mesh.Placement, x: np.ndarray) -> jax.Array:
+  """Put an array (N, ...) of the host where the params lie.
+
+  Each device has its part of it on a mesh that divides N, else all of it.
+  """
+  if placement.spread is None or len(x) % placement.mesh.size:
+    return placed(placement, x)
+  spec = jax.sharding.PartitionSpec(placement.mesh.axis_names)
+  return jax.device_put(x, jax.sharding.NamedSharding(placement.mesh, spec))
+
+
+def rows_of_all(placement: _mesh.Placement, count: int) -> int:
+  """The least number of rows, at least `count`, of which each device has its share on a mesh."""
+  devices = placement.mesh.size if placement.spread else 1
+  return -(-count // devices) * devices
+
+
 def copied(placement: _mesh.Placement, tree: PyTree) -> PyTree:
   """Copy arrays to all devices of the mesh that the params lie on, if any."""
   if placement.spread is None:
