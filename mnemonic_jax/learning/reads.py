@@ -52,13 +52,17 @@ def split(
   params: PyTree,
   num_classes: int,
   precision: str | None,
+  shardings: tuple[jax.sharding.NamedSharding, ...] | None = None,
 ) -> tuple[Functions, Arrays]:
-  """Take the functions apart into what `jit` may hash and the arrays that it may trace."""
+  """Take the functions apart into what `jit` may hash and the arrays that it may trace.
+
+  `shardings` says where each leaf of abstract params would lie.
+  """
   optional = lambda function: _functions.split(function) if function else (None, [])
   logits, of_logits = _functions.split(logits_fn)
   features, of_features = optional(features_fn)
   statistics, of_statistics = optional(statistics_fn)
-  placement = _mesh.Placement.of(params, (), None)
+  placement = _mesh.Placement.of(params, (), shardings)
   functions = Functions(logits, features, statistics, num_classes, precision, placement)
   return functions, Arrays(params, of_logits, of_features, of_statistics)
 
