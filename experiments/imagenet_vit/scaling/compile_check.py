@@ -5,8 +5,8 @@ Command:  make tpu-check
           --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
 
 The programs are those of train.py, codes.py and forget.py in the folder above: a step of training,
-a forget of the paper's from random codes, a projection from learned codes with eight judges a class,
-and a step of learning and of recalling codes. Any field of the config can be overridden too
+a forget of the paper's from random codes, a projection from learned codes with eight judges a
+class, and a step of learning and of recalling codes. Any field of the config can be overridden too
 (--codes.per_class 2). Exit code 1: a program does not fit, or some collective gives a device the
 whole model, or a whole stack of its layers, at once.
 """
@@ -134,9 +134,7 @@ def _programs(
   }
   forward = cost_model.VITS[config.model.name].forward_flops(num_classes, config.data.side)
   passes = cost_model.forward_passes(config.model.remat)
-  return {
-    name: (*call, passes[name] * forward * counts[name]) for name, call in calls.items()
-  }
+  return {name: (*call, passes[name] * forward * counts[name]) for name, call in calls.items()}
 
 
 def check(
