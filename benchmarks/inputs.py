@@ -135,7 +135,13 @@ def rows(pictures: pathlib.Path | None, quick: bool) -> list[Row]:
   few = lambda number: 2 if quick else number
   return [
     Row(
-      "digits, MLP, 32", data.load("digits"), configs.load("digits"), few(600), 0, few(200), few(20)
+      "digits, MLP, 32",
+      data.load("digits"),
+      configs.load("digits_paper"),
+      few(600),
+      0,
+      few(200),
+      few(20),
     ),
     Row(
       "MNIST shapes, MLP, 128",
@@ -149,7 +155,7 @@ def rows(pictures: pathlib.Path | None, quick: bool) -> list[Row]:
     Row(
       f"CIFAR-10 shapes, ResNet-10 small width 8, {8 if quick else 128}",
       synthetic("CIFAR-10", cifar_size, (32, 32, 3)),
-      configs.load("cifar10_cpu", cifar),
+      configs.load("cifar10_cpu_paper", cifar),
       few(25),
       few(8),
       few(150),

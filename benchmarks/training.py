@@ -84,7 +84,7 @@ def main() -> None:
     "| data, MLP 1000 | steps | epoch in one call, s (cold) | step by step, s (cold) | ratio |\n"
     "|---|---|---|---|---|"
   )
-  print(measure("digits, batch 32", "digits", data.load("digits")))
+  print(measure("digits, batch 32", "digits_paper", data.load("digits")))
   print(measure("MNIST shapes (synthetic pixels), batch 128", "mnist_mlp", synthetic_mnist()))
 
 

@@ -16,7 +16,7 @@ import argparse
 import itertools
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import common
 import jax.numpy as jnp
@@ -45,8 +45,8 @@ class Row(NamedTuple):
   head_edit_retain: float
 
 
-def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
-  """Train into `folder`, or take what is there, and forget the config's class."""
+def study(folder: pathlib.Path, dataset: Dataset, config: Config, method: Any) -> Row:
+  """Train into `folder`, or take what is there, and forget the config's class by `method`."""
   model = paper_tables.trained(folder, dataset, config)
   (index,) = resolve(config.forget.classes, dataset.class_names)
   seen = paper_tables.answers(model, model.params, dataset)
@@ -55,7 +55,6 @@ def study(folder: pathlib.Path, dataset: Dataset, config: Config) -> Row:
     jnp.argmax(model.logits_fn(model.params, codes), axis=-1) == own
     for codes in model.codes.swapaxes(0, 1)
   ]
-  method = configs.make_method(config.forget)
   forgotten = mj.forget(model.logits_fn, model.params, model.codes, [index], method=method).params
   after = paper_tables.score(model, forgotten, dataset, [index])
   return Row(
@@ -95,6 +94,7 @@ def main() -> None:
   config = configs.load(arguments.config, overrides)
   if len(config.forget.classes) != 1:
     parser.error(f"--forget.classes: got {list(config.forget.classes)}; expected one class.")
+  method = configs.make_method(config.forget)  # without codes in training too
   dataset = setup.load_data(config, arguments.data_dir)
   name = f"code_cost_{common.study_name(config, overrides)}"
   folder = arguments.runs or pathlib.Path("runs") / name
@@ -104,14 +104,14 @@ def main() -> None:
     for seed in arguments.seeds:
       changed = {"codes.rate": rate, "codes.per_class": number, "train.seed": seed}
       seeded = configs.build(config.name, configs.as_dict(config), changed)
-      values.append(study(folder / f"{rate:g}_{number}" / str(seed), dataset, seeded))
+      values.append(study(folder / f"{rate:g}_{number}" / str(seed), dataset, seeded, method))
       print(
         f"t_mix {rate:g}, {number} a class, seed {seed}: {values[-1].accuracy:.2f}",
         file=sys.stderr,
         flush=True,
       )
     rows.append({"rate": rate, "per_class": number, "values": values})
-  strength = paper_tables.shown(configs.make_method(config.forget))
+  strength = paper_tables.shown(method)
   print(
     f"\n{name}, {len(arguments.seeds)} seeds, class {config.forget.classes[0]} "
     f"forgotten at {strength}, all in %\n"

@@ -3,7 +3,7 @@
 Command:  python experiments/digits_all_classes.py
           (about ten minutes on 2 CPU cores; --seeds 0 for one seed)
 
-One strength serves all classes: that of `mnemonic_jax/configs/digits.toml`, chosen by
+One strength serves all classes: that of `mnemonic_jax/runs/configs/digits_paper.toml`, chosen by
 digits_strength.py on a part of the training set. All figures are on the test set. The linear probe
 refits a linear head on the features, with all training data, and reads the forgotten class's
 accuracy; the head edit leaves the features as they were, so its probe is that of the model before.
@@ -31,7 +31,7 @@ def study(seed: int) -> dict[str, np.ndarray]:
   "Before" has E_F before.
   """
   dataset = data.load("digits")
-  config = configs.load("digits", {"train.seed": seed})
+  config = configs.load("digits_paper", {"train.seed": seed})
   trained = common.train(config, dataset)
   num_classes = len(dataset.class_names)
   inputs, train_inputs = (

@@ -28,11 +28,12 @@ SEEDS = (0, 1, 2, 3, 4)
 def study(rate: float, seed: int) -> tuple[float, float, float]:
   """(test accuracy, mean A_R after, mean E_F) in percent, means over the ten classes."""
   dataset = data.load("digits")
-  config = configs.load("digits", {"codes.rate": rate, "train.seed": seed})
+  config = configs.load("digits_paper", {"codes.rate": rate, "train.seed": seed})
   trained = common.train(config, dataset)
   num_classes = len(dataset.class_names)
   judge = common.Judge(trained, dataset, dataset.test)
-  methods = jax.tree.map(lambda x: jnp.array([x]), configs.make_method(config.forget))
+  method = configs.make_method(configs.load("digits_paper").forget)  # at rate 0 too
+  methods = jax.tree.map(lambda x: jnp.array([x]), method)
   params = common.forget_each(trained, methods, jnp.eye(num_classes, dtype=bool))
   after = judge.right(params, mapped=2)[:, 0]
   pairs = [judge.scores(after[index], [index]) for index in range(num_classes)]

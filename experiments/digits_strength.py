@@ -5,7 +5,7 @@ Command:  python experiments/digits_strength.py      (about a minute on 2 CPU co
 Three classifiers (training seeds 100, 101, 102) are trained on four fifths of the training set.
 Every class is forgotten at every strength of a grid, and each result is scored on the fifth held
 out: mean A_R + E_F over classes and seeds. The winner stands in
-`mnemonic_jax/runs/configs/digits.toml`. Also draws the (lambda1, lambda2) map.
+`mnemonic_jax/runs/configs/digits_paper.toml`. Also draws the (lambda1, lambda2) map.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LAMBDA2 = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 def score_grid(seed: int) -> tuple[np.ndarray, float]:
   """(lambda1, lambda2, class, [change of A_R, E_F]) on held-out data, in %; accuracy before."""
   dataset, held = common.part_of_train(data.load("digits"), every=5)
-  trained = common.train(configs.load("digits", {"train.seed": seed}), dataset)
+  trained = common.train(configs.load("digits_paper", {"train.seed": seed}), dataset)
   num_classes = len(dataset.class_names)
   judge = common.Judge(trained, dataset, held)
   before = judge.right(trained.params)

@@ -4,7 +4,7 @@ Command:  python experiments/mnist_paper.py --data-dir DIR
           (DIR: a prepared TFDS folder; about 5 minutes a training on 2 free CPU cores, seven
           trainings; a training that was stopped resumes, one that is done is not repeated)
 
-Codes are U(0,1) and N(0,1). The recipe is `mnemonic_jax/configs/mnist_mlp.toml`: SGD 0.01 with
+Codes are U(0,1) and N(0,1). The recipe is `mnemonic_jax/runs/configs/mnist_mlp.toml`: SGD 0.01 with
 momentum 0.9, weight decay 5e-4, 200 epochs, t_mix 0.1, strength (1e-3, 10). The paper's table gives
 A_R 95.9 and E_F 100 for class 0. All figures are on the 10,000 test images.
 """

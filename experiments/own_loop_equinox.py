@@ -39,8 +39,8 @@ def main(steps: int = 1500) -> dict[str, mj.Scores]:
     jax.random.key(1), num_classes=10, shape=digits.shape, distribution="uniform"
   )
 
-  # As `mnemonic configs digits`. Trained with AdamW, most models of a trial kept the class at every
-  # strength tried.
+  # As `mnemonic configs digits_paper`. Trained with AdamW, most models of a trial kept the class at
+  # every strength tried.
   schedule = optax.cosine_decay_schedule(0.2, steps)
   optimizer = optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(schedule, momentum=0.9))
 

@@ -2,8 +2,8 @@
 
 Command:  python experiments/results_picture.py
 
-Reads `results/digits_all_classes.json`, `mnist_paper.json` and `paper_tables_cifar10_cpu.json`, and
-writes `docs/results.png`.
+Reads `results/digits_all_classes.json`, `mnist_paper.json` and
+`paper_tables_cifar10_cpu_paper.json`, and writes `docs/results.png`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ ROWS = ("Before", "Mnemonic code", "Head edit", "Retrain")
 SETS = (
   ("Digits, MLP\nten classes, 5 seeds", "digits_all_classes.json", "studies"),
   ("MNIST, MLP\nclass 0, 3 seeds", "mnist_paper.json", "class_zero"),
-  ("CIFAR-10, small ResNet\nairplane, 3 seeds", "paper_tables_cifar10_cpu.json", "one_class"),
+  (
+    "CIFAR-10, small ResNet\nairplane, 3 seeds",
+    "paper_tables_cifar10_cpu_paper.json",
+    "one_class",
+  ),
 )
 MEASURES = (
   ("accuracy on kept classes (A_R)", 0, "tab:blue", "o"),

@@ -17,6 +17,7 @@ from mnemonic_jax import _checks
 from mnemonic_jax._types import LogitsFn, PerExampleLoss
 from mnemonic_jax.fisher import Execution
 from mnemonic_jax.learning import LearnedCodes, Predicted
+from mnemonic_jax.methods.drop_row import DropRow
 from mnemonic_jax.methods.problem import Problem
 from mnemonic_jax.methods.projection import Projection
 from mnemonic_jax.methods.protocol import Method, OneShot, Stepwise, require_method, steps_of
@@ -52,8 +53,9 @@ class ForgetResult:
   Attributes:
     params: the forgotten params; structure, shapes, dtypes and shardings of the params given.
     method: the method, its numbers resolved.
-    code_retain_accuracy: accuracy on the codes of the kept classes afterwards, in [0, 1].
-    code_forget_error: error on the codes of the forgotten classes afterwards, in [0, 1].
+    code_retain_accuracy: accuracy on the codes of the kept classes afterwards, in [0, 1]; None
+      where the codes are only a shape.
+    code_forget_error: error on the codes of the forgotten classes afterwards; likewise.
     predicted: A_R and E_F on data as judges foresee them; None without judges.
     info: what the method says of itself, as plain numbers and NumPy arrays.
     seconds: wall-clock seconds: "compile" (tracing too), "method" (without it), "total".
@@ -61,8 +63,8 @@ class ForgetResult:
 
   params: PyTree
   method: Method
-  code_retain_accuracy: float
-  code_forget_error: float
+  code_retain_accuracy: float | None
+  code_forget_error: float | None
   info: Mapping[str, Any]
   seconds: Mapping[str, float]
   predicted: Prediction | None = None
@@ -112,7 +114,8 @@ def forget(
   Args:
     logits_fn: pure function (params, inputs) -> (N, C) logits, in evaluation mode.
     params: a tree of floating arrays: what may be changed.
-    codes: (C, K, *shape), floating: those that the model was trained with; or `LearnedCodes`.
+    codes: (C, K, *shape), floating: those that the model was trained with; or `LearnedCodes`. A
+      `jax.ShapeDtypeStruct` is enough for `DropRow`, which reads none.
     classes: the classes to forget, integers in [0, C).
     method: how to forget, such as `Perturbation(lambda1=1e-3, lambda2=10.0)`. None, with learned
       codes: `Projection()`.
@@ -151,6 +154,7 @@ def forget(
       f"kept: {method} reads no examples; expected None, or a method that does, such as "
       "mnemonic_jax.Projection(heal=150)."
     )
+  codes, are_known = _stand_in(method, codes)
   for name, value in (("params", params), ("codes", codes), ("method", method)):
     if not _checks.is_concrete(value):
       raise TypeError(
@@ -161,12 +165,13 @@ def forget(
     request = loss, mask, layer_axis, precision, execution
     sides = sides_of(codes, classes, forgotten)
     problem = resolve(logits_fn, params, codes, sides, *request, kept)
-    check_values(problem)
+    check_values(problem, reads_codes=are_known)
     before, ready = compiling(), time.perf_counter()
     moved, info = _run(method, problem, progress, state, on_state)
     _require_like_params(method, problem.params, moved)
-    scores = problem.scores(moved)
-    if not (np.isfinite(scores.retain_accuracy) and bool(all_finite(moved))):
+    scores = problem.scores(moved) if are_known else None
+    finite = scores is None or np.isfinite(scores.retain_accuracy)
+    if not (finite and bool(all_finite(moved))):
       raise ValueError(
         f"method: {method} drives params or logits to NaN or inf, whatever it tries; use a "
         "smaller strength."
@@ -183,8 +188,8 @@ def forget(
   return ForgetResult(
     params=moved,
     method=info.pop("method", jax.tree.map(_plain, method)),
-    code_retain_accuracy=float(scores.retain_accuracy),
-    code_forget_error=float(scores.forget_error),
+    code_retain_accuracy=None if scores is None else float(scores.retain_accuracy),
+    code_forget_error=None if scores is None else float(scores.forget_error),
     predicted=predicted and predicted.plain(),
     info=info,
     seconds=seconds,
@@ -256,6 +261,19 @@ def _default(codes: jax.Array | LearnedCodes) -> Method:
     "logits_fn, params, batches, num_classes=C), or a method, such as "
     "mnemonic_jax.Perturbation(lambda1=1e-3, lambda2=10.0)."
   )
+
+
+def _stand_in(method: Method, codes: Any) -> tuple[Any, bool]:
+  """Codes, zeros in place of a shape; and whether they are known."""
+  if not isinstance(codes, jax.ShapeDtypeStruct):
+    return codes, True
+  _checks.require_codes(codes)
+  if not isinstance(method, DropRow):
+    raise TypeError(
+      f"codes: got {_checks.kind(codes)}; {type(method).__name__} reads codes. Expected an array "
+      "(C, K, *shape), or mnemonic_jax.DropRow(), which needs their shape alone."
+    )
+  return jnp.zeros(codes.shape, codes.dtype), False
 
 
 def _foreseen(problem: Problem, moved: PyTree, info: Mapping[str, Any]) -> Prediction | None:

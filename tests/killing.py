@@ -25,7 +25,7 @@ SETTINGS = ("--train.epochs", 240, "--train.checkpoint_every", 2, "--model.hidde
 
 def start_training(run: pathlib.Path) -> subprocess.Popen[str]:
   """Start training, or resume it."""
-  return start("train", "digits", "--out", run, *SETTINGS, "--json")
+  return start("train", "digits_paper", "--out", run, *SETTINGS, "--json")
 
 
 def begin_training(run: pathlib.Path) -> subprocess.Popen[str]:

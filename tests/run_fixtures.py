@@ -18,7 +18,7 @@ from running import TINY, call
 def trained_once(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A finished tiny training on the digits; copy it, do not write to it."""
   folder = tmp_path_factory.mktemp("runs") / "trained"
-  outcome = call("train", "digits", "--out", folder, *TINY, "--json")
+  outcome = call("train", "digits_paper", "--out", folder, *TINY, "--json")
   assert outcome.json["epochs"] == 3
   return folder
 

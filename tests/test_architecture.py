@@ -75,6 +75,7 @@ NAMES = [
   "ProjectionPlan",
   "explain_projection",
   "DropRow",
+  "Relearn",
   "Dampening",
   "Perturbation",
   "amplitude",

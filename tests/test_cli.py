@@ -42,7 +42,7 @@ def test_run_trains_forgets_and_reports(tmp_path):
   script = pathlib.Path(sys.executable).with_name("mnemonic")
   if not script.exists():
     pytest.skip("the package is not installed beside this Python")
-  words = [str(script), "run", "digits", *TINY, "--forget.classes", "3", "5", "--json"]
+  words = [str(script), "run", "digits_paper", *TINY, "--forget.classes", "3", "5", "--json"]
   process = subprocess.Popen(
     words,
     cwd=tmp_path,
@@ -62,7 +62,7 @@ def test_run_trains_forgets_and_reports(tmp_path):
   assert result["train"]["codes_sha256"] == result["forget"]["codes_sha256"]
   assert (tmp_path / result["forget"]["report"]).read_text().startswith("<!doctype html>")
   assert sorted(
-    path.name for path in (tmp_path / "runs" / "digits").iterdir() if path.name[0] != "."
+    path.name for path in (tmp_path / "runs" / "digits_paper").iterdir() if path.name[0] != "."
   ) == [
     "checkpoints",
     "config.json",
@@ -79,7 +79,9 @@ def test_run_trains_forgets_and_reports(tmp_path):
 def test_progress_is_a_bar_on_a_terminal(tmp_path):
   terminal, theirs = pty.openpty()
   termios.tcsetwinsize(theirs, (24, 120))
-  process = start("train", "digits", "--out", tmp_path / "run", *TINY, "--json", stderr=theirs)
+  process = start(
+    "train", "digits_paper", "--out", tmp_path / "run", *TINY, "--json", stderr=theirs
+  )
   os.close(theirs)
   shown = b""
   while True:
@@ -195,8 +197,8 @@ def test_each_verb_prints_text_for_people(forgotten):
   )  # three epochs are too few
   second = json.loads((forgotten / "forgets" / "0002" / "report.json").read_text())
   assert second["method"] == {"name": "perturbation", "lambda1": 0.5, "lambda2": 0.3}
-  trained = call("train", "digits", "--out", forgotten, *TINY)
-  assert trained.out.startswith("trained digits: 3 epochs")
+  trained = call("train", "digits_paper", "--out", forgotten, *TINY)
+  assert trained.out.startswith("trained digits_paper: 3 epochs")
   listed = call("configs")
   assert [line.split()[0] for line in listed.out.splitlines()] == configs.names()
   assert call("configs", "digits").out == configs.text("digits").rstrip() + "\n"
@@ -253,10 +255,12 @@ def test_overrides_may_stand_anywhere(words, classes):
 def test_classes_of_a_config_may_be_names(tmp_path):
   """They are kept as given, and turned into indices when the data set is known."""
   words = (*TINY, "--forget.classes", 3, "7")
-  result = call("run", "digits", "--out", tmp_path / "run.1", *words, "--json").json
+  result = call("run", "digits_paper", "--out", tmp_path / "run.1", *words, "--json").json
   config = json.loads((tmp_path / "run.1" / "config.json").read_text())["config"]
   assert config["forget"]["classes"] == ["3", "7"] and result["forget"]["classes"] == [3, 7]
-  message = call("run", "digits", "--out", tmp_path / "no", "--forget.classes", "dog").refusal(2)
+  message = call(
+    "run", "digits_paper", "--out", tmp_path / "no", "--forget.classes", "dog"
+  ).refusal(2)
   assert "classes: got dog" in message and not (tmp_path / "no").exists()
 
 
@@ -265,9 +269,11 @@ def test_a_negative_number_is_a_value():
 
 
 def test_a_config_file_without_a_method(tmp_path):
-  """It trains; to forget, a method must be named."""
+  """It trains; to forget by the codes of training, a method must be named."""
   file = tmp_path / "mine.toml"
-  file.write_text('[model]\nhidden = 8\n[train]\nepochs = 2\nschedule = "cosine"\n')
+  file.write_text(
+    '[model]\nhidden = 8\n[codes]\nrate = 0.1\n[train]\nepochs = 2\nschedule = "cosine"\n'
+  )
   result = call("train", file, "--out", tmp_path / "run", "--train.epochs", 1, "--json").json
   assert (result["config"], result["epochs"]) == ("mine", 1)
   message = call("forget", tmp_path / "run", "--classes", 3).refusal(2)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 
 def train(run: object, *overrides: object) -> tuple[object, ...]:
-  return ("train", "digits", "--out", run, *TINY, *overrides, "--json")
+  return ("train", "digits_paper", "--out", run, *TINY, *overrides, "--json")
 
 
 # ---- what is asked for
@@ -64,7 +64,7 @@ def train(run: object, *overrides: object) -> tuple[object, ...]:
 )
 def test_a_bad_override_is_refused_before_anything_is_made(words, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  assert message in call("train", "digits", "--out", "x", *words).refusal(2)
+  assert message in call("train", "digits_paper", "--out", "x", *words).refusal(2)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -139,6 +139,7 @@ def test_classes_that_cannot_be_forgotten(classes, message, forgotten_once):
   [
     (("--forget.classes", 3, 12), 2, "classes: got 12"),
     (("--forget.classes", "[]"), 2, "classes: got none"),
+    (("--codes.rate", 0.1), 2, "to mnemonic run: --forget.method perturbation"),
   ],
 )
 def test_run_refuses_before_it_trains(overrides, code, message, tmp_path):
@@ -304,7 +305,7 @@ def test_a_run_without_checkpoints(gone, trained):
     shutil.rmtree(path)
   for verb in (("forget", trained, "--classes", 1), ("evaluate", trained)):
     message = call(*verb).refusal()
-    assert "checkpoint yet. Finish it first: mnemonic train digits --out" in message
+    assert "checkpoint yet. Finish it first: mnemonic train digits_paper --out" in message
   assert call(*train(trained)).json["resumed_from_epoch"] == 0
 
 
@@ -337,7 +338,16 @@ def test_params_that_are_not_those_of_the_report(forgotten):
 def test_a_path_that_orbax_takes_for_a_pattern(name, trained, tmp_path):
   message = call(*train(tmp_path / name)).refusal()
   assert "[" in message and "pattern" in message and not (tmp_path / name / "checkpoints").exists()
-  plain = ("--config", "digits", "--model.hidden", 32, "--classes", 3, "--out", tmp_path / name)
+  plain = (
+    "--config",
+    "digits_paper",
+    "--model.hidden",
+    32,
+    "--classes",
+    3,
+    "--out",
+    tmp_path / name,
+  )
   message = call("forget", trained / "checkpoints" / "132" / "default", *plain).refusal()
   assert "pattern" in message
   moved = tmp_path / name / "run"
@@ -428,12 +438,14 @@ def test_two_processes_on_one_run(tmp_path):
     "--train.checkpoint_every",
     100000,
   )
-  first = start("train", "digits", *settings)
+  first = start("train", "digits_paper", *settings)
   try:
     assert wait_for(lambda: (run / "metrics.jsonl").exists(), first)
     before = (run / "config.json").read_bytes()
     for overrides in ((), ("--train.seed", 1)):  # neither resumes nor replaces it
-      assert "another mnemonic process" in call("train", "digits", *settings, *overrides).refusal()
+      assert (
+        "another mnemonic process" in call("train", "digits_paper", *settings, *overrides).refusal()
+      )
     assert "another mnemonic process" in call("forget", run, "--classes", 1).refusal()
     assert (run / "config.json").read_bytes() == before
   finally:

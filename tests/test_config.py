@@ -12,6 +12,8 @@ from mnemonic_jax.errors import UsageError
 from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import format1
 
+WITH_CODES = [name for name in configs.names() if configs.load(name).codes.rate]
+
 
 @pytest.mark.parametrize("name", configs.names())
 def test_a_named_config_is_a_lab_note(name):
@@ -22,6 +24,15 @@ def test_a_named_config_is_a_lab_note(name):
   lines = [line.partition(":")[0] for line in text.splitlines() if line.startswith("# ")]
   assert {"# Command", "# Machine", "# Hours", "# Result", "# Vary"} <= set(lines)
   assert configs.note(name) and not configs.note(name).startswith("#")
+
+
+def test_codes_in_training_are_what_the_papers_configs_add():
+  for name in ("digits", "cifar10_cpu"):
+    config, paper = configs.load(name), configs.load(f"{name}_paper")
+    assert config.codes.rate == 0 and configs.make_method(config.forget, learned=True) is None
+    assert paper.codes.rate > 0 and isinstance(configs.make_method(paper.forget), mj.Perturbation)
+    assert dataclasses.replace(paper, name=name, codes=config.codes, forget=config.forget) == config
+  assert {*configs.names()} - {*WITH_CODES} == {"digits", "cifar10_cpu"}
 
 
 def test_a_config_survives_its_own_record():
@@ -131,7 +142,7 @@ def test_every_section_refuses_fields_it_has_not():
 def test_a_bad_value_names_field_and_value(field, value):
   shown = value[0] if isinstance(value, list) else value
   with pytest.raises(UsageError, match=f"^{field}: got ") as caught:
-    configs.load("digits", {field: value})
+    configs.load("digits_paper", {field: value})
   assert str(shown) in str(caught.value) and "expected" in str(caught.value)
 
 
@@ -161,7 +172,7 @@ def scissors(monkeypatch):
 
 
 def test_a_method_has_the_settings_of_the_config():
-  config = configs.load("digits", {"forget.settings.lambda1": 1})
+  config = configs.load("digits_paper", {"forget.settings.lambda1": 1})
   method = configs.make_method(config.forget)
   assert isinstance(method, methods.METHODS["perturbation"])
   assert (float(method.lambda1), float(method.lambda2)) == (1.0, 0.3)
@@ -170,10 +181,14 @@ def test_a_method_has_the_settings_of_the_config():
 
 def test_settings_belong_to_their_method(scissors):
   """Another method drops those of the config; the same one keeps them."""
-  other = configs.load("digits", {"forget.method": "scissors", "forget.settings.depth": 1})
+  words = {"forget.method": "scissors", "forget.settings.depth": 1}
+  other = configs.load("digits_paper", words)
   assert configs.make_method(other.forget) == Scissors(1.0, 2.0)
   words = {"forget.method": "perturbation", "forget.settings.lambda1": 1}
-  assert dict(configs.load("digits", words).forget.settings) == {"lambda1": 1.0, "lambda2": 0.3}
+  assert dict(configs.load("digits_paper", words).forget.settings) == {
+    "lambda1": 1.0,
+    "lambda2": 0.3,
+  }
 
 
 @pytest.mark.parametrize(
@@ -198,6 +213,23 @@ def test_settings_belong_to_their_method(scissors):
 def test_a_method_that_cannot_be_made(forget, message, scissors):
   with pytest.raises(UsageError, match=rf"^forget\.{message}"):
     configs.build("x", {"forget": forget})
+
+
+@pytest.mark.parametrize("name", WITH_CODES)
+def test_without_codes_in_training_a_config_forgets_by_the_default(name):
+  config = configs.load(name, {"codes.rate": 0})
+  assert configs.make_method(config.forget, learned=True) is None
+  named = {"codes.rate": 0.0, "forget.method": "perturbation"}
+  assert configs.make_method(configs.load(name, named).forget, learned=True) == mj.Perturbation()
+  kept = configs.load(name, {"codes.rate": 0.2, "forget.settings.lambda1": 1}).forget
+  assert configs.make_method(kept).lambda2 == configs.load(name).forget.settings["lambda2"]
+
+
+def test_a_method_beside_a_rate_of_0_is_meant():
+  forget = {"method": "projection", "settings": {"depth": 1}}
+  for codes in ({"rate": 0}, {}):
+    config = configs.build("x", {"codes": codes, "forget": forget}, {"codes.rate": 0})
+    assert configs.make_method(config.forget, learned=True) == mj.Projection(depth=1)
 
 
 def test_numbers_may_be_left_out_where_codes_are_learned():

@@ -48,7 +48,7 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(study.common, "RESULTS", tmp_path / "results")
   few = ["--model.hidden", "64", "--train.epochs", "3", "--rates", "0.5", "--per-class", "2"]
   monkeypatch.setattr(
-    sys, "argv", ["code_cost.py", "digits", "--runs", str(tmp_path / "runs"), *few]
+    sys, "argv", ["code_cost.py", "digits_paper", "--runs", str(tmp_path / "runs"), *few]
   )
   study.main()
   rows = [
@@ -56,7 +56,9 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   ]
   assert [[cell.strip() for cell in row[:2]] for row in rows] == [["0", "-"], ["0.5", "2"]]
   saved = json.loads(
-    (tmp_path / "results" / "code_cost_digits_model.hidden_64_train.epochs_3.json").read_text()
+    (
+      tmp_path / "results" / "code_cost_digits_paper_model.hidden_64_train.epochs_3.json"
+    ).read_text()
   )
   assert saved["columns"] == list(study.Row._fields)
   values = np.array([row["values"] for row in saved["rows"]])
@@ -73,11 +75,11 @@ def test_what_codes_cost(tmp_path, capsys, monkeypatch):
   )
   assert abs(float(rows[0][2].split("±")[0]) - values[0, :, 0].mean()) < 0.01
   assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["0.5_2", "0_1"]
-  monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits", "--codes.rate", "0.5"])
+  monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits_paper", "--codes.rate", "0.5"])
   with pytest.raises(SystemExit):
     study.main()
   assert "--codes.rate: is varied here" in capsys.readouterr().err
-  monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits", "--forget.classes", "3", "5"])
+  monkeypatch.setattr(sys, "argv", ["code_cost.py", "digits_paper", "--forget.classes", "3", "5"])
   with pytest.raises(SystemExit):
     study.main()
   assert "--forget.classes: got ['3', '5']; expected one class" in capsys.readouterr().err
@@ -90,11 +92,13 @@ def test_the_papers_tables_for_a_changed_config(tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(study.common, "RESULTS", tmp_path / "results")
   monkeypatch.chdir(tmp_path)
   few = ["--model.hidden", "64", "--train.epochs", "3", "--seeds", "0", "1"]
-  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits", *few])
+  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits_paper", *few])
   study.main()
   rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith("| Retrain |")]
   saved = json.loads(
-    (tmp_path / "results" / "paper_tables_digits_model.hidden_64_train.epochs_3.json").read_text()
+    (
+      tmp_path / "results" / "paper_tables_digits_paper_model.hidden_64_train.epochs_3.json"
+    ).read_text()
   )
   assert saved["overrides"] == {"model.hidden": 64, "train.epochs": 3}
   assert set(saved["one_class"]) == {"Before", "Mnemonic code", "Head edit", "Retrain"}
@@ -103,14 +107,14 @@ def test_the_papers_tables_for_a_changed_config(tmp_path, capsys, monkeypatch):
   assert np.all(values[1:, :, 1] == 100) and np.all(values[0, :, 1] < 100)
   assert f"{values[2, :, 0].mean():.2f} ± {values[2, :, 0].std():.2f}" in rows[0]
   assert [row["class"] for row in saved["every_class"]["(0.003, 0.3)"]] == list(range(10))
-  folder = tmp_path / "runs" / "digits_model.hidden_64_train.epochs_3"
+  folder = tmp_path / "runs" / "digits_paper_model.hidden_64_train.epochs_3"
   assert sorted(str(path.relative_to(folder)) for path in folder.glob("*/*")) == [
     "codes/0",
     "codes/1",
     "retrain/0",
     "retrain/1",
   ]
-  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits", "--train.seed", "3"])
+  monkeypatch.setattr(sys, "argv", ["paper_tables.py", "digits_paper", "--train.seed", "3"])
   with pytest.raises(SystemExit):
     study.main()
   assert "--train.seed: is varied here" in capsys.readouterr().err

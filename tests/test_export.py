@@ -45,7 +45,7 @@ def test_an_export_gives_every_bit_back(forgotten_once, tmp_path):
     }
     metadata = opened.metadata()
   assert metadata == {
-    "config": "digits",
+    "config": "digits_paper",
     "classes": "[3]",
     "params_sha256": report["params_sha256_after"],
   }
@@ -86,7 +86,7 @@ def test_training_goes_on_from_an_export(forgotten_once, tmp_path):
     "--model.pretrained",
     file,
   )
-  trained = call("train", "digits", "--out", tmp_path / "run", *still, "--json").json
+  trained = call("train", "digits_paper", "--out", tmp_path / "run", *still, "--json").json
   assert trained["params_sha256"] == result["params_sha256"]
 
 
@@ -129,7 +129,7 @@ def test_the_model_state_goes_along(tmp_path, monkeypatch):
   model = models.make("resnet10_small", shape=(8, 8, 1), num_classes=10, width=4)
   blank = jax.tree.map(np.zeros_like, model.init(jax.random.key(0)))
   run, file = tmp_path / "run", tmp_path / "run.safetensors"
-  assert call("run", "digits", "--out", run, *RESNET).code == 0
+  assert call("run", "digits_paper", "--out", run, *RESNET).code == 0
   result = call("export", run, "--out", file, "--json").json
   (checkpoint,) = (run / "checkpoints").glob("*/default")
   stored = stored_shapes(checkpoint)
@@ -143,7 +143,7 @@ def test_the_model_state_goes_along(tmp_path, monkeypatch):
 
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "plain", parts)
-  words = ("--config", "digits", *RESNET[:4], "--classes", 0, "--out", tmp_path / "out")
+  words = ("--config", "digits_paper", *RESNET[:4], "--classes", 0, "--out", tmp_path / "out")
   assert (
     call("forget", tmp_path / "plain", *words, "--json").json["params_sha256_after"]
     == result["params_sha256"]

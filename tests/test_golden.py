@@ -9,7 +9,7 @@ pytest_plugins = ["run_fixtures"]
 
 COMMAND = (
   "run",
-  "digits",
+  "digits_paper",
   "--train.seed",
   0,
   "--train.epochs",

@@ -28,7 +28,7 @@ RENAMING = "os:rename"
 
 def training(run: pathlib.Path, epochs: int = 12) -> tuple[object, ...]:
   settings = ("--train.epochs", epochs, "--train.checkpoint_every", 2, "--model.hidden", 32)
-  return ("train", "digits", "--out", run, *settings, "--json")
+  return ("train", "digits_paper", "--out", run, *settings, "--json")
 
 
 def test_a_training_stopped_in_every_way_ends_as_if_nothing_had_happened(tmp_path):
@@ -59,7 +59,7 @@ def test_a_killed_first_epoch_starts_again(where, tmp_path):
   assert (run / "config.json").exists()
   assert "checkpoint yet" in call("forget", run, "--classes", 1).refusal()
   other = ("--train.epochs", 1, "--model.hidden", 16)  # will do: nothing is there yet
-  assert call("train", "digits", "--out", run, *other, "--json").json["epochs"] == 1
+  assert call("train", "digits_paper", "--out", run, *other, "--json").json["epochs"] == 1
 
 
 @pytest.mark.long

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import shutil
 import sys
@@ -11,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from running import call, snapshot
+from running import call
 from safetensors.numpy import load_file
 from toys import assert_trees_close, host
 

@@ -19,16 +19,7 @@ from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SMALL = (
-  "--codes.rate",
-  0,
-  "--train.epochs",
-  8,
-  "--model.hidden",
-  128,
-  "--train.learning_rate",
-  0.1,
-)
+SMALL = ("--train.epochs", 8, "--model.hidden", 128, "--train.learning_rate", 0.1)
 NO_METHOD = ("--forget.method", "")
 
 
@@ -106,7 +97,7 @@ def test_codes_are_recalled_without_a_picture_and_the_same_seed_gives_the_same(r
   assert found["read"] == ["params"] and found["per_class"] == 2 and found["judges"] == 0
   recalled = load_file(path)
   assert recalled["codes"].shape == (10, 2, 8, 8, 1) and recalled["judges"].shape[1] == 0
-  result = call("forget", run, "--classes", 5, *NO_METHOD, "--json").json
+  result = call("forget", run, "--classes", 5, "--json").json
   assert result["predicted"] is None and result["forget_error_after"] == 1
   path.unlink()
   assert call("codes", run, "--json").json["codes_sha256"]
@@ -162,7 +153,7 @@ def test_a_plain_checkpoint_without_codes(run, tmp_path):
   params = restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "plain", {"params": jax.tree.map(np.asarray, params)})
-  plain, config = tmp_path / "plain", ("--config", "digits", "--model.hidden", 128)
+  plain, config = tmp_path / "plain", ("--config", "digits_paper", "--model.hidden", 128)
   file, out = tmp_path / "codes.safetensors", tmp_path / "out"
   asked = ("forget", plain, *config, "--classes", 3, "--out", out)
   assert "mnemonic codes" in call(*asked).refusal()
@@ -222,7 +213,7 @@ def test_deep_learns_the_last_stage_anew(run):
   assert recalled(run) == ["learned.safetensors", "recalled_64.safetensors"]
 
 
-class Stop(Exception):
+class Stop(BaseException):
   """Stands for a kill."""
 
 

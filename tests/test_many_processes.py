@@ -62,7 +62,7 @@ def digits_runs(tmp_path_factory):
   Without epochs in one call: each process places its rows of each batch. The first kernel is just
   large enough to be split.
   """
-  words = ("digits", "--model.hidden", 128, "--train.epochs", 2, "--log-every", 20)
+  words = ("digits_paper", "--model.hidden", 128, "--train.epochs", 2, "--log-every", 20)
   found, folder = [], tmp_path_factory.mktemp("digits")
   for devices, count in ((1, 1), (4, 2)):
     out = folder / f"{devices} devices"

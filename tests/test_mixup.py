@@ -240,7 +240,7 @@ def test_mixup_draws_anew_at_each_step_and_not_from_the_keys_of_the_codes():
 @pytest.mark.parametrize("name", ["mixup", pytest.param("cutmix", marks=pytest.mark.long)])
 def test_the_command_line_trains_with_it(trained, tmp_path, name):
   plain, mixed_up = (
-    call("train", "digits", "--out", run, *TINY, *more, "--json").json
+    call("train", "digits_paper", "--out", run, *TINY, *more, "--json").json
     for run, more in ((trained, ()), (tmp_path / "new", (f"--train.{name}", 0.2)))
   )
   assert mixed_up["codes_sha256"] == plain["codes_sha256"]

@@ -24,7 +24,7 @@ pytest_plugins = ["run_fixtures"]
 # Callbacks of Orbax's threads after a failed read or write; the commands hush them.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-CONFIG = ("--config", "digits", "--model.hidden", 32)
+CONFIG = ("--config", "digits_paper", "--model.hidden", 32)
 
 
 def save(folder: pathlib.Path, tree: dict) -> pathlib.Path:
@@ -100,7 +100,7 @@ def test_an_average_of_the_params_is_forgotten_too(tree, tmp_path):
 @pytest.mark.long
 def test_a_checkpoint_of_a_run_gives_its_average_up(tmp_path):
   run = tmp_path / "run"
-  call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9)
+  call("train", "digits_paper", "--out", run, *TINY, "--train.ema", 0.9)
   of_run = call("forget", run, "--classes", 3, "--json").json
   of_plain = call(*forget(newest(run / "checkpoints"), tmp_path / "out", "--json")).json
   for plain, run in ((of_plain, of_run), (of_plain["copies"]["ema"], of_run["copies"]["ema"])):
@@ -176,7 +176,7 @@ def test_a_checkpoint_of_other_devices(tree, forgotten_once, tmp_path):
   )
 
 
-RESNET = ("--config", "digits", "--model.name", "resnet10_small", "--model.width", 4)
+RESNET = ("--config", "digits_paper", "--model.name", "resnet10_small", "--model.width", 4)
 
 
 @pytest.mark.long
@@ -201,7 +201,7 @@ def test_the_model_state_counts(tmp_path, monkeypatch):
   message = call(*arguments, tmp_path / "no").refusal()
   assert (
     "has no model_state.stage1_block1.norm1.mean; "
-    "resnet10_small of config 'digits' for digits expects" in message
+    "resnet10_small of config 'digits_paper' for digits expects" in message
   )
 
 
@@ -222,11 +222,11 @@ BAD = {
   "no params": (lambda t: without(t, "params"), "expected 'params' and 'codes'"),
   "a leaf less": (
     lambda t: {**t, "params": without(t["params"], "output")},
-    "has no params.output.bias; mlp of config 'digits' for digits expects float32 (10,)",
+    "has no params.output.bias; mlp of config 'digits_paper' for digits expects float32 (10,)",
   ),
   "a leaf more": (
     lambda t: {**t, "params": {**t["params"], "third": {"bias": np.zeros(3, np.float32)}}},
-    "holds params.third.bias, which mlp of config 'digits' for digits has no place for",
+    "holds params.third.bias, which mlp of config 'digits_paper' for digits has no place for",
   ),
   "a state that the model has not": (
     lambda t: {**t, "model_state": {"norm": {"mean": np.zeros(3, np.float32)}}},
@@ -235,12 +235,12 @@ BAD = {
   "another width": (
     lambda t: with_kernel(t, np.zeros((64, 16), np.float32)),
     "params.hidden.kernel is float32 (64, 16) there; "
-    "mlp of config 'digits' for digits expects float32 (64, 32)",
+    "mlp of config 'digits_paper' for digits expects float32 (64, 32)",
   ),
   "another dtype": (
     lambda t: with_kernel(t, jnp.zeros((64, 32), jnp.bfloat16)),
     "params.hidden.kernel is bfloat16 (64, 32) there; "
-    "mlp of config 'digits' for digits expects float32 (64, 32)",
+    "mlp of config 'digits_paper' for digits expects float32 (64, 32)",
   ),
   "not a number": (
     lambda t: with_kernel(t, np.full((64, 32), np.nan, np.float32)),
@@ -333,7 +333,7 @@ def test_runs_and_checkpoints_are_told_apart(tree, trained, tmp_path):
   ).refusal(2)
   assert "--out: missing" in call("forget", checkpoint, *three, *CONFIG).refusal(2)
   assert "is a run, which has its own config" in call(
-    "forget", trained, *three, "--config", "digits"
+    "forget", trained, *three, "--config", "digits_paper"
   ).refusal(2)
   assert "a run keeps its forgets in" in call(
     "forget", trained, *three, "--out", tmp_path / "out"

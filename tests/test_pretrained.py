@@ -266,7 +266,7 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   small = ("--model.name", "resnet10_small", "--model.width", 4, "--model.pretrained", file)
   still = ("--train.learning_rate", 0, "--train.epochs", 1, *small)
 
-  trained = call("train", "digits", "--out", tmp_path / "run", *still, "--train.ema", 0.999)
+  trained = call("train", "digits_paper", "--out", tmp_path / "run", *still, "--train.ema", 0.999)
   assert trained.code == 0, trained.err
   checkpoint = newest(tmp_path / "run" / "checkpoints")
   stored = stored_shapes(checkpoint)
@@ -282,7 +282,7 @@ def test_training_starts_from_a_file(tmp_path, monkeypatch):
   np.testing.assert_allclose(average, stem, rtol=1e-4)
   other = {"fc.weight": np.zeros((3, 4), np.float32), "fc.bias": np.zeros(3, np.float32)}
   save_file({**arrays, **other}, file)
-  refused = call("train", "digits", "--out", tmp_path / "refused", *still)
+  refused = call("train", "digits_paper", "--out", tmp_path / "refused", *still)
   assert "head.kernel has shape (4, 3) there" in refused.refusal()
 
 

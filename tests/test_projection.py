@@ -614,3 +614,39 @@ def test_wrong_sites_are_refused_with_the_nearest_name():
     mj.forget(dense, draw(), codes_of(), [0], method=mj.Projection(depth=4))
   with pytest.raises(ValueError, match=r"sites: got 'k33'.*Did you mean k3"):
     mj.forget(dense, draw(), codes_of(), [0], method=mj.Projection(sites=("k33",)))
+
+
+# Codes of which only the shape is known ----------------------------------------------------------
+
+
+def test_dropping_a_row_needs_the_shape_of_codes_alone():
+  params, codes = draw(), codes_of()
+  shape = jax.ShapeDtypeStruct(codes.shape, codes.dtype)
+  found = mj.forget(dense, params, shape, [1], method=mj.DropRow())
+  wanted = mj.forget(dense, params, codes, [1], method=mj.DropRow())
+  assert_trees_close(found.params, wanted.params)
+  assert found.code_retain_accuracy is None and found.code_forget_error is None
+  with pytest.raises(TypeError, match=r"codes: got .*; Projection reads codes"):
+    mj.forget(dense, params, shape, [1], method=mj.Projection(depth=1))
+  with pytest.raises(ValueError, match="params: NaN or inf"):
+    mj.forget(dense, {**params, "k7": params["k7"] * jnp.nan}, shape, [1], method=mj.DropRow())
+
+
+def test_classes_whose_codes_were_removed_are_refused():
+  codes = np.array(codes_of())
+  codes[1] = 0
+  with pytest.raises(ValueError, match=r"classes: got \[1\], whose codes are all zeros"):
+    mj.forget(dense, draw(), codes, [1, 2], method=mj.Projection(depth=1))
+  mj.forget(dense, draw(), codes, [2], method=mj.Projection(depth=1), forgotten=[1])
+
+
+def test_masked_sites_and_heads_are_told():
+  everything_else = {name: name in ("k7", "b7") for name in draw()}
+  plan = mj.explain_projection(dense, draw(), codes_of()[:, 0], mask=everything_else)
+  assert not plan.sites and plan.not_edited["k1"] == "masked"
+  with pytest.raises(ValueError, match="depth: got 1; this model has 0 sites"):
+    method = mj.Projection(depth=1)
+    mj.forget(dense, draw(), codes_of(), [1], method=method, mask=everything_else)
+  headless = {name: name != "k7" for name in draw()}
+  with pytest.raises(ValueError, match="drop_row: the head of this model cannot be dropped"):
+    mj.forget(dense, draw(), codes_of(), [1], method=mj.Projection(depth=1), mask=headless)

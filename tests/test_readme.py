@@ -26,6 +26,14 @@ def test_the_quick_start_forgets_and_the_guide_goes_on_from_it(capsys):
   assert all(leaf.shape[0] == 10 for leaf in leaves((names["fisher"], names["each_params"])))
 
 
+def test_the_demo_by_hand_is_that_of_make():
+  makefile, build = ((ROOT / name).read_text("utf-8") for name in ("Makefile", "BUILD.md"))
+  recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+  commands = [line for line in recipe[1].split("\n\t") if "$(BIN)" in line]
+  by_hand = "\n".join(commands).replace("$(BIN)", ".venv/bin").strip()
+  assert len(commands) == 3 and f"\n{by_hand}\n```" in build
+
+
 def test_the_first_screen_has_the_two_commands():
   first_screen = (ROOT / "README.md").read_text("utf-8").splitlines()[:36]
   assert any(line.startswith("make demo") for line in first_screen)

@@ -62,11 +62,11 @@ def restored(folder: pathlib.Path) -> dict:
 
 def test_the_same_seed_gives_the_same_params_and_another_seed_others(trained_once, tmp_path):
   first = call(
-    "train", "digits", "--out", trained_once, *TINY, "--json"
+    "train", "digits_paper", "--out", trained_once, *TINY, "--json"
   ).json  # finished: changes nothing
-  again = call("train", "digits", "--out", tmp_path / "again", *TINY, "--json").json
+  again = call("train", "digits_paper", "--out", tmp_path / "again", *TINY, "--json").json
   other = call(
-    "train", "digits", "--out", tmp_path / "other", *TINY, "--train.seed", 1, "--json"
+    "train", "digits_paper", "--out", tmp_path / "other", *TINY, "--train.seed", 1, "--json"
   ).json
   assert first["params_sha256"] == again["params_sha256"] != other["params_sha256"]
   assert first["codes_sha256"] == again["codes_sha256"] != other["codes_sha256"]
@@ -75,11 +75,11 @@ def test_the_same_seed_gives_the_same_params_and_another_seed_others(trained_onc
 
 def test_a_training_that_was_stopped_resumes_bit_for_bit(trained_once, tmp_path):
   run = pathlib.Path(shutil.copytree(trained_once, tmp_path / "run"))
-  whole = call("train", "digits", "--out", trained_once, *TINY, "--json").json
+  whole = call("train", "digits_paper", "--out", trained_once, *TINY, "--json").json
   for step in ("88", "132"):
     shutil.rmtree(run / "checkpoints" / step, ignore_errors=True)
   shutil.copytree(trained_once / "checkpoints" / "88", run / "checkpoints" / "88")
-  resumed = call("train", "digits", "--out", run, *TINY, "--json").json
+  resumed = call("train", "digits_paper", "--out", run, *TINY, "--json").json
   assert resumed["resumed_from_epoch"] == 2
   assert resumed["params_sha256"] == whole["params_sha256"]
   assert resumed["loss"] == whole["loss"]
@@ -159,7 +159,7 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
     pathlib.Path(shutil.copytree(trained_once, tmp_path / "plain")),
     tmp_path / "averaged",
   )
-  averaged = call("train", "digits", "--out", run, *TINY, "--train.ema", 0.9, "--json").json
+  averaged = call("train", "digits_paper", "--out", run, *TINY, "--train.ema", 0.9, "--json").json
   report = call("forget", run, "--classes", 3, "--json").json
   alone = call("forget", plain, "--classes", 3, "--json").json
   assert "copies" not in alone and not (plain / "forgets" / "0001" / "ema_params").exists()
@@ -217,7 +217,7 @@ def test_a_forget_covers_the_average_of_the_params_too(trained_once, tmp_path):
   assert "--ema: " in message and "has no moving average" in message
   # by its own Fishers, at its own values: what the core makes of the average alone
   model = models.make("mlp", shape=(8, 8, 1), num_classes=10, hidden=32)
-  method = configs.make_method(configs.load("digits").forget)
+  method = configs.make_method(configs.load("digits_paper").forget)
   codes = jax.numpy.asarray(checkpoint["codes"])
   wanted = forgetting.forget(
     model.logits_fn({}), jax.tree.map(jax.numpy.asarray, average), codes, [3], method=method
@@ -261,7 +261,7 @@ def test_a_run_of_format_1_goes_on(forgotten, tmp_path):
   before = snapshot(forgotten)
   read, _ = finished.read(folder)
   assert read == report | {"time": None}
-  result = call("train", "digits", "--out", forgotten, *TINY, "--json").json
+  result = call("train", "digits_paper", "--out", forgotten, *TINY, "--json").json
   assert result["resumed_from_epoch"] == 3
   assert call("evaluate", forgotten, "--json").json["classes"] == [3]
   exported = call("export", forgotten, "--out", tmp_path / "old.safetensors", "--json").json
@@ -310,7 +310,9 @@ def test_a_copy_that_still_knows_a_class_makes_the_verdict(trained_once):
 def test_the_newest_checkpoints_stay(tmp_path):
   def kept(folder: str, epochs: int, *words: object) -> list[int]:
     fixed = ("--train.checkpoint_every", 1, "--model.hidden", 32, "--train.epochs", epochs)
-    result = call("train", "digits", "--out", tmp_path / folder, *fixed, *words, "--json").json
+    result = call(
+      "train", "digits_paper", "--out", tmp_path / folder, *fixed, *words, "--json"
+    ).json
     found = sorted(int(path.name) // 44 for path in (tmp_path / folder / "checkpoints").iterdir())
     assert result["epochs"] == found[-1] == epochs
     return found
@@ -325,13 +327,13 @@ def test_the_newest_checkpoints_stay(tmp_path):
 
 def test_an_averaging_training_resumes_bit_for_bit(tmp_path):
   words = ("--model.hidden", 32, "--train.checkpoint_every", 1, "--train.ema", 0.9)
-  call("train", "digits", "--out", tmp_path / "whole", *words, "--train.epochs", 2)
+  call("train", "digits_paper", "--out", tmp_path / "whole", *words, "--train.epochs", 2)
   shutil.copytree(tmp_path / "whole", tmp_path / "run")
   shutil.rmtree(tmp_path / "run" / "checkpoints" / "88")
   assert (
-    call("train", "digits", "--out", tmp_path / "run", *words, "--train.epochs", 2, "--json").json[
-      "epochs"
-    ]
+    call(
+      "train", "digits_paper", "--out", tmp_path / "run", *words, "--train.epochs", 2, "--json"
+    ).json["epochs"]
     == 2
   )
   whole, resumed = (
@@ -425,7 +427,9 @@ def test_a_cut_line_of_metrics_is_left_out(trained, tail):
   with open(trained / "metrics.jsonl", "ab") as file:
     file.write(tail)
   assert [record["epoch"] for record in RunFolder.open(trained).metrics()] == [1, 2, 3]
-  assert call("train", "digits", "--out", trained, *TINY, "--json").json["resumed_from_epoch"] == 3
+  assert (
+    call("train", "digits_paper", "--out", trained, *TINY, "--json").json["resumed_from_epoch"] == 3
+  )
   assert len((trained / "metrics.jsonl").read_text().splitlines()) == 3
 
 
@@ -443,7 +447,7 @@ def events(folder: pathlib.Path) -> list:
 
 def test_tensorboard_sees_what_metrics_say(tmp_path):
   run = tmp_path / "run"
-  call("train", "digits", "--out", run, *TINY)
+  call("train", "digits_paper", "--out", run, *TINY)
   lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
   first, start, *steps = events(run / "tensorboard")
   assert first.file_version == "brain.Event:2"
@@ -455,11 +459,11 @@ def test_tensorboard_sees_what_metrics_say(tmp_path):
       {name: value for name, value in line.items() if name != "step"}, rel=1e-6
     )
   shutil.rmtree(run / "checkpoints" / "132")
-  call("train", "digits", "--out", run, *TINY)  # once more, from the checkpoint before
+  call("train", "digits_paper", "--out", run, *TINY)  # once more, from the checkpoint before
   *_, again, last = events(run / "tensorboard")
   assert (again.session_log.status, again.step, last.step) == (SessionLog.START, 89, 132)
   before = snapshot(run / "tensorboard")
-  call("train", "digits", "--out", run, *TINY)  # nothing to do
+  call("train", "digits_paper", "--out", run, *TINY)  # nothing to do
   assert snapshot(run / "tensorboard") == before
 
 
@@ -600,7 +604,7 @@ def test_a_signal_after_the_checkpoints_turn_ends_with_a_checkpoint_all_the_same
   run = tmp_path / "run"
   message = call(
     "train",
-    "digits",
+    "digits_paper",
     "--out",
     run,
     "--model.hidden",
@@ -621,7 +625,7 @@ CONVNET = (*CONVNET, "--train.batch_size", "128", "--train.epochs", "2")
 
 def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeypatch):
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})
-  whole = call("train", "digits", "--out", tmp_path / "whole", *CONVNET, "--json").json
+  whole = call("train", "digits_paper", "--out", tmp_path / "whole", *CONVNET, "--json").json
   real, calls = Progress.update, []
 
   def update(self, *args, **values):
@@ -632,14 +636,14 @@ def test_a_convnet_stopped_inside_an_epoch_goes_on_bit_for_bit(tmp_path, monkeyp
 
   with monkeypatch.context() as patched:
     patched.setattr(Progress, "update", update)
-    stopped = call("train", "digits", "--out", tmp_path / "run", *CONVNET)
+    stopped = call("train", "digits_paper", "--out", tmp_path / "run", *CONVNET)
   assert stopped.code == 143 and "stopped after epoch 1.273 of 2" in stopped.err
   assert (tmp_path / "run" / "checkpoints" / "14").is_dir()
   with (
     monkeypatch.context() as elsewhere
   ):  # where an epoch is one call, the rest of this one is not
     elsewhere.setattr(jax, "default_backend", lambda: "gpu")
-    resumed = call("train", "digits", "--out", tmp_path / "run", *CONVNET, "--json").json
+    resumed = call("train", "digits_paper", "--out", tmp_path / "run", *CONVNET, "--json").json
   assert resumed["resumed_from_epoch"] == pytest.approx(14 / 11)
   assert resumed["params_sha256"] == whole["params_sha256"]
   lines = [
@@ -665,7 +669,14 @@ def test_pictures_lie_as_bytes_and_are_augmented_on_the_way_to_the_model(tmp_pat
   monkeypatch.setattr(data.Dataset, "preprocess", preprocess)
   hashes = {
     augment: call(
-      "train", "digits", "--out", tmp_path / augment, *TINY, "--data.augment", augment, "--json"
+      "train",
+      "digits_paper",
+      "--out",
+      tmp_path / augment,
+      *TINY,
+      "--data.augment",
+      augment,
+      "--json",
     ).json["params_sha256"]
     for augment in ("none", "crop_flip")
   }

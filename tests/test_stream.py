@@ -214,7 +214,7 @@ def test_a_record_damaged_on_disk_is_named_and_loses_nothing(prepared_sets, tmp_
   ).parent
   words = (
     "train",
-    "digits",
+    "digits_paper",
     *SETTINGS,
     "--data-dir",
     sets,
@@ -252,7 +252,7 @@ def test_a_picture_that_is_damaged_ends_a_training_and_loses_nothing(
   )
   words = (
     "train",
-    "digits",
+    "digits_paper",
     *settings,
     "--train.checkpoint_steps",
     2,
@@ -351,7 +351,7 @@ SETTINGS = (
 
 def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monkeypatch):
   settings = (*SETTINGS, "--data-dir", prepared_sets)
-  whole = call("train", "digits", "--out", tmp_path / "whole", *settings, "--json").json
+  whole = call("train", "digits_paper", "--out", tmp_path / "whole", *settings, "--json").json
   assert whole["steps"] == 9
   real, calls = Progress.update, itertools.count(1)
 
@@ -362,15 +362,22 @@ def test_a_streamed_run_stops_resumes_and_forgets(prepared_sets, tmp_path, monke
 
   with monkeypatch.context() as patched:
     patched.setattr(Progress, "update", update)
-    stopped = call("train", "digits", "--out", tmp_path / "run", *settings)
+    stopped = call("train", "digits_paper", "--out", tmp_path / "run", *settings)
   assert stopped.code == 143 and "stopped after epoch 1.667 of 3" in stopped.err
   resumed = call(
-    "train", "digits", "--out", tmp_path / "run", *settings, "--execution.workers", 1, "--json"
+    "train",
+    "digits_paper",
+    "--out",
+    tmp_path / "run",
+    *settings,
+    "--execution.workers",
+    1,
+    "--json",
   ).json
   assert resumed["params_sha256"] == whole["params_sha256"]
   unflipped = call(
     "train",
-    "digits",
+    "digits_paper",
     "--out",
     tmp_path / "no",
     *settings,
@@ -399,7 +406,7 @@ def test_imagenet_trains_for_some_steps_with_checkpoints_between(prepared_sets, 
     7,
   )
   more = ("--train.checkpoint_steps", 2, "--data-dir", prepared_sets)
-  result = call("train", "digits", "--out", tmp_path / "run", *settings, *more, "--json").json
+  result = call("train", "digits_paper", "--out", tmp_path / "run", *settings, *more, "--json").json
   assert result["steps"] == 7 and result["epochs"] == pytest.approx(7 / 3)
   assert sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir()) == [6, 7]
   lines = [

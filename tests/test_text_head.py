@@ -212,7 +212,9 @@ def test_a_model_with_it_trains_and_forgets_by_command(tmp_path):
     "--train.learning_rate",
     0.005,
   )
-  trained = call("train", "digits", "--out", run, *settings, "--train.epochs", 30, "--json").json
+  trained = call(
+    "train", "digits_paper", "--out", run, *settings, "--train.epochs", 30, "--json"
+  ).json
   assert trained["test_accuracy"] > 0.9
   strength = ("--set", "lambda1=0.01", "--set", "lambda2=1")
   forgotten = call("forget", run, "--classes", 3, *strength, "--json").json
@@ -243,13 +245,13 @@ def forgotten(tmp_path_factory) -> tuple[pathlib.Path, tuple, dict]:
     said[name] = call(*words, "--json").json
 
   run = folder / "run"
-  say("train", "train", "digits", "--out", run, *settings, "--train.epochs", 1)
+  say("train", "train", "digits_paper", "--out", run, *settings, "--train.epochs", 1)
   text.rename(away)
   say("forget", "forget", run, "--classes", 3)
-  plain = ("--config", "digits", *settings, "--classes", 3, "--out", folder / "plain")
+  plain = ("--config", "digits_paper", *settings, "--classes", 3, "--out", folder / "plain")
   say("plain", "forget", newest(run / "checkpoints"), *plain)
   say("evaluate", "evaluate", run)
-  refused = call("train", "digits", "--out", folder / "new", *settings).refusal()
+  refused = call("train", "digits_paper", "--out", folder / "new", *settings).refusal()
   assert "text.npy: no such file" in refused
   away.rename(text)
   return run, settings, said
@@ -268,7 +270,7 @@ def test_its_file_may_be_gone_when_a_class_is_forgotten(forgotten):
 
 def test_a_wrong_file_stops_the_command_before_it_trains(tmp_path):
   np.save(tmp_path / "text.npy", vectors(9))
-  words = ("train", "digits", "--out", tmp_path / "run", *TINY)
+  words = ("train", "digits_paper", "--out", tmp_path / "run", *TINY)
   refused = call(*words, "--model.text_embeddings", tmp_path / "text.npy").refusal()
   assert "text.npy: has shape (9, 6); expected (10, E)" in refused
 
@@ -279,7 +281,7 @@ def test_an_export_with_it_is_a_start_for_training(forgotten, tmp_path):
   assert call("export", run, "--out", file).code == 0
   still = ("--train.learning_rate", 0, "--train.weight_decay", 0)
   short = ("--train.epochs", 1, "--model.pretrained", file)
-  start = lambda run, *more: call("train", "digits", "--out", tmp_path / run, *short, *more)
+  start = lambda run, *more: call("train", "digits_paper", "--out", tmp_path / run, *short, *more)
   again = start("again", *settings, *still, "--json").json
   assert again["params_sha256"] == said["forget"]["params_sha256_after"]
   linear = start("linear", "--model.hidden", 8).refusal()

@@ -26,7 +26,7 @@ def lines(run):
 
 
 def train(out, *words):
-  return call("train", "digits", "--out", out, *TINY, *words, "--json").json
+  return call("train", "digits_paper", "--out", out, *TINY, *words, "--json").json
 
 
 def test_eight_devices_train_as_one_and_one_goes_on(tmp_path):
@@ -64,7 +64,7 @@ def test_a_profile_is_written_beside_the_run(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_a_training(tmp_path):
-  words = ("train", "digits", "--out", tmp_path / "run", *TINY, "--train.learning_rate", 1e30)
+  words = ("train", "digits_paper", "--out", tmp_path / "run", *TINY, "--train.learning_rate", 1e30)
   assert "is nan; expected a finite one" in call(*words).refusal()
   assert "is nan; expected a finite one" in call(*words, "--execution.fsdp", 8).refusal()
 
@@ -74,7 +74,7 @@ def test_a_count_of_steps_that_is_none(flag, tmp_path, capsys):
   with pytest.raises(SystemExit) as ended:
     from mnemonic_jax.cli import main
 
-    main(["train", "digits", "--out", str(tmp_path), f"--log-every={flag}"])
+    main(["train", "digits_paper", "--out", str(tmp_path), f"--log-every={flag}"])
   assert ended.value.code == 2 and "expected an integer of at least 0" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The `mnemonic` command: train with codes, forget, evaluate, report."""
+"""The `mnemonic` command: train, learn codes, forget, evaluate, report."""
 
 from __future__ import annotations
 

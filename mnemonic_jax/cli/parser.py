@@ -12,7 +12,7 @@ from etils import epath
 from mnemonic_jax.errors import UsageError
 
 _OVERRIDES = """Any field of the config can be overridden by its dotted name, as in --train.epochs 5
-or --forget.settings.lambda1 1e-2 (mnemonic configs NAME lists them). --forget.classes takes all
+or --forget.method dampening (mnemonic configs NAME lists them). --forget.classes takes all
 words up to the next option: write CONFIG before it.
 """
 _FORGET = """Classes are named by index or by name. Fields of [forget] and [execution] can be
@@ -80,7 +80,7 @@ def make_parser() -> argparse.ArgumentParser:
   """Make the parser of all verbs."""
   parser = argparse.ArgumentParser(
     prog="mnemonic",
-    description="Train a classifier with mnemonic codes and make it forget a class on request.",
+    description="Train a classifier and make it forget classes on request.",
   )
   verbs = parser.add_subparsers(dest="command", metavar="VERB", required=True)
   _add_training(verbs)
@@ -91,12 +91,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _add_training(verbs: Any) -> None:
-  purpose = "train, forget forget.classes, evaluate and report"
+  purpose = "train, learn codes if training had none, forget forget.classes, report"
   run = _verb(verbs, "run", purpose, "mnemonic run digits", overrides=True)
   run.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   run.add_argument("--out", type=epath.Path, help="the run folder (default: runs/CONFIG)")
 
-  purpose = "train with codes; resumes by itself"
+  purpose = "train, with codes if codes.rate is above 0; resumes by itself"
   train = _verb(verbs, "train", purpose, "mnemonic train digits --out runs/a", overrides=True)
   train.add_argument("config", metavar="CONFIG", help="a named config or a TOML file")
   train.add_argument("--out", type=epath.Path, required=True, help="the run folder")
@@ -186,8 +186,8 @@ def add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_forget(verbs: Any) -> None:
   example = (
-    "mnemonic forget runs/a --classes dog 5 --method perturbation --set lambda1=1e-3\n"
-    "  mnemonic forget CHECKPOINT --config digits --classes 3 5 --out FOLDER"
+    "mnemonic forget runs/a --classes dog 5 --method projection --set depth=1\n"
+    "  mnemonic forget CHECKPOINT --config digits --codes FILE --classes 3 5 --out FOLDER"
   )
   forget = _verb(verbs, "forget", "forget classes", example, overrides=True, note=_FORGET)
   forget.add_argument(

@@ -100,7 +100,8 @@ class Relearn:
     network.look(problem).outline.require_margin(problem.remain)
     self._require_fresh(problem.params)
     trained = _renewed(self.depth, problem)
-    self._require_other(problem, trained)
+    if _checks.is_concrete((problem, self.fresh)):
+      self._require_values(problem, trained)
     params = _put(problem, self.fresh, trained)
     return distilling.start(problem, params, trained, self._optimizer, self.statistics)
 
@@ -142,13 +143,11 @@ class Relearn:
         f"fresh: got {found}; expected params of the structure, shapes and dtypes of params: "
         f"{wanted}. Initialise the model again, with another key."
       )
-    if _checks.is_concrete(self.fresh) and not bool(jax.jit(_trees.all_finite)(self.fresh)):
-      raise ValueError("fresh: got NaN or inf; expected finite params.")
 
-  def _require_other(self, problem: Problem, trained: list[jax.Array]) -> None:
-    """Refuse weights that are not fresh, and a mask that leaves nothing to learn."""
-    if not _checks.is_concrete((problem, self.fresh)):
-      return
+  def _require_values(self, problem: Problem, trained: list[jax.Array]) -> None:
+    """Refuse weights that are not fresh or finite, and a mask that leaves nothing to learn."""
+    if not bool(_all_finite(self.fresh)):
+      raise ValueError("fresh: got NaN or inf; expected finite params.")
     leaves = map(jax.tree.leaves, (self.fresh, problem.params))
     found = zip(*leaves, trained, problem.request.mask, strict=True)
     kernels = [(new, old, here) for new, old, here, may in found if may and old.ndim > 1]
@@ -159,6 +158,9 @@ class Relearn:
       )
     if all(bool(jnp.all((new == old) | ~here)) for new, old, here in kernels):
       raise ValueError("fresh: equals params; expected newly initialised weights: another key.")
+
+
+_all_finite = jax.jit(_trees.all_finite)
 
 
 def renewed(logits_fn: LogitsFn, params: PyTree, inputs: Any, depth: int) -> PyTree:

@@ -190,7 +190,7 @@ def _why_it_fails(codes: tuple[int, ...], inputs: tuple[int, ...], error: Except
   )
 
 
-def check_values(problem: Problem) -> None:
+def check_values(problem: Problem, *, reads_codes: bool = True) -> None:
   """Refuse NaN and inf, and examples that depend on each other; warn of codes without meaning."""
   codes_are, params_are = _both_finite(problem.codes, problem.params)
   if not codes_are:
@@ -201,6 +201,13 @@ def check_values(problem: Problem) -> None:
     raise ValueError(
       f"params: NaN or inf in {', '.join(bad[:3])}; expected finite params. Restore an earlier "
       "checkpoint."
+    )
+  if not reads_codes:
+    return
+  if removed := np.flatnonzero(_removed(problem.codes, problem.forget)).tolist():
+    raise ValueError(
+      f"classes: got {removed}, whose codes are all zeros: they were removed, and the model had "
+      "to forget them before that. Expected classes that have codes."
     )
   logits = problem.logits(problem.params)
   scores = problem.scores_of(logits, problem.params)
@@ -239,6 +246,13 @@ def _check_independence(problem: Problem, logits: jax.Array) -> None:
       "model.eval(), or pass use_running_average=True and deterministic=True; (b) a mean over the "
       "batch inside the model."
     )
+
+
+@jax.jit
+def _removed(codes: jax.Array, asked: jax.Array) -> jax.Array:
+  """(C,) bool: the classes asked for whose codes are zeros where others' are not."""
+  has = jnp.any(codes != 0, axis=tuple(range(1, codes.ndim)))
+  return asked & ~has & jnp.any(has)
 
 
 @jax.jit

@@ -62,9 +62,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CodesConfig:
-  """Draw codes, `per_class` a class; `rate` (the paper's t_mix) of the examples become codes."""
+  """Draw codes, `per_class` a class; `rate` (the paper's t_mix) of the examples become codes.
 
-  rate: float = number(0.1, 0, 1)
+  With a `rate` of 0 no code is trained on; `mnemonic run` learns codes of the trained model.
+  """
+
+  rate: float = number(0.0, 0, 1)
   distribution: str = one_of("uniform", ("normal", "uniform"))
   per_class: int = number(1, 1)
 
@@ -113,6 +116,7 @@ class TrainConfig:
 class ForgetConfig:
   """Forget `classes`, indices or names, by `method` with its `settings`.
 
+  Without a method: the default one, which learned codes have.
   `mnemonic run` forgets these classes; `mnemonic forget` is told them. `precision` is the matmul
   precision of the Fishers.
   """
@@ -205,7 +209,8 @@ def build(
   """Make a checked Config from nested tables and dotted overrides.
 
   `tables` are those of a TOML file or of a run's config.json. Settings in `tables` belong to the
-  method named there: an override that names another method drops them.
+  method named there: an override that names another method drops them. Both were chosen for the
+  codes of that training: an override that leaves codes out of it (`codes.rate` 0) drops both.
   """
   values: dict[str, Any] = {}
   for section, table in tables.items():
@@ -239,7 +244,13 @@ def build(
 
 
 def _override(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-  """Put the overrides into `values`; those of single settings join the others."""
+  """Put the overrides into `values`; those of single settings join the others.
+
+  What `values` say of the method goes where it was meant for another method, or other codes.
+  """
+  if values.get("codes.rate") and overrides.get("codes.rate") == 0:
+    values.pop("forget.method", None)
+    values.pop(_SETTINGS, None)
   if overrides.get("forget.method", values.get("forget.method")) != values.get("forget.method"):
     values.pop(_SETTINGS, None)
   for field, value in overrides.items():
@@ -273,8 +284,9 @@ def make_method(forget: ForgetConfig, *, learned: bool = False) -> Any:
       return None
     raise UsageError(
       f"forget.method: missing; expected one of {', '.join(methods.METHODS)}. For example: "
-      "--method perturbation --set lambda1=1e-3 --set lambda2=10. Learned codes have a default: "
-      "mnemonic codes RUN."
+      "--method perturbation --set lambda1=1e-3 --set lambda2=10; to mnemonic run: --forget.method "
+      "perturbation --forget.settings.lambda1 1e-3 --forget.settings.lambda2 10. Learned codes "
+      "need none: mnemonic codes, or mnemonic run with codes.rate 0."
     )
   if forget.method not in methods.METHODS:
     known = nearest(forget.method, methods.METHODS)

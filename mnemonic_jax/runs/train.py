@@ -1,4 +1,4 @@
-"""`mnemonic train`: train with codes on one device or many, checkpoint, resume."""
+"""`mnemonic train`: train on one device or many, checkpoint, resume."""
 
 from __future__ import annotations
 

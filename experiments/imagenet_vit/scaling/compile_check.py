@@ -4,9 +4,9 @@ Command:  make tpu-check
           .venv-tpu/bin/python experiments/imagenet_vit/scaling/compile_check.py \
           --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
 
-The programs are those of train.py, codes.py and forget.py in the folder above: a step of training, a
-forget of the paper's from random codes, a projection from learned codes with eight judges a class,
-and a step of learning and of recalling codes. Any field of the config can be overridden too
+The programs are those of train.py, codes.py and forget.py in the folder above: a step of training,
+a forget of the paper's from random codes, a projection from learned codes with eight judges a
+class, and a step of learning and of recalling codes. Any field of the config can be overridden too
 (--codes.per_class 2). Exit code 1: a program does not fit, or some collective gives a device the
 whole model, or a whole stack of its layers, at once.
 """
