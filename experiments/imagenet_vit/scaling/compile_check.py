@@ -44,6 +44,7 @@ import codes
 import forget
 
 CONFIG = "imagenet_vit_s16_90ep"
+PROGRAMS = ("train step", "forget", "projection", "learning codes", "recalling codes")
 DEPTH = 2  # of the projection
 _LARGEST = 8  # collectives, and operations, that the table lists one by one
 # The TPU compiler asks for a machine; these answers keep it from looking for one and locking it.
@@ -138,7 +139,11 @@ def _programs(
 
 
 def check(
-  config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None
+  config: Config,
+  num_classes: int,
+  mesh: jax.sharding.Mesh,
+  chip: Chip | None,
+  only: Sequence[str] = PROGRAMS,
 ) -> list[Report]:
   """Compile the programs of a config for a mesh, one after the other."""
   side = config.data.side
@@ -158,6 +163,8 @@ def check(
   ]
   reports = []
   for name, (function, arguments, flops) in _programs(config, dataset, mesh, training).items():
+    if name not in only:
+      continue
     start = time.perf_counter()
     with jax.set_mesh(mesh):
       compiled = _compiled(name, function.lower(*arguments))
@@ -312,6 +319,14 @@ def main(arguments: Sequence[str]) -> int:
     "--fsdp", type=int, help="devices that share the params (default: those of a host)"
   )
   parser.add_argument("--classes", type=int, default=1000, help="classes, one code each")
+  parser.add_argument(
+    "--only",
+    nargs="+",
+    choices=PROGRAMS,
+    default=PROGRAMS,
+    metavar="PROGRAM",
+    help="of: %(choices)s",
+  )
   parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
   overrides, rest = dotted_overrides(arguments)
   options = parser.parse_args(rest)
@@ -333,7 +348,7 @@ def main(arguments: Sequence[str]) -> int:
       mesh = sharding.make_mesh(
         config.execution.data or None, config.execution.fsdp or None, devices
       )
-      reports = check(config, options.classes, mesh, chip)
+      reports = check(config, options.classes, mesh, chip, options.only)
     except ValueError as error:
       raise UsageError(str(error)) from None
   except MnemonicError as error:
