@@ -69,10 +69,10 @@ $(TPU_VENV)/.tpu: pyproject.toml
 	$(TPU_VENV)/bin/pip install --quiet --disable-pip-version-check --editable '.[tpu]'
 	touch $@
 
-tpu-check: $(TPU_VENV)/.tpu ## compile the train step and the forget of a ViT-S/16 for 16 chips of TPU v5e
+tpu-check: $(TPU_VENV)/.tpu ## compile training, learning codes and forgetting of a ViT-S/16 for 16 chips of TPU v5e
 	$(TPU_VENV)/bin/python experiments/imagenet_vit/scaling/compile_check.py --topology v5e:4x4 --model vit_s16
 
-tpu-check-small: $(TPU_VENV)/.tpu ## the same for a ViT-Ti/16, small pictures and 16 classes on 4 chips (under a minute, once installed)
+tpu-check-small: $(TPU_VENV)/.tpu ## the same for a ViT-Ti/16, small pictures and 16 classes on 4 chips (some minutes, once installed)
 	$(TPU_VENV)/bin/python experiments/imagenet_vit/scaling/compile_check.py --topology v5e:2x2 --model vit_ti16 --data.side 64 --batch 64 --classes 16
 
 clean: ## remove the virtual environments and caches; runs/ stays

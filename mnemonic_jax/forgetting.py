@@ -227,7 +227,7 @@ def forget_step(
     The other arguments are those of `forget`.
 
   Returns:
-    (params, `ForgetInfo`).
+    (params, `ForgetInfo`). With judges it holds what they foresee, NaN where that is nothing.
 
   Raises:
     TypeError, ValueError: as `forget`, for what can be told without values.

@@ -64,10 +64,10 @@ def learn_codes(
   all fit in memory, and M, V the running ones. Without `statistics_fn` there is no such term.
 
   Guarantees:
-    The same key gives the same codes. Whatever the devices, class means agree to 1e-5, the examples
-    that judges stand for are the same, and the loss agrees to 1 %. Memory is bounded: sums, and
-    1,000 vectors a class. Nothing of the data is kept but what codes and judges hold, and each
-    judge stands for `min_members` examples at least.
+    The same key gives the same codes. Whatever the devices and processes, class means agree to
+    1e-5, the examples that judges stand for are the same, and the loss agrees to 1 %. Memory is
+    bounded: sums, and 1,000 vectors a class. Nothing of the data is kept but what codes and judges
+    hold, and each judge stands for `min_members` examples at least.
 
   Edge cases:
     a class of fewer than `min_members` examples has no judge, and a warning says so. The judges of
@@ -80,7 +80,8 @@ def learn_codes(
     logits_fn: pure function (params, inputs) -> (N, C) logits, in evaluation mode.
     params: a tree of floating arrays: the kernels whose inputs are matched.
     batches: yields (inputs, labels) or (inputs, labels, mask) once: inputs (N, *shape), floating,
-      as the model sees them; labels (N,), integers in [0, C). None: no data.
+      as the model sees them; labels (N,), integers in [0, C). None: no data. On several processes
+      they are arrays over all of them, as params are, and every process gets all codes.
     num_classes: C, at least 2.
     per_class: K, codes a class. None: 1 with data, 8 without.
     recall: R, how many codes a class to recall beside.
@@ -97,7 +98,8 @@ def learn_codes(
     steps, recall_steps: of Adam, for learned and for recalled codes.
     learning_rate: Adam's, as a share of `input_range`; it falls along a cosine.
     precision: matmul precision, as `jax.default_matmul_precision` takes it.
-    execution: `microbatch`, how many codes at a time. None: as many as fit in memory.
+    execution: `microbatch`, how many codes at a time. None: as many as fit in memory, which must be
+      the same on all processes.
     progress: called with (steps done, of).
 
   Returns:
