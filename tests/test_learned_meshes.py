@@ -18,6 +18,7 @@ import mnemonic_jax as mj
 from mnemonic_jax import _trees
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.data.split import Split
+from mnemonic_jax.errors import MnemonicError, UsageError
 from mnemonic_jax.learning import match, measure, reads
 from mnemonic_jax.models import vit
 from mnemonic_jax.multihost import sharding
@@ -100,9 +101,8 @@ def test_a_forget_from_learned_codes_is_that_of_one_device(words, devices, run):
   assert_same_params(forgotten(found), forgotten(alone))
 
 
-@pytest.mark.parametrize(
-  ("devices", "fsdp"), [(8, 4), *(pytest.param(n, n, marks=LONG) for n in (1, 2, 4))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("devices", "fsdp"), [(8, 4), (4, 4), (2, 2), (1, 1)])
 def test_codes_that_are_learned_on_a_mesh_are_those_of_one_device(devices, fsdp, run):
   path = run / "codes" / "learned.safetensors"
   alone = load_file(path)
@@ -118,6 +118,70 @@ def assert_same_codes(found, alone):
     np.testing.assert_allclose(found[name], alone[name], rtol=1e-6)
   for name in ("codes", "judges"):
     np.testing.assert_allclose(found[name], alone[name], rtol=1e-4, atol=1e-4)
+
+
+def test_a_mesh_needs_codes(run):
+  shutil.rmtree(run / "codes")
+  with pytest.raises(MnemonicError, match="codes.rate: got 0; the model was trained without codes"):
+    on_mesh(2, forget_script.SCRIPT, run, "--classes", 3, "--method", "drop_row")
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    ((), "forget.settings.depth: missing; projection would search it.* --set depth=NUMBER"),
+    (("--method", "projection"), "forget.settings.depth: missing"),
+    (
+      ("--method", "projection", "--set", "depth=1", "--set", "heal=20"),
+      "forget.settings.heal: got 20 with the method projection; expected 0",
+    ),
+    (
+      ("--method", "relearn", "--set", "depth=1", "--set", "steps=9"),
+      "forget.method: got relearn, which takes 9 steps; expected a method of one step: projection",
+    ),
+    (("--method", "dampening"), "forget.settings.quantile: missing; dampening would search it"),
+    (("--method", "perturbation"), "forget.settings.lambda1: missing.* or --search"),
+    (("--method", "drop_row", "--search"), "--search: got the method drop_row; only perturbation"),
+    (("--method", "cut"), "forget.method: got 'cut'; expected the name of a method"),
+    (("--method", "drop_row", "--set", "depth"), "--set: got 'depth'; expected NAME=VALUE"),
+  ],
+)
+def test_what_is_not_one_step_is_refused_before_anything_is_computed(
+  words, message, learned_once, monkeypatch
+):
+  before = snapshot(learned_once[0])
+  monkeypatch.setattr(forget_script.trained_run, "restore", lambda *_: pytest.fail("restored"))
+  with pytest.raises(UsageError, match=message):
+    on_mesh(2, forget_script.SCRIPT, learned_once[0], "--classes", 3, *words)
+  assert snapshot(learned_once[0]) == before
+
+
+def test_codes_are_not_learned_twice(learned_once):
+  before = snapshot(learned_once[0])
+  with pytest.raises(MnemonicError, match=r"is there already\. Nothing was changed"):
+    on_mesh(2, codes_script.SCRIPT, learned_once[0])
+  assert snapshot(learned_once[0]) == before
+
+
+@pytest.mark.parametrize(
+  ("script", "words", "message"),
+  [
+    (codes_script, ("--recall", "--beside", 2), "--beside: is for learned codes; with --recall"),
+    (codes_script, ("--forget.method", "drop_row"), "only [execution] may differ"),
+    (codes_script, ("--execution.fsdp", 3), "got data 2 x fsdp 3 for 8 devices"),
+    (forget_script, ("--classes", 3, "--train.epochs", 2), "only [forget] and [execution] may"),
+  ],
+)
+def test_a_wrong_command_line_is_one_message(
+  script, words, message, learned_once, capsys, monkeypatch
+):
+  monkeypatch.setattr(jobs.compilation_cache, "enable", lambda: None)  # of this process
+  monkeypatch.setattr(jobs.signals, "exit_at_once", lambda: None)
+  with pytest.raises(SystemExit) as stopped:
+    jobs.main(script.SCRIPT, list(map(str, (learned_once[0], *words))))
+  out, err = capsys.readouterr()
+  assert stopped.value.code == 2 and out == ""
+  assert err.startswith("mnemonic: ") and message in err and err.count("\n") == 1
 
 
 # A ViT whose layers are scanned, rematerialised and split over fsdp.
@@ -179,7 +243,8 @@ def test_a_split_vit_is_projected_as_on_one_device(shape, small_vit):
     assert leaf.sharding.is_equivalent_to(wanted.sharding, leaf.ndim)
 
 
-@pytest.mark.parametrize("shape", MESHES, ids=str)
+@pytest.mark.long
+@pytest.mark.parametrize("shape", [(2, 4), (1, 2), (4, 1), (1, 8)], ids=str)
 def test_codes_of_a_split_vit_are_those_of_one_device(shape, small_vit):
   model, params = small_vit
   data = pictures(96)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 from signal import SIGKILL, SIGTERM
 from typing import NamedTuple
 
@@ -11,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 from jobs import ROOT, finish_job, start_job
-from running import HANG, snapshot, wait_for
+from running import HANG, call, snapshot, wait_for
+from safetensors.numpy import load_file
 from weight_files import as_augreg
 
 from mnemonic_jax import _trees, models
@@ -50,25 +52,89 @@ def start_on(devices, words, count, flags=""):
   return start_job(words, count, XLA_FLAGS=flags, JAX_NUM_CPU_DEVICES=str(devices // count))
 
 
-def test_two_processes_train_a_stored_set_as_one_device_does(tmp_path):
-  """The digits, without epochs in one call: each process places its rows of each batch."""
-  words = ("digits_paper", "--model.hidden", 32, "--train.epochs", 2, "--log-every", 20)
-  patience = ("--startup-timeout", HANG, "--peer-timeout", HANG)
-  found = []
+PATIENCE = ("--startup-timeout", HANG, "--peer-timeout", HANG)
+
+
+@pytest.fixture(scope="module")
+def digits_runs(tmp_path_factory):
+  """Folder and JSON of a training on the digits by one process, and by two with two devices each.
+
+  Without epochs in one call: each process places its rows of each batch. The first kernel is just
+  large enough to be split.
+  """
+  words = ("digits_paper", "--model.hidden", 128, "--train.epochs", 2, "--log-every", 20)
+  found, folder = [], tmp_path_factory.mktemp("digits")
   for devices, count in ((1, 1), (4, 2)):
-    out = tmp_path / f"{devices} devices"
-    first, *others = finish_job(start_on(devices, (*TRAIN, *words, *patience, "--out", out), count))
-    assert first.json["processes"] == count and [other.out for other in others] == [""] * len(
-      others
-    )
-    assert (first.json["mesh"] is None) == (devices == 1)
+    out = folder / f"{devices} devices"
+    first, *others = finish_job(start_on(devices, (*TRAIN, *words, *PATIENCE, "--out", out), count))
+    assert first.json["processes"] == count
+    assert [other.out for other in others] == [""] * len(others)
+    found.append((out, first.json))
+  return found
+
+
+def test_two_processes_train_a_stored_set_as_one_device_does(digits_runs):
+  losses = []
+  for out, trained in digits_runs:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 44, 60, 80, 88]
-    found.append((first.json, [line["loss"] for line in lines]))
-  (alone, losses), (together, same_losses) = found
-  np.testing.assert_allclose(same_losses, losses, rtol=1e-4)
+    losses.append([line["loss"] for line in lines])
+  (_, alone), (_, together) = digits_runs
+  assert alone["mesh"] is None and together["mesh"] == {"data": 2, "fsdp": 2}
+  np.testing.assert_allclose(*losses, rtol=1e-4)
   assert together["codes_sha256"] == alone["codes_sha256"]
   assert together["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=0.006)
+
+
+def as_two(script, run, *words):
+  """Run a script of experiments/imagenet_vit as two processes with two devices each."""
+  started = start_on(4, (SCRIPTS / f"{script}.py", run, *words, *PATIENCE), 2, FAST)
+  first, other = finish_job(started)
+  assert first.json["processes"] == 2 and other.out == "", other.err
+  return first.json
+
+
+def codes_in(run):
+  return load_file(run / "codes" / "learned.safetensors")
+
+
+@pytest.fixture
+def run_of_two(digits_runs, tmp_path):
+  return shutil.copytree(digits_runs[1][0], tmp_path / "run")
+
+
+def test_two_processes_learn_the_codes_that_one_device_does(run_of_two, tmp_path):
+  """Each reads its part of the digits."""
+  alone = shutil.copytree(run_of_two, tmp_path / "alone")
+  assert as_two("codes", run_of_two)["read"] == ["params", "training examples"]
+  assert call("codes", alone).code == 0
+  found = codes_in(run_of_two)
+  for name, expected in codes_in(alone).items():
+    np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.long
+def test_two_processes_recall_codes_and_forget_from_them_as_one_device_does(run_of_two, tmp_path):
+  assert as_two("codes", run_of_two, "--recall", "--per-class", 2)["read"] == ["params"]
+  assert codes_in(run_of_two)["codes"].shape == (10, 2, 8, 8, 1)
+  alone = shutil.copytree(run_of_two, tmp_path / "alone")
+  words = ("--classes", 3, "--method", "projection", "--set", "depth=1")
+  found, expected = (
+    as_two("forget", run_of_two, *words),
+    call("forget", alone, *words, "--json").json,
+  )
+  for key in ("classes", "method", "info", "predicted", "codes_sha256", "params_sha256_before"):
+    assert found[key] == expected[key], key
+  for key in ("retain_accuracy_after", "forget_error_after", "per_class_accuracy_after"):
+    assert found[key] == expected[key], key
+  found, expected = (forgotten_params(pathlib.Path(one["folder"])) for one in (found, expected))
+  for path, leaf in expected.items():
+    atol = 1e-5 * np.max(np.abs(leaf))
+    np.testing.assert_allclose(found[path], leaf, rtol=0, atol=atol, err_msg=path)
+
+
+def forgotten_params(folder):
+  return _trees.by_path(restore_parts(folder / "params", stored_shapes(folder / "params")))
 
 
 class Lab(NamedTuple):
@@ -217,9 +283,7 @@ def test_two_processes_forget_as_one(lab, alone):
       "evidence.json",
     }
     reports.append(json.loads((folder / "report.json").read_text()))
-    params.append(
-      _trees.by_path(restore_parts(folder / "params", stored_shapes(folder / "params")))
-    )
+    params.append(forgotten_params(folder))
   assert snapshot(run / "checkpoints") == before
   for key in (
     "classes",

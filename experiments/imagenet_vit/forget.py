@@ -131,22 +131,27 @@ def forget(job: Job) -> dict[str, Any]:
 def one_step(method: Any, search: bool) -> Any:
   """The method of a request, None for the default one; refuse what is not one program here."""
   method = mj.Projection() if method is None else method
-  name = methods.name_of(method)
-  if search and not isinstance(method, mj.Perturbation):
+  name, searches = methods.name_of(method), isinstance(method, mj.Perturbation)
+  if search and not searches:
     raise UsageError(f"--search: got the method {name}; only perturbation has a grid.")
   if search:
     return mj.Perturbation(*(np.asarray(values) for values in zip(*GRID, strict=True)))
-  if steps := methods.steps_of(method):
-    setting, remedy = ("heal", "0") if isinstance(method, mj.Projection) else ("steps", "none")
+  if isinstance(method, mj.Projection) and method.heal:
     raise UsageError(
-      f"forget.settings.{setting}: got {steps} with the method {name}; expected {remedy}: here a "
-      "forget is one step. To heal or to learn anew, use one device: mnemonic forget RUN."
+      f"forget.settings.heal: got {method.heal} with the method projection; expected 0: on a mesh a "
+      "forget is one step. Heal on one device: mnemonic forget RUN --heal."
+    )
+  if steps := methods.steps_of(method):
+    raise UsageError(
+      f"forget.method: got {name}, which takes {steps} steps; expected a method of one step: "
+      f"projection, drop_row, dampening or perturbation. For {name} use one device: mnemonic forget "
+      "RUN."
     )
   for setting in getattr(method, "to_search", ()):
+    more = " or --search" if searches else ""
     raise UsageError(
-      f"forget.settings.{setting}: missing; {name} would search it, which one device can do: "
-      f"mnemonic forget RUN. Here pass --set {setting}=NUMBER"
-      + (", or --search." if isinstance(method, mj.Perturbation) else ".")
+      f"forget.settings.{setting}: missing; {name} would search it, which mnemonic forget RUN does "
+      f"on one device. On a mesh pass --set {setting}=NUMBER{more}."
     )
   return method
 
