@@ -27,10 +27,23 @@ PyTree = Any
 
 
 class Prediction(NamedTuple):
-  """A_R and E_F on data, as judges foresee them, in [0, 1]; None where nothing can be foreseen."""
+  """A_R and E_F on data, as judges foresee them, in [0, 1].
 
-  retain_accuracy: float | None
-  forget_error: float | None
+  Where nothing can be foreseen they are None; NaN where they are arrays, as of `forget_step`.
+  """
+
+  retain_accuracy: Any
+  forget_error: Any
+
+  @staticmethod
+  def of(found: Predicted, certain: Any) -> Prediction:
+    """What judges foresee; the error is 1 where a forgotten class is below the kept ones."""
+    error = found.forget_error
+    return Prediction(found.retain_accuracy, jnp.where(certain & ~jnp.isnan(error), 1.0, error))
+
+  def plain(self) -> Prediction:
+    """Numbers in place of arrays, None in place of NaN."""
+    return Prediction(*(None if np.isnan(value) else float(value) for value in self))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +77,7 @@ class ForgetInfo(NamedTuple):
   code_retain_accuracy: jax.Array  # () in [0, 1], on the codes, after forgetting
   code_forget_error: jax.Array  # ()
   info: dict[str, Any]  # what the method says of itself, arrays
+  predicted: Prediction | None = None  # scalar arrays; None without judges
 
 
 def forget(
@@ -162,7 +176,7 @@ def forget(
         f"method: {method} drives params or logits to NaN or inf, whatever it tries; use a "
         "smaller strength."
       )
-    predicted = None if problem.judges is None else problem.predicted(moved)
+    predicted = _foreseen(problem, moved, info)
     moved = jax.block_until_ready(jax.tree.map(_placed_like, moved, problem.params))
     end = time.perf_counter()
     seconds = {
@@ -176,7 +190,7 @@ def forget(
     method=info.pop("method", jax.tree.map(_plain, method)),
     code_retain_accuracy=None if scores is None else float(scores.retain_accuracy),
     code_forget_error=None if scores is None else float(scores.forget_error),
-    predicted=_prediction(predicted, bool(info.get("margin"))),
+    predicted=predicted and predicted.plain(),
     info=info,
     seconds=seconds,
   )
@@ -234,7 +248,8 @@ def forget_step(
   _require_like_params(method, problem.params, moved)
   scores = problem.scores(moved)
   found = scores.retain_accuracy, scores.forget_error
-  return moved, ForgetInfo(info.pop("method", method), *found, info)
+  predicted = _foreseen(problem, moved, info)
+  return moved, ForgetInfo(info.pop("method", method), *found, info, predicted)
 
 
 def _default(codes: jax.Array | LearnedCodes) -> Method:
@@ -261,14 +276,11 @@ def _stand_in(method: Method, codes: Any) -> tuple[Any, bool]:
   return jnp.zeros(codes.shape, codes.dtype), False
 
 
-def _prediction(found: Predicted | None, certain: bool) -> Prediction | None:
-  """What judges foresee; the error is 1 where a forgotten class is below the kept ones."""
-  if found is None:
+def _foreseen(problem: Problem, moved: PyTree, info: Mapping[str, Any]) -> Prediction | None:
+  """What judges foresee of the params that a method returned, beside what it says of itself."""
+  if problem.judges is None:
     return None
-  if certain:
-    found = found._replace(forget_error=jnp.where(jnp.isnan(found.forget_error), jnp.nan, 1.0))
-  known = lambda value: None if np.isnan(value) else float(value)
-  return Prediction(known(found.retain_accuracy), known(found.forget_error))
+  return Prediction.of(problem.predicted(moved), info.get("margin", np.bool_(False)))
 
 
 def _run(

@@ -46,6 +46,18 @@ def forgotten(forgotten_once: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.P
   return pathlib.Path(shutil.copytree(forgotten_once, tmp_path / "forgotten"))
 
 
+@pytest.fixture(scope="session")
+def learned_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[pathlib.Path, dict]:
+  """`mnemonic run` without codes in training: it learns them. Copy it, do not write to it.
+
+  Its first kernel is just large enough to be split over a mesh.
+  """
+  folder = tmp_path_factory.mktemp("runs") / "learned"
+  words = ("--codes.rate", 0, "--train.epochs", 8, "--model.hidden", 128, "--forget.method", "")
+  words += ("--train.learning_rate", 0.1, "--out", folder, "--json")
+  return folder, call("run", "digits", *words).json
+
+
 class Disk:
   """A small file system in memory."""
 

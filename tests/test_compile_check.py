@@ -282,23 +282,26 @@ def test_bad_input_is_one_message(arguments, said, capsys):
   assert out == "" and err.startswith("error: ") and said in err and err.count("\n") == 1
 
 
+PROGRAMS = ["train step", "forget", "projection", "learning codes", "recalling codes"]
+
+
 @pytest.mark.long
 def test_the_very_programs_compile_here():
   changes = {"model.name": "vit_ti16", "train.batch_size": 16, "data.side": 32}
   config = configs.load(compile_check.CONFIG, changes)
-  reports = compile_check.check(config, 8, sharding.make_mesh(2, 4), None)
-  step, forgets = reports
-  assert [one.program for one in reports] == ["train step", "forget"]
+  reports = compile_check.check(config, 10, sharding.make_mesh(2, 4), None)
+  step, forgets, projection, learning, recalling = reports
+  assert [one.program for one in reports] == PROGRAMS
   assert compile_check.problems(reports, None) == [] and all(
     one.memory["used"] > 0 for one in reports
   )
   assert {"all-gather", "all-reduce"} <= {one.kind for one in step.collectives}
   assert "reduce-scatter" in {one.kind for one in forgets.collectives}
-  # No pass brings all codes to every device.
-  gathered = [
-    shape for one in forgets.collectives for shape in one.shapes if one.kind == "all-gather"
-  ]
-  assert gathered and not any(shape.elements == 8 * 32 * 32 * 3 for shape in gathered)
+  for one in (forgets, projection, learning, recalling):  # params are gathered a layer at a time,
+    gathered = [shape for c in one.collectives for shape in c.shapes if c.kind == "all-gather"]
+    assert max(shape.elements for shape in gathered) == 4 * 192 * 192
+    # and no pass brings the codes, or what becomes of them, to every device.
+    assert not any(32 in shape.sizes for shape in gathered)
 
 
 @pytest.mark.long
@@ -306,7 +309,8 @@ def test_without_remat_every_layer_that_was_gathered_is_kept(capsys):
   assert compile_check.main([*TINY, "--fsdp", "4", "--json", "--model.remat", "false"]) == 1
   out, err = capsys.readouterr()
   found = json.loads(out)
-  assert found["mesh"] == {"data": 2, "fsdp": 4} and len(found["programs"]) == 2
+  assert found["mesh"] == {"data": 2, "fsdp": 4}
+  assert [one["program"] for one in found["programs"]] == PROGRAMS
   assert found["problems"] and all(f"error: {said}" in err for said in found["problems"])
   assert any(
     said.startswith("train step: every device gets a whole stack") and "keeps" in said

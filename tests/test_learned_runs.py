@@ -19,24 +19,17 @@ from mnemonic_jax.runs.checkpoints import newest, restore_parts, stored_shapes
 pytest_plugins = ["run_fixtures"]
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
-SMALL = ("--train.epochs", 8, "--model.hidden", 64, "--train.learning_rate", 0.1)
+SMALL = ("--train.epochs", 8, "--model.hidden", 128, "--train.learning_rate", 0.1)
 NO_METHOD = ("--forget.method", "")
 
 
-@pytest.fixture(scope="module")
-def run_once(tmp_path_factory) -> tuple[pathlib.Path, dict]:
-  """`mnemonic run` without codes in training: it learns them. Copy it, do not write to it."""
-  folder = tmp_path_factory.mktemp("runs") / "learned"
-  return folder, call("run", "digits", *SMALL, "--out", folder, "--json").json
-
-
 @pytest.fixture
-def run(run_once, tmp_path) -> pathlib.Path:
-  return pathlib.Path(shutil.copytree(run_once[0], tmp_path / "run"))
+def run(learned_once, tmp_path) -> pathlib.Path:
+  return pathlib.Path(shutil.copytree(learned_once[0], tmp_path / "run"))
 
 
-def test_a_run_without_codes_learns_them_and_forgets_by_the_default(run_once):
-  folder, result = run_once
+def test_a_run_without_codes_learns_them_and_forgets_by_the_default(learned_once):
+  folder, result = learned_once
   codes, forget = result["codes"], result["forget"]
   assert codes["read"] == ["params", "training examples"]
   assert (codes["classes"], codes["per_class"], codes["recalled"]) == (10, 1, 0)
@@ -51,7 +44,7 @@ def test_a_run_without_codes_learns_them_and_forgets_by_the_default(run_once):
   assert "Predicted by judges" in page and "depth = " in page
 
 
-def test_a_later_request_by_another_method_joins_it(run, run_once):
+def test_a_later_request_by_another_method_joins_it(run, learned_once):
   result = call(
     "forget", run, "--classes", 5, "--method", "projection", "--set", "depth=1", "--json"
   ).json
@@ -84,10 +77,10 @@ def test_the_page_is_refused_with_codes_that_the_forget_did_not_use(run):
     (("--out", "x.npz"), "expected a name that ends in .safetensors"),
   ],
 )
-def test_codes_refuses_what_it_would_not_look_at(words, message, run_once):
-  before = snapshot(run_once[0])
-  assert message in call("codes", run_once[0], *words).refusal(2)
-  assert snapshot(run_once[0]) == before
+def test_codes_refuses_what_it_would_not_look_at(words, message, learned_once):
+  before = snapshot(learned_once[0])
+  assert message in call("codes", learned_once[0], *words).refusal(2)
+  assert snapshot(learned_once[0]) == before
 
 
 def test_learned_codes_are_not_overwritten(run):
@@ -160,7 +153,7 @@ def test_a_plain_checkpoint_without_codes(run, tmp_path):
   params = restore_parts(checkpoint, {"params": stored_shapes(checkpoint)["params"]})["params"]
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(tmp_path / "plain", {"params": jax.tree.map(np.asarray, params)})
-  plain, config = tmp_path / "plain", ("--config", "digits_paper", "--model.hidden", 64)
+  plain, config = tmp_path / "plain", ("--config", "digits_paper", "--model.hidden", 128)
   file, out = tmp_path / "codes.safetensors", tmp_path / "out"
   asked = ("forget", plain, *config, "--classes", 3, "--out", out)
   assert "mnemonic codes" in call(*asked).refusal()
@@ -183,10 +176,10 @@ def test_a_plain_checkpoint_without_codes(run, tmp_path):
     (("--codes", "x.safetensors"), 2, "--codes: is for a plain checkpoint"),
   ],
 )
-def test_wrong_settings_are_told_and_change_nothing(words, code, message, run_once):
-  before = snapshot(run_once[0])
-  assert message in call("forget", run_once[0], "--classes", 5, *words).refusal(code)
-  assert snapshot(run_once[0]) == before
+def test_wrong_settings_are_told_and_change_nothing(words, code, message, learned_once):
+  before = snapshot(learned_once[0])
+  assert message in call("forget", learned_once[0], "--classes", 5, *words).refusal(code)
+  assert snapshot(learned_once[0]) == before
 
 
 # Healing, and stages learned anew ----------------------------------------------------------------
@@ -271,8 +264,8 @@ def _damaged(load):
     (("--deep", "--set", "rate=x"), "forget.settings.rate: got 'x'; expected a number"),
   ],
 )
-def test_bad_words_for_healing(run_once, words, message):
-  folder, _ = run_once
+def test_bad_words_for_healing(learned_once, words, message):
+  folder, _ = learned_once
   before = snapshot(folder)
   assert message in call("forget", folder, "--classes", 5, *words).refusal(2)
   assert snapshot(folder) == before

@@ -1,4 +1,4 @@
-"""The command line of forget.py: a run, the mesh, and the other processes."""
+"""The command line of codes.py and forget.py: a run, the mesh, and the other processes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
@@ -22,51 +22,62 @@ from mnemonic_jax.runs import files, setup, signals
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 
+# Examples that a device sees at once, where execution.microbatch does not say how many all see.
+EXAMPLES_PER_DEVICE = 16
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """What the script works on."""
+  """What a script works on."""
 
   config: Config
   dataset: Dataset
   mesh: jax.sharding.Mesh
   run: RunFolder
-  classes: tuple[int | str, ...] = ()
-  search: bool = False  # for the strength
+  options: argparse.Namespace = dataclasses.field(default_factory=argparse.Namespace)
   watchdog: Watchdog = dataclasses.field(default_factory=Watchdog)
 
 
-def main(work: Callable[[Job], dict[str, Any]], description: str, arguments: Sequence[str]) -> None:
+class Script(NamedTuple):
+  """What a script does, and what its command line takes."""
+
+  work: Callable[[Job], dict[str, Any]]
+  description: str
+  add_flags: Callable[[argparse.ArgumentParser], None]
+  sections: tuple[str, ...]  # of the config, whose fields may differ from the run's
+  overrides: Callable[[argparse.Namespace], dict[str, Any]] = lambda options: {}  # flags as fields
+  trains: Callable[[argparse.Namespace], bool] = lambda options: False  # reads training examples
+
+
+def main(script: Script, arguments: Sequence[str]) -> None:
   """Read the command line, join the other processes, do the work, print one JSON object."""
-  overrides, rest = dotted_overrides(arguments)
-  options = _make_parser(description).parse_args(rest)
   compilation_cache.enable()
   signals.exit_at_once()
   try:
+    overrides, rest = dotted_overrides(arguments)
+    options = _make_parser(script).parse_args(rest)
     with commands.joined(options) as watchdog:
       # Also where several processes would agree on a step: there is none.
       signals.exit_at_once()
-      job = _planned(options, overrides, watchdog)
+      job = _planned(script, options, overrides | script.overrides(options), watchdog)
       with jax.set_mesh(job.mesh):
-        result = work(job)
+        result = script.work(job)
   except (MnemonicError, ValueError) as error:
     print(f"mnemonic: {error}", file=sys.stderr, flush=True)
     code = getattr(error, "exit_code", 1)
     processes.leave(code)
     sys.exit(code)
   if processes.is_writer():
+    result |= {"mesh": dict(job.mesh.shape), "processes": jax.process_count()}
     print(files.dumps(result, indent=2))
 
 
-def _make_parser(description: str) -> argparse.ArgumentParser:
+def _make_parser(script: Script) -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    description=script.description, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument("run", type=epath.Path, help="the folder of a finished run")
-  parser.add_argument("--classes", nargs="+", required=True, help="indices or names")
-  parser.add_argument(
-    "--search", action="store_true", help="choose the strength from the paper's grid, on the codes"
-  )
+  script.add_flags(parser)
   parser.add_argument(
     "--data-dir", default="", help="folder of prepared TFDS sets (else TFDS_DATA_DIR)"
   )
@@ -74,20 +85,20 @@ def _make_parser(description: str) -> argparse.ArgumentParser:
   return parser
 
 
-def _planned(options: argparse.Namespace, overrides: dict[str, str], watchdog: Watchdog) -> Job:
+def _planned(
+  script: Script, options: argparse.Namespace, overrides: dict[str, str], watchdog: Watchdog
+) -> Job:
   """Make the job that the command line asks for."""
   run = RunFolder.open(options.run)
-  allowed = ("forget.", "execution.")
-  if wrong := [field for field in overrides if not field.startswith(allowed)]:
-    raise UsageError(
-      f"--{wrong[0]}: a forget uses the run's own config; only {' and '.join(allowed)} may differ."
-    )
+  if wrong := [field for field in overrides if field.split(".")[0] not in script.sections]:
+    allowed = " and ".join(f"[{section}]" for section in script.sections)
+    raise UsageError(f"--{wrong[0]}: the run's own config is used; only {allowed} may differ.")
   config = configs.build(run.config.name, configs.as_dict(run.config), overrides)
   try:
     mesh = sharding.make_mesh(config.execution.data or None, config.execution.fsdp or None)
   except ValueError as error:
     raise UsageError(f"execution.data, execution.fsdp: {error}") from None
   watchdog.phase(f"opening the data set {config.data.name}")
-  dataset = setup.load_data(config, options.data_dir, training=False)
+  dataset = setup.load_data(config, options.data_dir, training=script.trains(options))
   watchdog.phase("opening the run folder and planning the work")
-  return Job(config, dataset, mesh, run, tuple(options.classes), options.search, watchdog)
+  return Job(config, dataset, mesh, run, options, watchdog)

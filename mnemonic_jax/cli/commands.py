@@ -119,10 +119,15 @@ def _train_text(result: dict[str, Any]) -> str:
   )
 
 
-def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-  request = learned.Request(options.recall, options.per_class, options.beside, options.seed)
+def learning_request(options: argparse.Namespace) -> learned.Request:
+  """Read which codes to learn or to recall."""
   if options.recall and options.beside:
     raise UsageError("--beside: is for learned codes; with --recall all are. Use --per-class.")
+  return learned.Request(options.recall, options.per_class, options.beside, options.seed)
+
+
+def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  request = learning_request(options)
   if options.out is not None and options.out.suffix != ".safetensors":
     raise UsageError(f"--out: got {options.out}; expected a name that ends in .safetensors.")
   if (options.run / "config.json").is_file() and options.config is not None:

@@ -39,16 +39,27 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
   options.overrides = overrides
   if options.command == "forget":
-    options.overrides |= _method_overrides(options)
+    options.overrides |= _renewal_overrides(options) | method_overrides(options)
   return options
 
 
 _RENEWING = 800  # steps of --deep
 
 
-def _method_overrides(options: argparse.Namespace) -> dict[str, Any]:
+def method_overrides(options: argparse.Namespace) -> dict[str, Any]:
   """Return `--method NAME --set NAME=VALUE` as fields of the config."""
   found: dict[str, Any] = {} if options.method is None else {"forget.method": options.method}
+  for text in options.set:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+      raise UsageError(f"--set: got {text!r}; expected NAME=VALUE, such as lambda1=1e-3.")
+    found[f"forget.settings.{name.strip()}"] = _value(value)
+  return found
+
+
+def _renewal_overrides(options: argparse.Namespace) -> dict[str, Any]:
+  """Return `--heal STEPS` or `--deep DEPTH` as fields of the config."""
+  found: dict[str, Any] = {}
   if options.heal is not None and options.deep is not None:
     raise UsageError(
       "--heal: got --deep too; expected one of them. --deep learns anew what it cuts."
@@ -62,11 +73,6 @@ def _method_overrides(options: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"--{flag}: is for the method {method}; got --method {options.method}.")
       found["forget.method"] = method
       found |= {f"forget.settings.{name}": value for name, value in settings.items()}
-  for text in options.set:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-      raise UsageError(f"--set: got {text!r}; expected NAME=VALUE, such as lambda1=1e-3.")
-    found[f"forget.settings.{name.strip()}"] = _value(value)
   return found
 
 
@@ -145,18 +151,37 @@ def _add_codes(verbs: Any) -> None:
   codes.add_argument(
     "run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint"
   )
-  codes.add_argument(
-    "--recall", action="store_true", help="read no picture: recall the codes from the model alone"
-  )
-  codes.add_argument("--per-class", type=_count, metavar="N", help="codes of each class")
-  codes.add_argument(
-    "--beside", type=_count, default=0, metavar="N", help="recalled codes beside the learned ones"
-  )
-  codes.add_argument("--seed", type=_count, default=0, help="the same seed gives the same codes")
+  add_learning_flags(codes)
   codes.add_argument(
     "--config", help="for a plain checkpoint: a named config or a TOML file with its model"
   )
   codes.add_argument("--out", type=epath.Path, help="for a plain checkpoint: a new file")
+
+
+def add_learning_flags(parser: argparse.ArgumentParser) -> None:
+  """Add the flags that say which codes to learn or to recall."""
+  parser.add_argument(
+    "--recall", action="store_true", help="read no picture: recall the codes from the model alone"
+  )
+  parser.add_argument("--per-class", type=_count, metavar="N", help="codes of each class")
+  parser.add_argument(
+    "--beside", type=_count, default=0, metavar="N", help="recalled codes beside the learned ones"
+  )
+  parser.add_argument("--seed", type=_count, default=0, help="the same seed gives the same codes")
+
+
+def add_method_flags(parser: argparse.ArgumentParser) -> None:
+  """Add the flags that say how to forget; `method_overrides` reads them."""
+  parser.add_argument(
+    "--method", metavar="NAME", help="how to forget (default: forget.method of the config)"
+  )
+  parser.add_argument(
+    "--set",
+    metavar="NAME=VALUE",
+    action="append",
+    default=[],
+    help="a setting of the method, such as lambda1=1e-3; may be repeated",
+  )
 
 
 def _add_forget(verbs: Any) -> None:
@@ -169,16 +194,7 @@ def _add_forget(verbs: Any) -> None:
     "run", metavar="RUN", type=epath.Path, help="a finished run, or any Orbax checkpoint"
   )
   forget.add_argument("--classes", required=True, help="indices or names", **_CLASSES)
-  forget.add_argument(
-    "--method", metavar="NAME", help="how to forget (default: forget.method of the config)"
-  )
-  forget.add_argument(
-    "--set",
-    metavar="NAME=VALUE",
-    action="append",
-    default=[],
-    help="a setting of the method, such as lambda1=1e-3; may be repeated",
-  )
+  add_method_flags(forget)
   forget.add_argument(
     "--heal",
     type=_count,

@@ -176,6 +176,11 @@ def part(parts: PyTree, index: Any, spread: _mesh.Spread) -> PyTree:
   return jax.tree.map(lambda x: spread.examples(x[:, index]), parts)
 
 
+def spread_out(batch: PyTree, weights: jax.Array, spread: _mesh.Spread) -> tuple[PyTree, jax.Array]:
+  """A whole batch and its weights (G, N), each device its part; those that fill it up weigh 0."""
+  return part(dealt(batch, 1, spread), 0, spread), _dealt_weights(weights, 1, spread)[:, :, 0]
+
+
 def _part_size(num_examples: int, count: int, spread: _mesh.Spread) -> int:
   return -(-num_examples // (count * spread.mesh.size)) * spread.mesh.size
 
@@ -248,7 +253,7 @@ def examples_at_once(
   concrete = _checks.is_concrete((params, batch, weights))
   if convolves and jax.default_backend() == "cpu" and not concrete:
     return num_examples
-  stats = jax.devices()[0].memory_stats() or {}
+  stats = jax.local_devices()[0].memory_stats() or {}
   allowed = stats["bytes_limit"] // 4 if "bytes_limit" in stats else _PASS_BYTES
   spread = objective.placement.spread
   allowed = max(allowed - held, 0) * (1 if spread is None else spread.mesh.size)

@@ -145,6 +145,21 @@ class _Reading(_Walk):
     """Each use of a leaf is a contraction."""
     return _Used(self)
 
+  def rematerialised(self, step: Step, _: Any, args: list[Any]) -> list[Any]:
+    """Compute again what a `jax.checkpoint` would: codes are learned by a gradient of the reads.
+
+    On a mesh it keeps the layers that were gathered from being kept.
+    """
+    outside, self.found = self.found, []
+
+    def inside(*args: Any) -> tuple[list[jax.Array], Any]:
+      return self.evaluate_all(step.inner[0], *args), self.harvest()
+
+    settings = {key: step.equation.params[key] for key in ("prevent_cse", "policy")}
+    outs, found = jax.checkpoint(inside, **settings)(*args)
+    self.found = outside + [tuple(pair) for pair in found]
+    return list(map(Data, outs))
+
   def scan(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:
     """Give each iteration its own place."""
     outside, self.found = self.found, []

@@ -46,20 +46,28 @@ class Rate(NamedTuple):
 
 
 def start(functions: Functions, inputs: np.ndarray) -> State:
-  """The state before the first step, where the params lie."""
-  moments: Any = np.zeros_like(inputs), np.zeros_like(inputs)
-  none: Any = np.zeros((), np.int32)
-  host: Any = State(inputs, optax.ScaleByAdamState(none, *moments))  # type: ignore[arg-type]
-  made: State = reads.placed(functions.placement, host)
-  return made
+  """The state before the first step, where the params lie; on a mesh each device has its part."""
+  none: Any = reads.placed(functions.placement, np.zeros((), np.int32))
+  dealt = lambda array: reads.dealt(functions.placement, array)
+  moments: Any = dealt(np.zeros_like(inputs)), dealt(np.zeros_like(inputs))
+  return State(dealt(inputs), optax.ScaleByAdamState(none, *moments))
 
 
-def moved(state: State, gradient: jax.Array, rate: Any, width: jax.Array) -> State:
+def moved(
+  functions: Functions, state: State, gradient: jax.Array, rate: Any, width: jax.Array
+) -> State:
   """Do one step of Adam (Kingma and Ba, 2015)."""
   update: Any
   adam: Any
   update, adam = optax.scale_by_adam().update(gradient, state.adam)
-  return State(state.inputs - rate * width * update, adam)
+  return kept(functions, State(state.inputs - rate * width * update, adam))
+
+
+def kept(functions: Functions, state: State) -> State:
+  """The state, which stays as `start` has dealt it."""
+  spread = lambda x: reads.spread_over(functions.placement, x)
+  adam = state.adam._replace(mu=spread(state.adam.mu), nu=spread(state.adam.nu))
+  return State(spread(state.inputs), adam)
 
 
 def match(
@@ -87,8 +95,8 @@ def match(
     )
     state = start(functions, inputs[rows])
     for step in range(rate.steps):
-      state, losses = _step(functions, dtype, arrays, state, some, rate.at(step), width)
-      check(losses, step, rate)
+      state, losses = step_program(functions, dtype, arrays, state, some, rate.at(step), width)
+      check(functions, losses, step, rate)
       tick()
     made.append(reads.on_host(functions.placement, state.inputs))
   return np.concatenate(made)[: len(inputs)]
@@ -99,14 +107,19 @@ def parts(functions: Functions, count: int, at_once: int) -> np.ndarray:
 
   On a mesh each device has its share of a part.
   """
-  devices = functions.placement.mesh.size if functions.placement.spread else 1
   number = -(-count // at_once)
-  size = -(-count // (number * devices)) * devices
+  size = reads.rows_of_all(functions.placement, -(-count // number))
   return np.minimum(np.arange(number * size), count - 1).reshape(number, size)
 
 
-def check(losses: Any, step: int, rate: Rate) -> None:
-  """Refuse to go on from a loss that is NaN or inf; looked at now and then, and at the end."""
+def check(functions: Functions, losses: Any, step: int, rate: Rate) -> None:
+  """Refuse to go on from a loss that is NaN or inf; looked at now and then, and at the end.
+
+  On a mesh each step is waited for: of many that run at once, collectives can wait for each other
+  for ever (seen with two processes on CPUs).
+  """
+  if functions.placement.spread is not None:
+    jax.block_until_ready(losses)
   if step % _CHECK_EVERY and step + 1 < rate.steps:
     return
   if not np.all(np.isfinite(np.asarray(losses))):
@@ -117,7 +130,7 @@ def check(losses: Any, step: int, rate: Rate) -> None:
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
+def step_program(
   functions: Functions,
   dtype: Any,
   arrays: Arrays,
@@ -136,7 +149,7 @@ def _step(
 
   with loss_checks.matmul_precision(functions.precision):
     gradient, losses = jax.grad(total, has_aux=True)(state.inputs)
-  return moved(state, gradient, rate, width), losses
+  return moved(functions, state, gradient, rate, width), reads.copied(functions.placement, losses)
 
 
 def distances(found: list[jax.Array], targets: Targets) -> jax.Array:

@@ -52,13 +52,17 @@ def split(
   params: PyTree,
   num_classes: int,
   precision: str | None,
+  shardings: tuple[jax.sharding.NamedSharding, ...] | None = None,
 ) -> tuple[Functions, Arrays]:
-  """Take the functions apart into what `jit` may hash and the arrays that it may trace."""
+  """Take the functions apart into what `jit` may hash and the arrays that it may trace.
+
+  `shardings` says where each leaf of abstract params would lie.
+  """
   optional = lambda function: _functions.split(function) if function else (None, [])
   logits, of_logits = _functions.split(logits_fn)
   features, of_features = optional(features_fn)
   statistics, of_statistics = optional(statistics_fn)
-  placement = _mesh.Placement.of(params, (), None)
+  placement = _mesh.Placement.of(params, (), shardings)
   functions = Functions(logits, features, statistics, num_classes, precision, placement)
   return functions, Arrays(params, of_logits, of_features, of_statistics)
 
@@ -240,6 +244,23 @@ def placed(placement: _mesh.Placement, tree: PyTree) -> PyTree:
     return jax.tree.map(jnp.asarray, tree)
   whole = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
   return jax.device_put(tree, whole)
+
+
+def dealt(placement: _mesh.Placement, x: np.ndarray) -> jax.Array:
+  """Put an array (N, ...) of the host where the params lie.
+
+  Each device has its part of it on a mesh that divides N, else all of it.
+  """
+  if placement.spread is None or len(x) % placement.mesh.size:
+    return placed(placement, x)
+  spec = jax.sharding.PartitionSpec(placement.mesh.axis_names)
+  return jax.device_put(x, jax.sharding.NamedSharding(placement.mesh, spec))
+
+
+def rows_of_all(placement: _mesh.Placement, count: int) -> int:
+  """The least number of rows, at least `count`, of which each device has its share on a mesh."""
+  devices = placement.mesh.size if placement.spread else 1
+  return -(-count // devices) * devices
 
 
 def copied(placement: _mesh.Placement, tree: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _mesh, _trees
 from mnemonic_jax.fisher import loss_checks
 from mnemonic_jax.learning import match, reads
 from mnemonic_jax.learning.match import Rate, State
@@ -47,16 +47,16 @@ def recall(
   state, width = match.start(functions, inputs), reads.placed(functions.placement, rate.width)
   whole = len(inputs) <= at_once
   for step in range(rate.steps if whole else 0):
-    state, loss = _step(functions, dtype, arrays, state, labels, rate.at(step), width)
-    match.check(loss, step, rate)
+    state, loss = step_program(functions, dtype, arrays, state, labels, rate.at(step), width)
+    match.check(functions, loss, step, rate)
     tick()
   for step in range(0 if whole else rate.steps):
-    for rows in drawn(labels, at_once, rng):
-      state, loss = _step_of_some(
+    for rows in drawn(labels, at_once, rng, functions.placement):
+      state, loss = step_of_some_program(
         functions, dtype, arrays, state, rows, labels[rows], step, rate.at(step), width
       )
+      match.check(functions, loss, step, rate)
       tick()
-    match.check(loss, step, rate)
   return reads.on_host(functions.placement, state.inputs)
 
 
@@ -65,13 +65,19 @@ def steps_a_round(num_inputs: int, at_once: int) -> int:
   return -(-num_inputs // at_once)
 
 
-def drawn(labels: np.ndarray, at_once: int, rng: np.random.Generator) -> np.ndarray:
+def drawn(
+  labels: np.ndarray,
+  at_once: int,
+  rng: np.random.Generator,
+  placement: _mesh.Placement = _mesh.NOWHERE,
+) -> np.ndarray:
   """Deal all inputs into batches (number, size) in which each class has its share.
 
-  Where they do not divide, the last batch is filled up from the first.
+  Where they do not divide, the last batches are filled up from the first. On a mesh each device has
+  its share of a batch.
   """
   number = steps_a_round(len(labels), at_once)
-  size = -(-len(labels) // number)
+  size = min(len(labels), reads.rows_of_all(placement, -(-len(labels) // number)))
   order = rng.permutation(len(labels))
   rank = np.empty(len(labels), np.int64)  # of an input among those of its class
   for label in np.unique(labels):
@@ -82,16 +88,17 @@ def drawn(labels: np.ndarray, at_once: int, rng: np.random.Generator) -> np.ndar
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step(
+def step_program(
   functions: Functions, dtype: Any, arrays: Arrays, state: State, labels: Any, rate: Any, width: Any
 ) -> tuple[State, jax.Array]:
+  """One step for all inputs; and the loss before it."""
   of_inputs = lambda inputs: loss_of(functions, arrays, inputs.astype(dtype), labels)
   loss, gradient = jax.value_and_grad(of_inputs)(state.inputs)
-  return match.moved(state, gradient, rate, width), loss
+  return match.moved(functions, state, gradient, rate, width), loss
 
 
 @partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _step_of_some(
+def step_of_some_program(
   functions: Functions,
   dtype: Any,
   arrays: Arrays,
@@ -106,12 +113,13 @@ def _step_of_some(
   adam = optax.ScaleByAdamState(
     jnp.asarray(step, jnp.int32), state.adam.mu[rows], state.adam.nu[rows]
   )
-  some, loss = _step(functions, dtype, arrays, State(state.inputs[rows], adam), labels, rate, width)
+  before = match.kept(functions, State(state.inputs[rows], adam))
+  some, loss = step_program(functions, dtype, arrays, before, labels, rate, width)
   put = lambda whole, part: whole.at[rows].set(part)
   adam = state.adam._replace(
     mu=put(state.adam.mu, some.adam.mu), nu=put(state.adam.nu, some.adam.nu)
   )
-  return State(put(state.inputs, some.inputs), adam), loss
+  return match.kept(functions, State(put(state.inputs, some.inputs), adam)), loss
 
 
 def loss_of(

@@ -12,7 +12,7 @@ import numpy as np
 
 from mnemonic_jax import _checks, _trees
 from mnemonic_jax.errors import nearest
-from mnemonic_jax.fisher import loss_checks, plan
+from mnemonic_jax.fisher import loss_checks, passes, plan
 from mnemonic_jax.fisher.plan import Plan, Step
 from mnemonic_jax.methods import behind, cutting, places
 from mnemonic_jax.methods import head as heads
@@ -192,15 +192,17 @@ def edit(
   hold sites that other arrays bypass.
   """
   leaves, treedef = _trees.flatten(problem.params)
-  sides = problem.forget, problem.remain
-  inputs, labels = problem.inputs, jnp.asarray(problem.labels)
+  sides, spread = (problem.forget, problem.remain), problem.request.placement.spread
+  examples, weights = (problem.inputs, jnp.asarray(problem.labels)), class_weights(problem)
+  if spread is not None:  # each device its part of the codes
+    examples, weights = passes.spread_out(examples, weights, spread)
   with loss_checks.matmul_precision(problem.request.precision):
     changes, found = cutting.cut_writes(
       network.planned,
       network.places,
       [*leaves, *problem.constants],
-      [jnp.expand_dims(x, 1) for x in (inputs, labels)],
-      class_weights(problem),
+      [jnp.expand_dims(x, 1) for x in examples],
+      weights,
       sides,
       active,
       bypassed,

@@ -24,9 +24,13 @@ from safetensors.numpy import save_file
 from mnemonic_jax import learning
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
+from mnemonic_jax.fisher import Execution
 from mnemonic_jax.learning import LearnedCodes
+from mnemonic_jax.multihost import processes
+from mnemonic_jax.multihost.processes import Watchdog
+from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.progress import Progress
-from mnemonic_jax.runs import files
+from mnemonic_jax.runs import files, scoring
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.trained import Trained
@@ -50,10 +54,23 @@ def path_in(run: RunFolder) -> epath.Path:
 
 
 def learn(
-  trained: Trained, config: Config, dataset: Dataset, out: epath.Path, request: Request
+  trained: Trained,
+  config: Config,
+  dataset: Dataset,
+  out: epath.Path,
+  request: Request,
+  *,
+  layout: Layout | None = None,
+  watchdog: Watchdog | None = None,
+  microbatch: int | None = None,
 ) -> dict[str, Any]:
-  """Learn or recall the codes of a trained model, and write them to the new file `out`."""
+  """Learn or recall the codes of a trained model, and write them to the new file `out`.
+
+  On a mesh each process reads its part of the data, and all learn the same codes. `microbatch`:
+  how many codes at a time; None: as many as fit in memory.
+  """
   refuse_existing(out)
+  layout, watchdog = layout or Layout(), watchdog or Watchdog()
   train, num_classes = dataset.train, len(dataset.class_names)
   preprocess = jax.jit(dataset.preprocess)
   batches = None
@@ -63,10 +80,12 @@ def learn(
         f"{config.data.name}: its training pictures are gone, so codes cannot be learned. Recall "
         "them from the model alone, with --recall."
       )
-    batches = ((preprocess(x), y) for x, y in train.batches(min(_ROWS, train.num_examples)))
+    parts = scoring.batches(train, layout, watchdog, _ROWS, of="the pass over data")
+    batches = ((preprocess(x), y, mask) for x, y, mask in parts)
   lowest, highest = (preprocess(np.full((1, *dataset.shape), v, np.uint8))[0] for v in (0, 255))
   started = time.perf_counter()
-  with _progress() as progress:
+  watchdog.phase("the first of the codes to learn")
+  with _progress(watchdog) as progress:
     found = learning.learn_codes(
       jax.random.key(request.seed),
       trained.logits_fn,
@@ -78,10 +97,13 @@ def learn(
       shape=dataset.shape,
       input_range=(lowest, highest),
       statistics_fn=trained.model.statistics_fn(trained.model_state),
+      execution=Execution(microbatch),
       progress=progress,
     )
+  watchdog.phase("writing the codes")
   read = ["params"] if request.from_model else ["params", "training examples"]
-  save(out, found, files.params_sha256(trained.params), read)
+  params_sha256 = files.params_sha256(trained.params)
+  processes.on_writer(lambda: save(out, found, params_sha256, read))
   return {
     "file": str(out),
     "classes": num_classes,
@@ -95,8 +117,8 @@ def learn(
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int, int], None]]:
-  """Give a function (steps done, of) that shows progress."""
+def _progress(watchdog: Watchdog) -> Iterator[Callable[[int, int], None]]:
+  """Give a function (steps done, of) that shows progress, and tells the watchdog."""
   with contextlib.ExitStack() as stack:
     counted = 0
     shown: list[Progress] = []
@@ -104,9 +126,11 @@ def _progress() -> Iterator[Callable[[int, int], None]]:
     def show(done: int, of: int) -> None:
       nonlocal counted
       if not shown:
-        shown.append(stack.enter_context(Progress("learn codes", of, "steps")))
+        quiet = not processes.is_writer()
+        shown.append(stack.enter_context(Progress("learn codes", of, "steps", quiet=quiet)))
       shown[0].update(done - counted)
       counted = done
+      watchdog.phase(f"what follows step {done} of {of} of learning codes")
 
     yield show
 

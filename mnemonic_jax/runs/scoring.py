@@ -40,30 +40,40 @@ def predict_each(
   """
   layout, watchdog = layout or Layout(), watchdog or Watchdog()
   with layout.used():
-    batches = _batches(split, layout, watchdog)
-    return evaluation.predict(logits_fn, candidates, batches, preprocess=preprocess)
+    placed = batches(split, layout, watchdog)
+    return evaluation.predict(logits_fn, candidates, placed, preprocess=preprocess)
 
 
-def _batches(
-  split: Split | Stream, layout: Layout, watchdog: Watchdog
+def batches(
+  split: Split | Stream,
+  layout: Layout,
+  watchdog: Watchdog,
+  rows_of_device: int = _ROWS,
+  *,
+  of: str = "an evaluation",
 ) -> Iterator[tuple[Any, Any, np.ndarray]]:
-  """Give (images, labels, mask) in order, all of one size: one program is compiled."""
+  """Give (images, labels, mask) in order, all of one size: one program is compiled.
+
+  On a mesh each process decodes its part. `rows_of_device`: at most so many at once on a device;
+  `of`: what they are for.
+  """
   if not split.num_examples:
     return
   (index, count), total = layout.process, split.num_examples
-  rows_at_once = max(_LEAST_ROWS, min(_ROWS, _VALUES // int(np.prod(split.shape))))
+  rows_at_once = max(_LEAST_ROWS, min(rows_of_device, _VALUES // int(np.prod(split.shape))))
   size = -(-min(total, rows_at_once * layout.size) // layout.size) * layout.size
   rows = np.arange(-(-total // size) * size).reshape(-1, size)
   mine = np.minimum(rows.reshape(len(rows), count, -1)[:, index].ravel(), total - 1)
-  watchdog.phase("the first batch of an evaluation")
+  watchdog.phase(f"the first batch of {of}")
   quiet = isinstance(split, Split) or not is_writer()
-  with Progress("evaluate", total, "images", quiet=quiet) as progress:
+  title = "evaluate" if of == "an evaluation" else "read images"
+  with Progress(title, total, "images", quiet=quiet) as progress:
     local = watchdog.inputs(split.part(mine).batches(size // count))
     for number, (batch, places) in enumerate(zip(local, rows, strict=True), start=1):
       mask = places < total
       yield *layout.place(batch), mask
       progress.update(int(mask.sum()))
-      watchdog.phase(f"what follows batch {number} of {len(rows)} of an evaluation")
+      watchdog.phase(f"what follows batch {number} of {len(rows)} of {of}")
 
 
 class Scored(NamedTuple):

@@ -1,12 +1,14 @@
-"""Compile the train step and the forget for a TPU pod, without one, and print what it says.
+"""Compile training, learning codes and forgetting for a TPU pod, without one, and print the cost.
 
 Command:  make tpu-check
           .venv-tpu/bin/python experiments/imagenet_vit/scaling/compile_check.py \
           --topology v5e:16x16 --model vit_l16 --batch 4096 --fsdp 16
 
-The programs are those of train.py and forget.py in the folder above. Any field of the config can be
-overridden too (--codes.per_class 2). Exit code 1: a program does not fit, or some collective gives
-a device the whole model, or a whole stack of its layers, at once.
+The programs are those of train.py, codes.py and forget.py in the folder above: a step of training,
+a forget of the paper's from random codes, a projection from learned codes with eight judges a
+class, and a step of learning and of recalling codes. Any field of the config can be overridden too
+(--codes.per_class 2). Exit code 1: a program does not fit, or some collective gives a device the
+whole model, or a whole stack of its layers, at once.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ from mnemonic_jax.runs import setup
 from mnemonic_jax.runs.config import Config
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import codes
 import forget
 
 CONFIG = "imagenet_vit_s16_90ep"
+DEPTH = 2  # of the projection
 _LARGEST = 8  # collectives, and operations, that the table lists one by one
 # The TPU compiler asks for a machine; these answers keep it from looking for one and locking it.
 _MACHINE = {
@@ -97,6 +101,42 @@ def devices_of(topology: str) -> tuple[list[Any], Chip | None]:
     ) from None
 
 
+def _programs(
+  config: Config, dataset: Dataset, mesh: jax.sharding.Mesh, training: setup.Program
+) -> dict[str, tuple[Any, tuple[Any, ...], float]]:
+  """What is compiled: the program, its abstract arguments, and its FLOPs over all devices."""
+  of = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+  number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
+  num_classes, shape, judges = len(dataset.class_names), dataset.shape, cost_model.JUDGES
+  learned = mj.LearnedCodes(
+    of(num_classes, 1, *shape),
+    of(num_classes, judges, *shape),
+    *(of(num_classes, judges) for _ in range(2)),
+    of(num_classes, 0, *shape),
+  )
+  forgets = {
+    "forget": (forget.make_program(config, dataset, mesh), mj.Perturbation(number, number)),
+    "projection": (forget.make_program(config, dataset, mesh, None, learned), mj.Projection(DEPTH)),
+  }
+  learning, recalling = codes.make_programs(config, dataset, mesh)
+  calls = {
+    "train step": (training.step, training.arguments),
+    **{name: (made.step, (*made.arguments, method)) for name, (made, method) in forgets.items()},
+    "learning codes": learning[:2],
+    "recalling codes": recalling[:2],
+  }
+  counts = {
+    "train step": config.train.batch_size,
+    "forget": num_classes * config.codes.per_class,
+    "projection": num_classes,
+    "learning codes": learning.count,
+    "recalling codes": recalling.count,
+  }
+  forward = cost_model.VITS[config.model.name].forward_flops(num_classes, config.data.side)
+  passes = cost_model.forward_passes(config.model.remat)
+  return {name: (*call, passes[name] * forward * counts[name]) for name, call in calls.items()}
+
+
 def check(
   config: Config, num_classes: int, mesh: jax.sharding.Mesh, chip: Chip | None
 ) -> list[Report]:
@@ -107,15 +147,6 @@ def check(
   name, half = config.data.name, (0.5,) * 3
   dataset = Dataset(name, unread, unread, names, 255, half, half)  # type: ignore[arg-type]
   training = setup.make_program(config, dataset, Layout(mesh))
-  forgetting = forget.make_program(config, dataset, mesh)
-  number = jax.ShapeDtypeStruct((), np.float32, sharding=sharding.replicated(mesh))
-  calls = {
-    "train step": (training.step, training.arguments),
-    "forget": (forgetting.step, (*forgetting.arguments, mj.Perturbation(number, number))),
-  }
-  flops = cost_model.program_flops(
-    config.model.name, num_classes, side, config.train.batch_size, config.model.remat
-  )
   split = [
     hlo.Leaf(
       leaf.shape,
@@ -126,7 +157,7 @@ def check(
     if leaf.ndim > 1 and not leaf.sharding.is_fully_replicated
   ]
   reports = []
-  for name, (function, arguments) in calls.items():
+  for name, (function, arguments, flops) in _programs(config, dataset, mesh, training).items():
     start = time.perf_counter()
     with jax.set_mesh(mesh):
       compiled = _compiled(name, function.lower(*arguments))
@@ -141,7 +172,7 @@ def check(
         hlo.collectives(parsed),
         sum(cycles.values()) / chip.clock if chip else 0.0,
         {operation: cycles[operation] / chip.clock for operation in costliest} if chip else {},
-        flops[name] / mesh.size,
+        flops / mesh.size,
         hlo.whole(parsed, split),
       )
     )

@@ -22,7 +22,8 @@ from chips import CHIPS, TF32, Chip
 TRAIN_IMAGES = 1_281_167  # of ImageNet-1k
 SIDE, CLASSES = 224, 1000
 SHARE_OF_PEAK = 0.4  # assumed, of products, in training (the MFU) and in forgetting
-CODES_PER_DEVICE = 16  # in one pass of a forget; forget.py's
+CODES_PER_DEVICE = 16  # in one pass of a forget; job.py's
+JUDGES = 8  # a class, of learned codes
 BFLOAT16, FLOAT32 = 2, 4  # bytes
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "scaling.md"
 COMPILED = pathlib.Path(__file__).parents[2] / "results" / "compile_check"
@@ -89,18 +90,22 @@ VITS = {
 }
 
 
-def program_flops(name: str, classes: int, side: int, batch: int, remat: bool) -> dict[str, float]:
-  """FLOPs of a call of each program, over all devices.
+def forward_passes(remat: bool) -> dict[str, int]:
+  """What each program does to one image or code, in forward passes.
 
-  A step is three forward passes, a fourth with remat. Of a forget, the Fishers take the same for
-  each code (what contracts inputs with cotangents stands where the gradient of the weights would),
-  and scoring a forward pass for each of two directions and one at the end.
+  A step of training is three, a fourth with remat. Of a forget, the Fishers take the same for each
+  code (what contracts inputs with cotangents stands where the gradient of the weights would), and
+  scoring a forward pass for each of two directions and one at the end. A projection follows each
+  code once and scores it once, and each judge of its class twice; the linear algebra of its sites
+  is left out. A code is learned or recalled by a forward pass and the half of a backward pass that
+  needs no gradient of the weights; remat adds one.
   """
-  forward = VITS[name].forward_flops(classes, side)
-  passes = 3 + remat
   return {
-    "train step": passes * forward * batch,
-    "forget": (passes + 3) * forward * classes,
+    "train step": 3 + remat,
+    "forget": 3 + remat + 3,
+    "projection": 2 + 2 * JUDGES,
+    "learning codes": 2 + remat,
+    "recalling codes": 2 + remat,
   }
 
 
