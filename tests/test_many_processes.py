@@ -75,7 +75,7 @@ def digits_runs(tmp_path_factory):
 
 def test_two_processes_train_a_stored_set_as_one_device_does(digits_runs):
   losses = []
-  for out, trained in digits_runs:
+  for out, _ in digits_runs:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [20, 40, 44, 60, 80, 88]
     losses.append([line["loss"] for line in lines])

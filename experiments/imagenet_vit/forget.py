@@ -138,14 +138,14 @@ def one_step(method: Any, search: bool) -> Any:
     return mj.Perturbation(*(np.asarray(values) for values in zip(*GRID, strict=True)))
   if isinstance(method, mj.Projection) and method.heal:
     raise UsageError(
-      f"forget.settings.heal: got {method.heal} with the method projection; expected 0: on a mesh a "
-      "forget is one step. Heal on one device: mnemonic forget RUN --heal."
+      f"forget.settings.heal: got {method.heal} with the method projection; expected 0: on a mesh "
+      "a forget is one step. Heal on one device: mnemonic forget RUN --heal."
     )
   if steps := methods.steps_of(method):
     raise UsageError(
       f"forget.method: got {name}, which takes {steps} steps; expected a method of one step: "
-      f"projection, drop_row, dampening or perturbation. For {name} use one device: mnemonic forget "
-      "RUN."
+      f"projection, drop_row, dampening or perturbation. For {name} use one device: mnemonic "
+      "forget RUN."
     )
   for setting in getattr(method, "to_search", ()):
     more = " or --search" if searches else ""
