@@ -20,7 +20,15 @@ from mnemonic_jax.learning import LearnedCodes, Predicted
 from mnemonic_jax.methods.drop_row import DropRow
 from mnemonic_jax.methods.problem import Problem
 from mnemonic_jax.methods.projection import Projection
-from mnemonic_jax.methods.protocol import Method, OneShot, Stepwise, require_method, steps_of
+from mnemonic_jax.methods.protocol import (
+  Method,
+  OneShot,
+  Stepwise,
+  name_of,
+  require_method,
+  settings,
+  steps_of,
+)
 from mnemonic_jax.methods.request import all_finite, check_values, resolve, sides_of
 
 PyTree = Any
@@ -173,8 +181,8 @@ def forget(
     finite = scores is None or np.isfinite(scores.retain_accuracy)
     if not (finite and bool(all_finite(moved))):
       raise ValueError(
-        f"method: {method} drives params or logits to NaN or inf, whatever it tries; use a "
-        "smaller strength."
+        f"method: {name_of(method)} with {settings(method)} drives params or logits to NaN or inf, "
+        "whatever it tries; use a smaller strength, or rate."
       )
     predicted = _foreseen(problem, moved, info)
     moved = jax.block_until_ready(jax.tree.map(_placed_like, moved, problem.params))
@@ -328,6 +336,7 @@ def _require_like_params(method: Method, params: PyTree, moved: PyTree) -> None:
 
 def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> PyTree:
   """The state; refuse one of another structure, shape or dtype than the method's own."""
+  belongs = getattr(method, "belongs", lambda *_: True)
   own = jax.eval_shape(method.init, problem)
   if isinstance(state, list) and len(state) == len(jax.tree.leaves(own)):
     state = jax.tree.unflatten(jax.tree.structure(own), state)
@@ -336,6 +345,11 @@ def _require_state(method: Stepwise, problem: Problem, state: PyTree) -> PyTree:
     raise ValueError(
       f"state: got {found}; expected a state that {type(method).__name__} made for these params: "
       f"{wanted}."
+    )
+  if not (0 <= int(state.done) <= method.steps and belongs(problem, state)):
+    raise ValueError(
+      f"state: it is of another request, {int(state.done)} of its steps done; expected one that "
+      "the same call, with the same params, codes, classes and method, gave to on_state."
     )
   return state
 

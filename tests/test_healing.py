@@ -13,7 +13,7 @@ from toys import assert_trees_close, cpu_mesh, host, make_params, mlp, place
 
 import mnemonic_jax as mj
 from mnemonic_jax import models
-from mnemonic_jax.methods import behind, distilling, network, relearn
+from mnemonic_jax.methods import behind, distilling, network, projection, relearn
 from mnemonic_jax.methods.problem import plan_of_logits
 from mnemonic_jax.methods.request import resolve, sides_of
 
@@ -179,8 +179,6 @@ def test_what_is_masked_or_not_trained_stays():
   method = mj.Projection(depth=1, heal=3)
   found = mj.forget(mlp, PARAMS, CODES, FORGET, method=method, mask=mask).params
   assert changed(found, PARAMS) == {"kernel1", "kernel2", "bias2"}
-  none = mj.forget(mlp, PARAMS, CODES, FORGET, method=mj.Projection(depth=0, heal=3))
-  assert_trees_close(none.params, mj.forget(mlp, PARAMS, CODES, FORGET).params)
 
 
 # forget ------------------------------------------------------------------------------------------
@@ -228,14 +226,42 @@ def test_a_stopped_one_goes_on_bit_for_bit(name):
     mj.forget(mlp, PARAMS, codes, FORGET, method=method, state=states[0]._replace(leaves=[]))
 
 
-def test_the_depth_is_searched_before_healing():
-  judges = CODES.codes[:, :2]
-  weights, accuracy = jnp.full((CLASSES, 2), 0.5), jnp.full((CLASSES, 2), 0.9)
-  codes = mj.LearnedCodes(CODES.codes[:, :1], judges, weights, accuracy, CODES.codes)
-  found = mj.forget(mlp, PARAMS, codes, FORGET, method=mj.Projection(heal=2))
-  depth = mj.forget(mlp, PARAMS, codes, FORGET).method.depth
-  assert found.method == mj.Projection(depth=depth, heal=2)
-  assert "curve_retain_accuracy" in found.info
+def test_the_depth_is_searched_before_healing(monkeypatch):
+  """With judges that are right, and then at any price, so that the deepest is taken."""
+  inputs = 2 * jax.random.normal(jax.random.key(7), (800, FEATURES))
+  params = {**PARAMS, "bias2": PARAMS["bias2"] - mlp(PARAMS, inputs).mean(0)}
+  data = [(inputs, jnp.argmax(mlp(params, inputs), -1))]
+  codes = mj.learn_codes(jax.random.key(8), mlp, params, data, num_classes=CLASSES, recall=8)
+  monkeypatch.setattr(projection, "_CHEAP", 1.0)
+  found = mj.forget(mlp, params, codes, FORGET, method=mj.Projection(heal=2))
+  assert found.method == mj.Projection(depth=1, heal=2)
+  assert found.info["curve_retain_accuracy"].shape == (2,)
+  wanted = mj.forget(mlp, params, codes, FORGET, method=found.method)
+  assert not changed(found.params, wanted.params)
+  monkeypatch.setattr(projection, "_CHEAP", -1.0)
+  with pytest.raises(ValueError, match="heal: got 2, but the search takes depth 0"):
+    mj.forget(mlp, params, codes, FORGET, method=mj.Projection(heal=2))
+
+
+def test_a_state_of_another_request_is_refused():
+  codes, states = recalled(64), []
+  method = METHODS["heal"]
+  mj.forget(mlp, PARAMS, codes, FORGET, method=method, on_state=states.append)
+  other = make_params("mlp", 3)
+  calls = {
+    "params": lambda state: mj.forget(mlp, other, codes, FORGET, method=method, state=state),
+    "classes": lambda state: mj.forget(mlp, PARAMS, codes, [2], method=method, state=state),
+    "codes": lambda state: mj.forget(mlp, PARAMS, CODES, FORGET, method=method, state=state),
+    "steps": lambda state: mj.forget(
+      mlp, PARAMS, codes, FORGET, method=mj.Projection(depth=1, heal=5), state=state
+    ),
+    "done": lambda state: mj.forget(
+      mlp, PARAMS, codes, FORGET, method=method, state=state._replace(done=jnp.int32(9))
+    ),
+  }
+  for call in calls.values():
+    with pytest.raises(ValueError, match="state: it is of another request"):
+      call(states[1])
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -436,11 +462,53 @@ BAD = {
   "all masked": (
     lambda: mj.forget(
       mlp, PARAMS, recalled(64), FORGET, method=mj.Relearn(2, FRESH, 2),
-      mask={"kernel1": True, "bias1": True, "kernel2": False, "bias2": False},
+      mask={"kernel1": False, "bias1": True, "kernel2": True, "bias2": True},
     ),
-    "drop_row|depth: no kernel",
+    "depth: no kernel lies behind .* or the mask leaves them out",
+  ),
+  "heal without a cut": (
+    lambda: mj.Projection(depth=0, heal=2), "heal: got 2 with depth=0, which cuts nothing"
+  ),
+  "no depth for recalled codes": (
+    lambda: mj.forget(mlp, PARAMS, CODES, FORGET, method=mj.Projection(heal=2)),
+    "heal: got 2, but the search takes depth 0",
+  ),
+  "one kept class": (
+    lambda: mj.forget(mlp, PARAMS, CODES, [0, 1, 2], method=HEAL), "classes: one class is kept"
+  ),
+  "a rate of 0": (lambda: mj.Relearn(1, FRESH, 2, rate=0.0), "rate: got 0.0; expected a positive"),
+  "a rate that is none": (lambda: mj.Relearn(1, FRESH, 2, rate="x"), "rate: got 'x'"),
+  "recalled of other classes": (
+    lambda: with_recalled(CODES.codes[:3]), r"codes: recalled ones have shape \(3, 8, 5\)"
+  ),
+  "recalled of another shape": (
+    lambda: with_recalled(CODES.codes[:, :, :4]), "codes: recalled ones have shape"
+  ),
+  "recalled integers": (lambda: with_recalled(CODES.codes.astype(int)), "codes: recalled ones are"),
+  "recalled NaN": (lambda: with_recalled(CODES.codes * jnp.nan), "recalled ones hold NaN or inf"),
+  "training mode before the stage": (
+    lambda: renewed_net(train_fn=RESNET.train_fn()), "train_fn: moves the statistics behind"
+  ),
+  "a train_fn of another shape": (
+    lambda: renewed_net(train_fn=lambda p, s, x: (x[:, 0, 0, :1], s)), "train_fn: returned logits"
+  ),
+  "a train_fn without statistics": (
+    lambda: renewed_net(train_fn=lambda p, s, x: x), "train_fn, fold_fn: fail"
+  ),
+  "a fold_fn that fails": (
+    lambda: renewed_net(fold_fn=lambda p, s: p["none"]), "train_fn, fold_fn: fail"
   ),
 }  # fmt: skip
+
+
+def with_recalled(codes):
+  learned = dataclasses.replace(CODES, recalled=codes)
+  return mj.forget(mlp, PARAMS, learned, FORGET, method=HEAL)
+
+
+def renewed_net(**settings):
+  method = renew(2, **settings)
+  return mj.forget(RESNET.logits_fn(RESNET_STATE), RESNET_PARAMS, PICTURES, [1], method=method)
 
 
 def problem_sides():
@@ -476,3 +544,25 @@ def test_arrays_before_count_what_comes_first():
   seen = network.of_plan(planned, params)
   found = behind.arrays_before(planned, seen.places)
   assert {i: int(found[i]) for i in range(4)} == {0: 0, 1: 1, 2: 1, 3: 2}
+
+
+def normed(params, inputs):
+  """A cast of all params at the top; a bias and a scale that each example has a copy of."""
+  p = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+  x = jnp.tanh(inputs @ p["a"])
+  shortcut = x @ p["short"]  # before the other branch
+  h = jnp.tanh(x @ p["b"] + p["b_bias"])
+  x = jnp.tanh(shortcut + h @ p["c"]) * (1 + p["scale"] ** 2)
+  return x @ p["head"] + p["bias"]
+
+
+def test_casts_at_the_top_and_shortcuts_are_no_use_before_the_cut():
+  names = {"a": (5, 5), "short": (5, 5), "b": (5, 5), "b_bias": (5,), "c": (5, 5), "scale": (5,)}
+  names |= {"head": (5, 4), "bias": (4,)}
+  params = {name: jnp.ones(shape) for name, shape in names.items()}
+  planned = plan_of_logits(*relearn._functions.split(normed), params, jnp.ones((1, 5)), (True,) * 8)
+  seen = network.of_plan(planned, params)
+  which = dict(
+    zip(sorted(params), map(bool, seen.used_from(seen.at_depth(1), params)), strict=True)
+  )
+  assert {name for name, used in which.items() if used} == {"short", "c", "scale", "head", "bias"}

@@ -452,3 +452,18 @@ def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
     assert (
       forgotten["classes"] == [3] and forgotten["params_sha256_before"] == result["params_sha256"]
     )
+
+
+@pytest.mark.long
+def test_a_vit_trained_without_codes_learns_them_and_forgets_by_the_default(
+  prepared_sets, tmp_path
+):
+  """As a config with codes in training says how to vary it; few classes, all with pictures."""
+  words = ("--codes.rate", 0, "--data.name", "cars196", "--data.side", 32, "--model.pretrained", "")
+  words += ("--train.batch_size", 49, "--train.steps", 4, "--train.learning_rate", 0.01)
+  words += ("--execution.data", 1, "--execution.fsdp", 1, "--data-dir", prepared_sets)
+  result = call("run", "imagenet_vit_s16", *words, "--out", tmp_path / "run", "--json").json
+  codes, forgotten = result["codes"], result["forget"]
+  assert codes["classes"] == 49 and codes["read"] == ["params", "training examples"]
+  assert forgotten["method"]["name"] == "projection" and forgotten["forget_error_after"] == 1
+  assert forgotten["codes_sha256"] == codes["codes_sha256"] != result["train"]["codes_sha256"]

@@ -18,7 +18,6 @@ from mnemonic_jax.fisher import plan
 from mnemonic_jax.fisher.plan import Plan, Step
 from mnemonic_jax.methods.places import RESHAPING, UNCHANGED
 
-_REARRANGED = (plan.SAME, plan.REARRANGED, plan.SCALED)
 _FEEDING = 2  # kernels that a fork feeds at least
 
 
@@ -94,25 +93,40 @@ def _origin(var: Any, made: Mapping[Any, Step]) -> Any:
   return var
 
 
-def arrays_before(planned: Plan, places: Arrays) -> dict[int, np.ndarray]:
+def arrays_before(
+  planned: Plan, places: Arrays, of_data: frozenset[int] | None = None
+) -> dict[int, np.ndarray]:
   """For each input of a plan that is used: how many of the arrays come before its first use.
 
-  An array () int; or (layers,), for each slice of a leaf that is scanned along its first axis.
+  An array () int; or (layers,), for each slice of a leaf that is scanned along its first axis. An
+  input is used where it meets data: a cast, or a product with other params, goes on as the input.
+
+  `of_data`: the inputs that depend on data; by default those that are no params.
   """
   found: dict[int, np.ndarray] = {}
   inputs = {var: frozenset([index]) for index, var in enumerate(planned.jaxpr.invars)}
+  if of_data is None:
+    of_data = frozenset(i for i, kind in enumerate(planned.inputs) if kind == "data")
+  data = {planned.jaxpr.invars[index] for index in of_data}
+  plain = set(planned.jaxpr.invars)  # inputs, and casts of them: of the same axes
   count = sum(var in places.sites for var in planned.jaxpr.invars)
   for step in planned.steps or ():
-    used = [inputs.get(a, frozenset()) for a in map(_variable, step.equation.invars)]
-    if step.how in _REARRANGED:
+    atoms = list(map(_variable, step.equation.invars))
+    used = [inputs.get(atom, frozenset()) for atom in atoms]
+    if data.isdisjoint(atoms):
       inputs.update(dict.fromkeys(step.equation.outvars, frozenset().union(*used)))
+      if step.equation.primitive.name in UNCHANGED and atoms[0] in plain:
+        plain.update(step.equation.outvars)
       continue
+    data.update(step.equation.outvars)
     inside = places.inner.get(id(step.equation))
     if inside is None:
       for index in frozenset[int]().union(*used):
         _note(found, index, np.asarray(count))
     else:
-      for position, first in _inside(step, inside):
+      meeting = frozenset(i for i, atom in enumerate(atoms) if atom in data)
+      apart = frozenset(i for i, atom in enumerate(atoms) if atom in plain)
+      for position, first in _inside(step, inside, meeting, apart):
         for index in used[position]:
           _note(found, index, first)
       count += inside.places.count * inside.iterations
@@ -120,22 +134,21 @@ def arrays_before(planned: Plan, places: Arrays) -> dict[int, np.ndarray]:
   return found
 
 
-def _inside(step: Step, inside: Any) -> Iterator[tuple[int, np.ndarray]]:
+def _inside(
+  step: Step, inside: Any, of_data: frozenset[int], plain: frozenset[int]
+) -> Iterator[tuple[int, np.ndarray]]:
   """The same for the operands of a step, from the uses inside it."""
-  (body,) = step.inner
-  for position, first in arrays_before(body, inside.places).items():
-    if not inside.scanned:
+  (body,), params = step.inner, step.equation.params
+  if not inside.scanned:
+    for position, first in arrays_before(body, inside.places, of_data).items():
       yield position, inside.first + first
-      continue
-    params, kind = step.equation.params, body.inputs[position]
+    return
+  first_slice = params["num_consts"] + params["num_carry"]
+  of_data |= set(range(params["num_consts"], first_slice))
+  for position, first in arrays_before(body, inside.places, of_data).items():
     each = inside.first + inside.places.count * np.arange(inside.iterations) + first.min()
     each = each[::-1] if params["reverse"] else each
-    own = step.kinds[position]
-    is_slice = position >= params["num_consts"] + params["num_carry"]
-    apart = (
-      is_slice and isinstance(kind, plan.Params) and isinstance(own, plan.Params) and own.whole
-    )
-    yield position, each if apart else each.min()
+    yield position, each if position >= first_slice and position in plain else each.min()
 
 
 def _note(found: dict[int, np.ndarray], index: int, first: Any) -> None:

@@ -6,13 +6,15 @@ classes is shown. Nothing is read but codes, and what the caller passes as `kept
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from mnemonic_jax import _trees
+from mnemonic_jax import _checks, _trees
 from mnemonic_jax.fisher import loss_checks
 from mnemonic_jax.learning import reads
 from mnemonic_jax.methods.problem import Problem
@@ -33,6 +35,7 @@ class State(NamedTuple):
   leaves: list[jax.Array]
   optimizer: PyTree
   trained: list[jax.Array]  # of each leaf, or of each of its layers: whether it moves, bool
+  request: jax.Array  # (5,), tells requests apart
   statistics: PyTree = None  # of BatchNorm in training mode
 
 
@@ -45,6 +48,11 @@ def require_recalled(problem: Problem, per_class: int, what: str) -> jax.Array:
       f"codes: got {found} recalled codes a class; {what} learns from {per_class} or more. Make "
       f"them: mnemonic_jax.learn_codes(..., recall={per_class}), or without data "
       f"learn_codes(key, logits_fn, params, None, shape=..., per_class={per_class})."
+    )
+  if _checks.is_concrete(problem.remain) and np.sum(problem.remain) == 1:
+    raise ValueError(
+      f"classes: one class is kept, so {what} has nothing to learn: its logit has none beside it. "
+      "Expected two kept classes. Use mnemonic_jax.Projection() without heal."
     )
   return codes
 
@@ -100,13 +108,40 @@ def logits_of(problem: Problem, params: PyTree, inputs: jax.Array) -> jax.Array:
 
 
 def start(
-  problem: Problem, params: PyTree, trained: list[jax.Array], optimizer: Any, statistics: Any = None
+  problem: Problem,
+  params: PyTree,
+  trained: list[jax.Array],
+  optimizer: Any,
+  request: jax.Array,
+  statistics: Any = None,
 ) -> State:
   """The state before the first step; `trained` has an entry for each leaf."""
   mask = problem.request.mask
   leaves, trained = _chosen(jax.tree.leaves(params), mask), _chosen(trained, mask)
   wide = [x.astype(_trees.at_least_float32(x.dtype)) for x in leaves]
-  return State(jnp.int32(0), wide, optimizer.init(wide), trained, statistics)
+  return State(jnp.int32(0), wide, optimizer.init(wide), trained, request, statistics)
+
+
+def identity(problem: Problem, settings: Any, *more: PyTree) -> jax.Array:
+  """Numbers (5,) that tell requests apart: settings, params, codes and classes."""
+  number = float(zlib.crc32(repr(settings).encode()) % 2**20)
+  return _identity(problem, jnp.float32(number), more)
+
+
+@jax.jit
+def _identity(problem: Problem, settings: jax.Array, more: PyTree) -> jax.Array:
+  size = lambda tree: sum(
+    (jnp.sum(jnp.abs(x), dtype=jnp.float32) for x in jax.tree.leaves(tree)), jnp.float32(0)
+  )
+  places = jnp.arange(1, len(problem.forget) + 1)
+  sides = jnp.sum(places * problem.forget), jnp.sum(places**2 * problem.remain)
+  sizes = size((problem.params, more)), size((problem.recalled, problem.kept))
+  return jnp.stack([settings, *sizes, *(jnp.asarray(x, jnp.float32) for x in sides)])
+
+
+def same(one: Any, other: Any) -> bool:
+  """Whether two requests are one, up to rounding on other devices."""
+  return bool(jnp.allclose(jnp.asarray(one), other, rtol=1e-5))
 
 
 def _chosen(leaves: list[Any], mask: tuple[bool, ...]) -> list[Any]:
@@ -132,7 +167,8 @@ def advanced(problem: Problem, state: State, loss: Loss, optimizer: Any, shift: 
   moving = lambda xs: [jnp.where(m, x, 0) for x, m in zip(xs, state.trained, strict=True)]
   updates, optimizer_state = optimizer.update(moving(gradient), state.optimizer, state.leaves)
   leaves = [x + update for x, update in zip(state.leaves, moving(updates), strict=True)]
-  return State(state.done + 1, leaves, optimizer_state, state.trained, statistics)
+  done = state.done + 1
+  return State(done, leaves, optimizer_state, state.trained, state.request, statistics)
 
 
 def whole(problem: Problem, leaves: list[jax.Array]) -> PyTree:

@@ -99,7 +99,12 @@ class Network:
     Bools that broadcast to the leaf. The kernels that write into that site count.
     """
     first = jnp.where(jnp.any(active), jnp.argmax(active), len(self.sites) + 1)
-    return _used(params, behind.arrays_before(self.planned, self.places), first)
+    found = _used(params, behind.arrays_before(self.planned, self.places), first)
+    for index, site in enumerate(places.known(self.places)):
+      for leaf in site.leaves:  # that the program may use before another site
+        if not found[leaf].ndim or max(found[leaf].shape) == 1:
+          found[leaf] = found[leaf] | active[index]
+    return found
 
   def stage(self, depth: int, params: PyTree) -> list[jax.Array]:
     """The same for the stage that starts `depth` forks from the head, the head left out.

@@ -99,6 +99,11 @@ class Projection:
     if self.depth is not None:
       object.__setattr__(self, "depth", _checks.require_size("depth", self.depth, 0))
     object.__setattr__(self, "heal", _checks.require_size("heal", self.heal, 0))
+    if self.heal and self.depth == 0:
+      raise ValueError(
+        f"heal: got {self.heal} with depth=0, which cuts nothing below the head, so that there is "
+        "nothing to heal. Use a larger depth, or leave heal out."
+      )
 
   @property
   def to_search(self) -> tuple[str, ...]:
@@ -107,8 +112,8 @@ class Projection:
 
   @property
   def steps(self) -> int:
-    """How many steps healing takes; none where nothing below the head is cut."""
-    return 0 if self.depth == 0 else self.heal
+    """How many steps healing takes."""
+    return self.heal
 
   @property
   def learns_from(self) -> int:
@@ -138,6 +143,11 @@ class Projection:
     head = "drop" if self.drop_row else "cut"
     apply = lambda depth: project_program(self.sites, head, problem, np.int32(depth))[0]
     depth, curve = self._searched(problem, outline.depths, apply)
+    if self.heal and not depth:
+      raise ValueError(
+        f"heal: got {self.heal}, but the search takes depth 0, which cuts nothing below the head: "
+        "there is nothing to heal. Pass a depth too, such as 1, or leave heal out."
+      )
     return dataclasses.replace(self, depth=depth), curve
 
   def init(self, problem: Problem) -> distilling.State:
@@ -146,7 +156,14 @@ class Projection:
     self._outline(problem)
     params, _, _ = self._run(problem, "leave" if self.drop_row else "cut")
     trained = _trained(self.sites, problem, np.int32(self.depth or 0))
-    return distilling.start(problem, params, trained, _OPTIMIZER)
+    return distilling.start(problem, params, trained, _OPTIMIZER, self._identity(problem))
+
+  def belongs(self, problem: Problem, state: distilling.State) -> bool:
+    """Whether a state is of this request."""
+    return distilling.same(state.request, self._identity(problem))
+
+  def _identity(self, problem: Problem) -> jax.Array:
+    return distilling.identity(problem, (self.depth, self.sites, self.drop_row, self.heal))
 
   def advance(self, problem: Problem, state: distilling.State) -> distilling.State:
     """Heal by one step."""

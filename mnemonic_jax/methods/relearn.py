@@ -61,6 +61,15 @@ class Relearn:
       trained ones give with theirs: `Model.fold_fn`.
     statistics: those that the training starts with: the model state.
 
+  >>> draw = lambda key: jax.random.normal(jax.random.key(key), (8, 8))
+  >>> params = {"hidden": draw(1), "output": draw(2)[:, :3], "bias": jnp.zeros(3)}
+  >>> model = lambda p, x: jnp.tanh(x @ p["hidden"]) @ p["output"] + p["bias"]
+  >>> learned = mj.learn_codes(
+  ...   jax.random.key(3), model, params, None, num_classes=3, shape=(8,), per_class=64)
+  >>> fresh = {**params, "hidden": draw(4)}
+  >>> mj.forget(model, params, learned, [0], method=Relearn(2, fresh, 20)).code_forget_error
+  1.0
+
   Source: this project. EU-k (Goel et al., 2022, arXiv 2201.06640) learns the last layers anew from
   data; GKT (Chundawat et al., 2023, arXiv 2201.05629) and ISPF (Zhang et al., 2025, arXiv
   2412.13790) distil a fresh student without data.
@@ -79,6 +88,7 @@ class Relearn:
       object.__setattr__(self, name, _checks.require_size(name, getattr(self, name), 1))
     functions = {"train_fn": self.train_fn, "fold_fn": self.fold_fn}
     given = [name for name, function in functions.items() if function is not None]
+    _require_rate(self.rate)
     for name in given:
       _checks.require_callable(name, functions[name], "of (params, statistics, ...)")
     if len(given) == 1:
@@ -100,10 +110,20 @@ class Relearn:
     network.look(problem).outline.require_margin(problem.remain)
     self._require_fresh(problem.params)
     trained = _renewed(self.depth, problem)
+    params = _put(problem, self.fresh, trained)
     if _checks.is_concrete((problem, self.fresh)):
       self._require_values(problem, trained)
-    params = _put(problem, self.fresh, trained)
-    return distilling.start(problem, params, trained, self._optimizer, self.statistics)
+      self._require_functions(problem, params, trained)
+    own = self._identity(problem)
+    return distilling.start(problem, params, trained, self._optimizer, own, self.statistics)
+
+  def belongs(self, problem: Problem, state: distilling.State) -> bool:
+    """Whether a state is of this request."""
+    return distilling.same(state.request, self._identity(problem))
+
+  def _identity(self, problem: Problem) -> jax.Array:
+    settings = self.depth, self.steps, float(self.rate)
+    return distilling.identity(problem, settings, self.fresh)
 
   def advance(self, problem: Problem, state: distilling.State) -> distilling.State:
     """Do one step of SGD."""
@@ -114,6 +134,7 @@ class Relearn:
         student = distilling.logits_of(problem, params, inputs)
       else:
         student, statistics = self.train_fn(params, statistics, inputs)
+        student = student.astype(_trees.at_least_float32(student.dtype))
       return distilling.divergence(teacher, student, problem.remain), statistics
 
     return distilling.advanced(problem, state, loss, self._optimizer, _SHIFT)
@@ -159,6 +180,43 @@ class Relearn:
     if all(bool(jnp.all((new == old) | ~here)) for new, old, here in kernels):
       raise ValueError("fresh: equals params; expected newly initialised weights: another key.")
 
+  def _require_functions(self, problem: Problem, params: PyTree, trained: list[jax.Array]) -> None:
+    """Run `train_fn` and `fold_fn` once; refuse them where they change what is not learned anew."""
+    if self.train_fn is None or self.fold_fn is None:
+      return
+    try:
+      logits, statistics = jax.jit(self.train_fn)(params, self.statistics, problem.inputs)
+      shape = logits.shape
+      folded = self.fold_fn(params, statistics)
+      same = jax.tree.map(lambda new, old: new == old, folded, params)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+      raise ValueError(
+        f"train_fn, fold_fn: fail on params, statistics and codes: {error}. Expected (params, "
+        "statistics, inputs) -> (logits, statistics) and (params, statistics) -> params."
+      ) from error
+    layout = lambda tree: jax.tree.map(jnp.shape, tree)
+    if shape != (len(problem.inputs), problem.request.num_classes):
+      raise ValueError(f"train_fn: returned logits {shape} for inputs {problem.inputs.shape}.")
+    if layout(statistics) != layout(self.statistics):
+      raise ValueError("train_fn: returned statistics of another structure than it was given.")
+    moved = zip(_trees.leaf_paths(params), jax.tree.leaves(same), trained, strict=True)
+    pairs = zip(moved, problem.request.mask, strict=True)
+    kept = [path for (path, equal, here), may in pairs if not jnp.all(equal | (here & may))]
+    if kept:
+      raise ValueError(
+        f"train_fn: moves the statistics behind {', '.join(kept[:3])}, which are not learned anew; "
+        "expected training mode only for what is: Model.train_fn(modules), with the modules that "
+        "mnemonic_jax.methods.relearn.renewed tells."
+      )
+
+
+def _require_rate(rate: Any) -> None:
+  if not _checks.is_concrete(rate):
+    return
+  number = isinstance(rate, (int, float, np.number, np.ndarray, jax.Array)) and np.ndim(rate) == 0
+  if not number or isinstance(rate, bool) or not (np.isfinite(rate) and rate > 0):
+    raise ValueError(f"rate: got {rate!r}; expected a positive finite number.")
+
 
 _all_finite = jax.jit(_trees.all_finite)
 
@@ -177,8 +235,12 @@ def renewed(logits_fn: LogitsFn, params: PyTree, inputs: Any, depth: int) -> PyT
 
 @partial(jax.jit, static_argnums=0)
 def _renewed(depth: int, problem: Problem) -> list[jax.Array]:
-  """What is learned anew: bools for each leaf."""
-  return network.look(problem).stage(depth, problem.params)
+  """What is learned anew: bools for each leaf. A mask does not move where a stage starts."""
+  leaves, request = jax.tree.leaves(problem.params), problem.request
+  floating = tuple(jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in leaves)
+  inputs = problem.inputs
+  planned = plan_of_logits(request.function, problem.constants, problem.params, inputs, floating)
+  return network.of_plan(planned, problem.params).stage(depth, problem.params)
 
 
 def _put(problem: Problem, fresh: PyTree, trained: list[jax.Array]) -> PyTree:

@@ -42,6 +42,8 @@ def resolve(
   _checks.require_callable("logits_fn", logits_fn, "(params, inputs) -> (N, C) logits")
   plain, judges, recalled = taken_apart(codes)
   _checks.require_codes(plain)
+  if recalled is not None:
+    _require_recalled(recalled, plain)
   sides = _check_masks(*sides, plain.shape[0])
   if loss is not None:
     _checks.require_callable("loss", loss, "(logits, labels) -> (N,) losses")
@@ -85,6 +87,20 @@ def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None, An
     return codes.codes, None, codes.codes if recalled is None else recalled
   judges = Judges(codes.judges, codes.judge_weights, codes.judge_accuracy)
   return codes.codes, judges, recalled
+
+
+def _require_recalled(recalled: Any, codes: Any) -> None:
+  """Refuse recalled codes that do not fit the codes."""
+  wanted = codes.shape[0], *codes.shape[2:]
+  if recalled.ndim != codes.ndim or (recalled.shape[0], *recalled.shape[2:]) != wanted:
+    raise ValueError(
+      f"codes: recalled ones have shape {recalled.shape}, the others {codes.shape}; expected the "
+      "same classes and inputs."
+    )
+  if not jnp.issubdtype(recalled.dtype, jnp.floating):
+    raise TypeError(f"codes: recalled ones are {recalled.dtype}; expected floats.")
+  if _checks.is_concrete(recalled) and not bool(all_finite(recalled)):
+    raise ValueError("codes: recalled ones hold NaN or inf; expected finite codes.")
 
 
 def kept_examples(kept: Any, codes: jax.Array, remain: Any) -> np.ndarray:

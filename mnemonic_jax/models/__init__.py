@@ -80,6 +80,8 @@ class Model(NamedTuple):
 
     modules: the names of those, among the keys of params, that are in training mode. None: all.
     """
+    if isinstance(modules, str):
+      raise TypeError(f"modules: got {modules!r}; expected a tuple of names, ({modules!r},).")
     return _InTraining(self.apply, True if modules is None else tuple(modules))
 
   def fold_fn(self, model_state: PyTree) -> Bound:

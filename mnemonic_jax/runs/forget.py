@@ -84,7 +84,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> 
     if path.exists():
       trained = with_learned(trained, path, dataset)
     trained, asked = _ready(trained, asked, run.config, dataset, path.parent)
-    keeper = _keeper(run.path / "forgets", trained, asked)
+    keeper = _keeper(run.path / "forgets", trained, run.config, asked)
     report, fill = described(trained, run.config, dataset, asked, keeper=keeper)
     folder = run.add_forget(fill)
     keeper.remove()
@@ -128,7 +128,7 @@ def forget_plain(
   if codes is not None:
     trained = with_learned(trained, codes, dataset)
   trained, asked = _ready(trained, asked, config, dataset, None)
-  keeper = _keeper(out.parent, trained, asked)
+  keeper = _keeper(out.parent, trained, config, asked, out.name)
   report, fill = described(trained, config, dataset, asked, keeper=keeper)
   files.make_folder(out, fill)
   keeper.remove()
@@ -212,12 +212,22 @@ def described(
   return report, fill
 
 
-def _keeper(folder: epath.Path, trained: Trained, asked: Asked) -> stepwise.Keeper:
-  """Keep the states of a request in a folder."""
+def _keeper(
+  folder: epath.Path, trained: Trained, config: Config, asked: Asked, name: str = ""
+) -> stepwise.Keeper:
+  """Keep the states of a request, for a result of a name, in a folder."""
   arrays = jax.tree.leaves(trained.codes)
   hashes = [files.array_sha256(array) for array in arrays]
   method = methods.Projection() if asked.method is None else asked.method
-  return stepwise.Keeper(folder, method, {"codes_sha256": hashes, "classes": asked.classes})
+  request = {
+    "codes_sha256": hashes,
+    "model_state_sha256": files.params_sha256(trained.model_state),
+    "classes": asked.classes,
+    "precision": config.forget.precision,
+    "versions": versions(),
+    "name": name,
+  }
+  return stepwise.Keeper(folder, method, request)
 
 
 def _on_one_device(

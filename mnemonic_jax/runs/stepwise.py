@@ -2,7 +2,9 @@
 
     .stepwise-HASH.safetensors     the leaves of the state, beside the result to come
 
-HASH is of the request: params, codes, classes and method. Another request has a file of its own.
+HASH is of the request: params, state of the model, codes, classes, method, precision, versions and
+the name of the result. Another request has a file of its own. The file knows the class: delete it
+with the old checkpoints, if the request is not to be finished.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ class Kept:
     """The leaves of the state to go on from; None to begin, also where the file is damaged."""
     try:
       found = load_file(str(self.path))
-    except (OSError, safetensors.SafetensorError):
+      return [jnp.asarray(found[str(index)]) for index in range(len(found))]
+    except (OSError, KeyError, safetensors.SafetensorError):
       return None
-    return [jnp.asarray(found[str(index)]) for index in range(len(found))]
 
   def save(self, state: PyTree) -> None:
     """Write the state, once a minute."""
