@@ -100,10 +100,14 @@ def outlive_the_others(options: argparse.Namespace) -> None:
     return stat.rsplit(")", 1)[1].split()[0] not in "TZX"  # neither stopped nor dead
 
   def sleep(seconds: float) -> None:
+    if seconds != processes._LAST:
+      time.sleep(seconds)
+      return
     while any(map(runs, others)):
       time.sleep(0.01)
 
-  clock = types.SimpleNamespace(monotonic=time.monotonic, sleep=sleep)
+  # The clock stays that of `hurry_when_stuck`.
+  clock = types.SimpleNamespace(monotonic=processes.time.monotonic, sleep=sleep)
   processes.time = clock  # type: ignore[attr-defined]
 
 
