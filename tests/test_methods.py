@@ -101,9 +101,10 @@ def sides(*classes):
 
 
 def test_every_method_of_the_library_is_tested_here():
-  assert REAL.keys() == METHODS.keys()
-  for name, cls in METHODS.items():
-    assert type(REAL[name]) is cls and name_of(cls) == name
+  """Relearn, which takes many steps, has its own: test_healing.py."""
+  assert REAL.keys() | {"relearn"} == METHODS.keys()
+  assert all(name_of(cls) == name for name, cls in METHODS.items())
+  assert all(type(method) is METHODS[name] for name, method in REAL.items())
 
 
 @pytest.mark.parametrize("name", ALL)
