@@ -24,7 +24,6 @@ from mnemonic_jax.methods.protocol import (
   Method,
   OneShot,
   Stepwise,
-  name_of,
   require_method,
   settings,
   steps_of,
@@ -180,8 +179,9 @@ def forget(
     scores = problem.scores(moved) if are_known else None
     finite = scores is None or np.isfinite(scores.retain_accuracy)
     if not (finite and bool(all_finite(moved))):
+      numbers = ", ".join(f"{name}={value}" for name, value in settings(method).items())
       raise ValueError(
-        f"method: {name_of(method)} with {settings(method)} drives params or logits to NaN or inf, "
+        f"method: {type(method).__name__}({numbers}) drives params or logits to NaN or inf, "
         "whatever it tries; use a smaller strength, or rate."
       )
     predicted = _foreseen(problem, moved, info)
