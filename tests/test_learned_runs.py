@@ -213,6 +213,20 @@ def test_deep_learns_the_last_stage_anew(run):
   assert recalled(run) == ["learned.safetensors", "recalled_64.safetensors"]
 
 
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (("--deep", 9), "depth: got 9; this model has 2 arrays"),
+    (("--heal", 6, "--set", "depth=9"), "depth: got 9; this model has 1 sites"),
+    (("--heal", 6, "--set", 'sites=["hiden"]'), "Did you mean hidden.kernel"),
+  ],
+)
+def test_what_the_model_cannot_do_is_told_before_codes_are_recalled(words, message, run):
+  before = recalled(run)
+  assert message in call("forget", run, "--classes", 5, *words).refusal()
+  assert recalled(run) == before
+
+
 class Stop(BaseException):
   """Stands for a kill."""
 

@@ -140,6 +140,7 @@ def _ready(
 ) -> tuple[Trained, Asked]:
   """Bring what a method that learns needs; `folder` keeps recalled codes."""
   if wanted := getattr(asked.method, "learns_from", 0):
+    renewal.require_possible(asked.method, trained, asked.classes, dataset.shape)
     trained = renewal.with_recalled(trained, wanted, config, dataset, folder)
   if isinstance(asked.method, methods.Relearn):
     method = renewal.completed(asked.method, trained, dataset.shape)

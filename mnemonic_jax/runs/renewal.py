@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,14 +13,33 @@ import numpy as np
 from etils import epath
 
 from mnemonic_jax.data import Dataset
+from mnemonic_jax.forgetting import forget_step
 from mnemonic_jax.learning import LearnedCodes
-from mnemonic_jax.methods import Relearn
+from mnemonic_jax.methods import DropRow, Projection, Relearn
 from mnemonic_jax.methods.relearn import renewed
 from mnemonic_jax.runs import files, learned
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.trained import Trained
 
 _KEY = 1  # of the fresh weights; trainings draw theirs from other keys
+
+
+def require_possible(method: Any, trained: Trained, classes: list[int], shape: Any) -> None:
+  """Refuse a method that this model cannot do, before minutes go into recalling codes for it.
+
+  Args:
+    shape: of one input.
+  """
+  num_classes = len(getattr(trained.codes, "codes", trained.codes))
+  codes = jax.ShapeDtypeStruct((num_classes, 1, *shape), "float32")
+  forget = np.isin(np.arange(num_classes), classes)
+  if isinstance(method, Relearn):
+    renewed(trained.logits_fn, trained.params, codes.update(shape=(1, *shape)), method.depth)
+    method = DropRow()
+  elif isinstance(method, Projection):
+    method = dataclasses.replace(method, heal=0, depth=None if method.sites else method.depth or 0)
+  step = partial(forget_step, trained.logits_fn, forget=forget, remain=~forget, method=method)
+  jax.eval_shape(step, trained.params, codes)
 
 
 def completed(method: Relearn, trained: Trained, shape: Any) -> Relearn:
