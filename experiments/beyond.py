@@ -2,7 +2,7 @@
 
 Command:  python experiments/beyond.py CONFIG --data-dir DIR [--seeds 0] [--cases 0 3 0,1,2]
           [--retrain 0 3] [--heal 0 3] [--relearn 0] [--paths 0 3] [--sources 0]
-          [--runs FOLDER]
+          [--equinox] [--runs FOLDER]
 
 Trains what is missing with codes.rate 0 (a training that was stopped resumes), learns codes from
 the training data and recalls others from the model alone, and forgets each case by each method.
@@ -10,7 +10,9 @@ One line a row goes to experiments/results/beyond_NAME.jsonl as soon as it is me
 is there already is not measured again. Figures are on the test split, in %; settings are chosen
 without it. A probe is fitted only where the case has a Retrain (--retrain). --heal and --relearn
 name the cases that get rows of healing and of the last stages learned anew; --paths those whose
-judges are compared with test data along whole paths of strengths.
+judges are compared with test data along whole paths of strengths. --equinox trains the CNN of
+equinox_cnn.py on the config's data instead of the config's model:
+`python experiments/beyond.py mnist_mlp --data.name fashion_mnist --equinox`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import common
+import equinox_cnn
 import jax
 import numpy as np
 import paper_tables
@@ -234,7 +237,7 @@ def study(
         rows.forget(case, name, codes["learned"], method, False)
     if probe and not rows.has(case, "retrain"):
       retrained = folder / f"without_{case.replace(',', '_')}"
-      again = paper_tables.trained(retrained, dataset.without(tuple(classes)), config)
+      again = arguments.train(retrained, dataset.without(tuple(classes)), config)
       Study(again, dataset, out, seed).add(case, "retrain", again.params, True)
 
 
@@ -305,16 +308,18 @@ def main() -> None:
   help = "cases with codes from 1 %% and 10 %% of the data, and random ones"
   parser.add_argument("--sources", nargs="*", default=[], help=help)
   parser.add_argument("--paths", nargs="*", default=[], help="cases whose judges are followed")
+  parser.add_argument("--equinox", action="store_true", help="the CNN of equinox_cnn.py")
   overrides, rest = dotted_overrides(sys.argv[1:])
   arguments = parser.parse_args(rest)
+  arguments.train = equinox_cnn.trained if arguments.equinox else paper_tables.trained
   config = configs.load(arguments.config, {"codes.rate": 0.0, **overrides})
   dataset = setup.load_data(config, arguments.data_dir)
-  name = f"beyond_{common.study_name(config, overrides)}"
+  name = f"beyond_{common.study_name(config, overrides)}{'_equinox' * arguments.equinox}"
   folder = arguments.runs or pathlib.Path("runs") / name
   out = common.RESULTS / f"{name}.jsonl"
   for seed in arguments.seeds:
     seeded = configs.build(config.name, configs.as_dict(config), {"train.seed": seed})
-    model = paper_tables.trained(folder / f"seed{seed}", dataset, seeded)
+    model = arguments.train(folder / f"seed{seed}", dataset, seeded)
     study(model, seeded, dataset, folder / f"codes{seed}", arguments, out)
   lines = [json.loads(line) for line in out.read_text().splitlines()]
   print(table(lines), of_judges(lines), sep="\n\n")

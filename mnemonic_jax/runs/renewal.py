@@ -32,7 +32,7 @@ def require_possible(method: Any, trained: Trained, classes: list[int], shape: A
   """
   num_classes = len(getattr(trained.codes, "codes", trained.codes))
   codes = jax.ShapeDtypeStruct((num_classes, 1, *shape), "float32")
-  forget = np.isin(np.arange(num_classes), classes)
+  forget = jnp.asarray(np.isin(np.arange(num_classes), classes))
   if isinstance(method, Relearn):
     renewed(trained.logits_fn, trained.params, codes.update(shape=(1, *shape)), method.depth)
     method = DropRow()
