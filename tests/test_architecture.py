@@ -33,7 +33,7 @@ EDGES = (
   "multihost",
   "models",
   "data",
-  "audit",
+  "auditing",
   "rivals",
   "report",
   "runs",
