@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mnemonic_jax.auditing import nearest_mean
+from mnemonic_jax.auditing.outputs import accuracy_of
 
 _TOLERANCE = 1e-5  # of every entry of the gradient of the mean loss
 _MOST_STEPS = 10_000
@@ -81,7 +81,7 @@ def linear_probe(
   steps = int(np.max(regression.n_iter_))
   count = int(np.max(train_labels)) + 1 if num_classes is None else num_classes
   found = probe.predict(wide(test_features))
-  accuracy = nearest_mean.accuracy_of(found, test_labels, count)
+  accuracy = accuracy_of(found, test_labels, count)
   return Probe(accuracy, steps < max_steps, steps)
 
 
