@@ -8,6 +8,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+_ROUNDING = 1e-12  # of a variance that is 0
 
 
 class Estimate(NamedTuple):
@@ -68,7 +69,7 @@ def of_variance(value: float, variance: float, count: float, level: float = LEVE
   Source: Korn and Graubard (1998), who use an effective sample size in the same way.
   """
   spread = value * (1 - value)
-  effective = spread / variance if variance > 0 and spread > 0 else count
+  effective = spread / variance if variance > _ROUNDING * spread > 0 else count
   return wilson(value * effective, effective, level)
 
 

@@ -23,14 +23,14 @@ class OutputScores:
     forget_error: E_F, the share of wrong answers among examples of the forgotten classes.
     per_class: for each class its accuracy; NaN without examples.
     worst_class: the kept class that lost most accuracy; None where there is nothing to compare.
-    worst_drop: how much it lost.
+    worst_drop: how much it lost, plus and minus half the interval of its accuracy.
   """
 
   retain_accuracy: Estimate
   forget_error: Estimate
   per_class: tuple[Estimate, ...]
   worst_class: int | None
-  worst_drop: float
+  worst_drop: Estimate
 
 
 def answers(logits: Any, labels: Any) -> Predictions:
@@ -113,17 +113,19 @@ def output_scores(
   forgotten = int(totals[gone].sum())
   kept = int(totals.sum()) - forgotten
   share = lambda ratio, total: wilson(round(ratio * total) if total else 0, total)
-  worst_class, worst_drop = None, float("nan")
+  per_class = tuple(map(share, scores.per_class, totals.tolist()))
+  worst_class, worst_drop = None, Estimate(np.nan, np.nan, np.nan)
   if before is not None:
     drops = evaluation.scores(before, num_classes, gone).per_class - scores.per_class
     drops[gone] = np.nan
     if not np.isnan(drops).all():
       worst_class = int(np.nanargmax(drops))
-      worst_drop = float(drops[worst_class])
+      drop, half = float(drops[worst_class]), per_class[worst_class].half_width
+      worst_drop = Estimate(drop, drop - half, drop + half)
   return OutputScores(
     retain_accuracy=share(scores.retain_accuracy, kept),
     forget_error=share(scores.forget_error, forgotten),
-    per_class=tuple(map(share, scores.per_class, totals.tolist())),
+    per_class=per_class,
     worst_class=worst_class,
     worst_drop=worst_drop,
   )

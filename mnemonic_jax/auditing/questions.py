@@ -82,8 +82,8 @@ def pair(results: Results, first: str, second: str, question: Question) -> Estim
     keys = [f"{name}/tow" for name in (first, second)]
     if not all(key in results for key in keys):
       return None
-    one, other = (tow.Accuracies(**results[key]) for key in keys)
-    return Estimate(tow.tow(one, other), np.nan, np.nan)
+    named = [{part: Estimate(*x) for part, x in results[key].items()} for key in keys]
+    return tow.tow(tow.Accuracies(**named[0]), tow.Accuracies(**named[1]))
   for key in (f"{first} & {second}", f"{second} & {first}"):
     if key in results:
       return estimate(results[key].get(OF_PAIRS[question]))

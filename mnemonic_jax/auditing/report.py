@@ -129,7 +129,9 @@ def _row(each: Verdict) -> tuple[str, ...]:
   known = [x for x in fixed.retrained if not np.isnan(x)]
   spread = f"{_percent(min(known))} to {_percent(max(known))}" if known else "-"
   ends = [(fixed.low, "from"), (fixed.high, "to")]
-  passes = " ".join(f"{word} {_percent(end)}" for end, word in ends if np.isfinite(end))
+  passes = " ".join(
+    f"{word} {_percent(min(1.0, max(0.0, end)))}" for end, word in ends if np.isfinite(end)
+  )
   passed = "-" if fixed.passed is None else f"{fixed.passed} of {len(fixed.retrained)}"
   name = fixed.question.name
   return name, _estimate(fixed.before), _estimate(each.after), spread, passes, each.verdict, passed

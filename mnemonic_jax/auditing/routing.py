@@ -51,8 +51,8 @@ def routing_distance(
 ) -> Estimate:
   """Estimate how far apart two models send the same forgotten examples.
 
-  The mean over the forgotten classes of the total variation distance of their routes. The interval
-  is that of the bootstrap over examples, both models on the same ones, about the value.
+  The mean over the forgotten classes of the total variation distance of their routes. Its variance
+  is that over bootstraps of the examples, both models on the same ones.
 
   Args:
     first, second: (N,) predicted classes of the two models.
@@ -75,8 +75,7 @@ def routing_distance(
     distance(np.concatenate([rng.choice(rows, len(rows)) for rows in own]))
     for _ in range(_RESAMPLES)
   ]
-  half = float(intervals.stats.norm.ppf((1 + intervals.LEVEL) / 2)) * float(np.std(again))
-  return Estimate(value, max(0.0, value - half), min(1.0, value + half))
+  return intervals.of_variance(value, float(np.var(again)), sum(map(len, own)))
 
 
 def separability(first: Any, second: Any, classes: Any, seed: int = 0) -> Estimate:

@@ -21,6 +21,7 @@ AS_RETRAINED = "as retrained"
 NOT_AS_RETRAINED = "not as retrained"
 NO_REFERENCE = "no reference"
 CANNOT_TELL = "cannot tell"
+NOT_MEASURED = "not measured"
 
 _ROUNDING = 1e-9  # of a value that is the same for all
 
@@ -69,7 +70,10 @@ class Threshold:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  """The answer to one question: "as retrained", "not as retrained", "no reference", "cannot tell".
+  """The answer to one question.
+
+  "as retrained", "not as retrained", "cannot tell", "no reference" with fewer than three Retrains,
+  or "not measured".
 
   Attributes:
     threshold: what passes.
@@ -172,7 +176,9 @@ def judge(fixed: Threshold, after: Estimate) -> Verdict:
   ('not as retrained', 'as retrained')
   """
   range_of = fixed.low, fixed.high
-  if not fixed.exists or np.isnan(after.value):
+  if np.isnan(after.value):
+    verdict = NOT_MEASURED
+  elif not fixed.exists:
     verdict = NO_REFERENCE
   elif not _inside(after.value, range_of):
     verdict = NOT_AS_RETRAINED
