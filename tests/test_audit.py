@@ -172,6 +172,14 @@ def test_too_few_examples_leave_an_attack_out():
   assert "not measured: after/relearn" in str(report)
 
 
+def test_several_classes_are_audited_together(told):
+  report = audited(head_dropped(), classes=[0, 3], retrained=[], codes=CODES)
+  outputs = report.results["after/outputs"]
+  assert outputs["forget_error"][0] == 0.5 and len(report.results["after/routing"]["routes"]) == 2
+  assert report.results["after/prototype"]["recovered"][0] > 0.9
+  assert report.results["before/codes"]["triggered"][0] == 1 and report.skipped == {}
+
+
 def test_a_subject_brings_functions_of_its_own(told):
   """Here a Retrain whose inputs are scaled as its own statistics say."""
   features_fn = lambda scale: lambda params, x: {"input": x / scale}
@@ -260,7 +268,7 @@ def test_bad_input_is_refused(case):
 
 
 def test_logits_that_are_nan_are_refused():
-  with pytest.raises(ValueError, match="after: NaN among the logits"):
+  with pytest.raises(ValueError, match="after: NaN or inf among the logits"):
     audited(poisoned(np.float32(3e38)), retrained=[], metrics=["outputs"])
 
 
@@ -271,7 +279,7 @@ def test_shuffled_batches_are_refused():
 
     def __iter__(self):
       self.turn += 1
-      return iter(TEST if self.turn == 1 else TEST[::-1])
+      return iter(TEST if self.turn == 1 else [(x[::-1], y[::-1]) for x, y in TEST])
 
   with pytest.raises(ValueError, match="test: yielded other labels than the first time"):
     audited(head_dropped(), test=Shuffled(), retrained=[], metrics=["outputs"])
@@ -320,7 +328,7 @@ def test_the_prototype_attack_edits_one_row_and_its_bias():
 def test_relearning_takes_the_steps_of_sgd_with_momentum():
   """Softmax regression by hand; the gradient's norm is clipped at 2."""
   rng = np.random.default_rng(0)
-  inputs, labels = 3 * rng.normal(size=(4, 3)), np.array([0, 1, 1, 0])
+  inputs, labels = 9 * rng.normal(size=(4, 3)), np.array([0, 1, 1, 0])
   params = {"kernel": np.zeros((3, 2)), "bias": np.zeros(2)}
   speed = {name: np.zeros_like(x) for name, x in params.items()}
   clipped = 0

@@ -112,10 +112,10 @@ def train_many(
   One hidden layer of ReLUs, SGD with momentum 0.9 and a cosine schedule, batches drawn with
   replacement from a model's own examples. The M models are one `vmap`, the steps one `scan`.
 
-  Memory: with P = (F + 1) hidden + (hidden + 1) C weights a model, M (3 P + batch F) floats of 4
-  bytes, besides the examples and M N bytes of positions times 4. One model of the defaults on the
-  digits (F = 64) takes 0.15 MB, 64 take 9.5 MB; on MNIST (F = 784) one takes 1.6 MB, 64 take 104
-  MB, and 15 MB more for the positions of 60,000 examples.
+  Cost, as compiled for a CPU with the defaults, beside the examples and 4 M N bytes that say which
+  of them a model reads (15 MB for 64 models and 60,000 examples): memory of one model on the digits
+  (F = 64) 0.3 MB, of 64 models 18 MB; on MNIST (F = 784) 2 MB and 130 MB. 1,000 steps on one
+  core: 0.6 s and 15 s on the digits, 3.4 s and 3.5 minutes on MNIST.
 
   Args:
     key: typed PRNG key.
@@ -144,13 +144,9 @@ def train_many(
     raise ValueError("members: a model without an example; expected one for each at least.")
   flat = jnp.asarray(inputs, jnp.float32).reshape(len(inputs), -1)
   own = np.argsort(~members, axis=1, kind="stable").astype(np.int32)  # its examples come first
-  init = jax.vmap(partial(_init, flat.shape[1], hidden, num_classes))
-  first, second = jax.random.split(key)
-  params = init(jax.random.split(first, len(members)))
-  keys = jax.random.split(second, len(members))
   counts = members.sum(1).astype(np.int32)
-  settings = steps, batch, learning_rate
-  return _trained(settings, params, keys, flat, jnp.asarray(labels, jnp.int32), own, counts)
+  settings = num_classes, hidden, steps, batch, learning_rate
+  return _trained(settings, key, flat, jnp.asarray(labels, jnp.int32), own, counts)
 
 
 def logits(params: PyTree, inputs: jax.Array) -> jax.Array:
@@ -160,30 +156,34 @@ def logits(params: PyTree, inputs: jax.Array) -> jax.Array:
   return hidden @ params["output"]["kernel"] + params["output"]["bias"]
 
 
-def _init(features: int, hidden: int, num_classes: int, key: jax.Array) -> PyTree:
-  layer = lambda key, rows, columns: {
-    "kernel": jax.random.normal(key, (rows, columns)) * jnp.sqrt(2 / rows),
-    "bias": jnp.zeros(columns),
+def _init(key: jax.Array, models: int, features: int, hidden: int, num_classes: int) -> PyTree:
+  """Fresh weights of all models; one draw, which compiles faster than one a model."""
+  kernels = features * hidden, hidden * num_classes
+  drawn = jnp.split(jax.random.normal(key, (models, sum(kernels))), kernels[:1], axis=1)
+  layer = lambda x, rows, columns: {
+    "kernel": x.reshape(models, rows, columns) * jnp.sqrt(2 / rows),
+    "bias": jnp.zeros((models, columns)),
   }
-  first, second = jax.random.split(key)
-  return {"hidden": layer(first, features, hidden), "output": layer(second, hidden, num_classes)}
+  return {
+    "hidden": layer(drawn[0], features, hidden),
+    "output": layer(drawn[1], hidden, num_classes),
+  }
 
 
 @partial(jax.jit, static_argnums=0)
 def _trained(
-  settings: tuple[int, int, float],
-  params: PyTree,
-  keys: jax.Array,
+  settings: tuple[int, int, int, int, float],
+  key: jax.Array,
   inputs: jax.Array,
   labels: jax.Array,
   own: jax.Array,
   counts: jax.Array,
 ) -> PyTree:
-  steps, batch, learning_rate = settings
+  num_classes, hidden, steps, batch, learning_rate = settings
   optimizer = optax.sgd(optax.cosine_decay_schedule(learning_rate, steps), momentum=0.9)
 
-  def one(params: PyTree, state: Any, key: Any, own: Any, count: Any) -> tuple[PyTree, Any]:
-    rows = own[jax.random.randint(key, (batch,), 0, count)]
+  def one(params: PyTree, state: Any, own: Any, places: Any) -> tuple[PyTree, Any]:
+    rows = own[places]
 
     def loss(params: PyTree) -> jax.Array:
       return jnp.mean(losses.softmax_cross_entropy(logits(params, inputs[rows]), labels[rows]))
@@ -193,9 +193,12 @@ def _trained(
 
   def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
     params, state = carry
-    now = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
-    return jax.vmap(one)(params, state, now, own, counts), None
+    drawn = jax.random.uniform(jax.random.fold_in(key, index), (len(counts), batch))
+    places = jnp.minimum((drawn * counts[:, None]).astype(jnp.int32), counts[:, None] - 1)
+    return jax.vmap(one)(params, state, own, places), None
 
+  first = jax.random.fold_in(key, steps)
+  params = _init(first, len(counts), inputs.shape[1], hidden, num_classes)
   start = params, jax.vmap(optimizer.init)(params)
   (params, _), _ = jax.lax.scan(step, start, jnp.arange(steps))
   return params

@@ -84,10 +84,10 @@ class Reader:
         f"{self.name}: logits of shape {found.shape}; expected (N, {self.data.num_classes}), as of "
         "the model before."
       )
-    if np.isnan(found).any():
+    if np.isnan(found).any() or (found == np.inf).any():
       raise ValueError(
-        f"{self.name}: NaN among the logits; expected numbers. Was its training diverging, or the "
-        "forgetting too strong?"
+        f"{self.name}: NaN or inf among the logits; expected numbers (-inf is one here). Did its "
+        "training diverge, or was the forgetting too strong?"
       )
     return found
 
