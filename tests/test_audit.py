@@ -181,18 +181,26 @@ def test_several_classes_are_audited_together(told):
 
 
 def test_a_subject_brings_functions_of_its_own(told):
-  """Here a Retrain whose inputs are scaled as its own statistics say."""
-  features_fn = lambda scale: lambda params, x: {"input": x / scale}
-  bind = lambda scale: lambda params, x: model(params, x / scale)
-  again = [
-    mj.Subject(bind(scale), jax.tree.map(lambda x: x * np.float32(1), params), features_fn(scale))
-    for scale, params in zip((1.0, 1.0, 1.0), RETRAINED, strict=False)
-  ]
-  report = audited(
-    head_dropped(), features_fn=features_fn(1.0), retrained=again, metrics=["features"]
-  )
-  assert report.stages == ("input",)
-  assert report.verdict("probe, input") == "cannot tell"  # nothing was edited: before is no better
+  """Retrains whose functions carry an array, which halves the inputs; their kernels are doubled."""
+  halved = lambda scale, params, inputs: model(params, inputs / scale)
+  double = lambda p: {**p, "hidden": {**p["hidden"], "kernel": p["hidden"]["kernel"] * 2}}
+  function = jax.tree_util.Partial(halved, jnp.float32(2))
+  again = [mj.Subject(function, double(params)) for params in RETRAINED]
+  report = audited(head_dropped(), retrained=again, metrics=["features", "prototype"])
+  for name, result in report.results.items():
+    if not name.endswith("thresholds"):
+      assert result == told[1].results[name]
+
+
+def test_features_may_be_given():
+  features_fn = lambda params, inputs: {"input": inputs[:, None], "shifted": inputs + 1}
+  report = audited(head_dropped(), features_fn=features_fn, metrics=["features"])
+  assert report.stages == ("input", "shifted")
+  for name in report.stages:  # nothing that a Retrain could have lost
+    assert report.verdict(f"probe, {name}") == "cannot tell"
+  one = mj.Subject(model, BEFORE, lambda params, inputs: {"input": inputs})
+  with pytest.raises(ValueError, match=r"retrained 0: its stages are .'input': 5., and"):
+    audited(head_dropped(), retrained=[one], features_fn=features_fn, metrics=["features"])
 
 
 # Bad input ---------------------------------------------------------------------------------------
@@ -248,6 +256,11 @@ BAD = {
     "retrained 0: NaN or inf in params",
   ),
   "saw the class": ({"retrained": [BEFORE]}, ValueError, "retrained 0: gets 100% of class 0 right"),
+  "twice the same": (
+    {"retrained": [RETRAINED[0], RETRAINED[0]]},
+    ValueError,
+    "retrained 1: has the same params as retrained 0",
+  ),
   "unknown metric": ({"metrics": ["probes"]}, ValueError, "metrics: got 'probes'. Did you mean"),
   "one metric as text": ({"metrics": "outputs"}, TypeError, "expected a list of names"),
   "codes of other inputs": ({"codes": np.ones((4, 1, 2))}, ValueError, r"expected \(4, K, 5\)"),

@@ -158,6 +158,16 @@ def require_codes(codes: Any, inputs: np.ndarray, num_classes: int) -> np.ndarra
   return np.asarray(codes)
 
 
+def require_distinct(hashes: Mapping[str, str]) -> None:
+  """Refuse a Retrain that is given twice: it would make Retrains look more alike than they are."""
+  known: dict[str, str] = {}
+  for name, made in hashes.items():
+    if name.startswith("retrained") and (first := known.setdefault(made, name)) != name:
+      raise ValueError(
+        f"{name}: has the same params as {first}; expected Retrains of different seeds."
+      )
+
+
 def require_unseen(name: str, result: Mapping[str, Any], data: Data) -> None:
   """Refuse a Retrain that knows a forgotten class: its accuracy there is above chance."""
   for label in data.classes:

@@ -91,23 +91,25 @@ def audit(
   arrays = checks.require_codes(codes, inputs, data.num_classes)
   panel = Panel(data, readers["before"], inputs, arrays)
   record = _Record({} if done is None else done, on_metric)
-  record.require_request(_request(readers, chosen, stages, arrays))
+  request = _request(readers, chosen, stages, arrays)
+  checks.require_distinct(request["params"])
+  record.require_request(request)
   others = [name for name in readers if name not in ("before", "after")]
 
   for name in (*others, "before"):
     _measure(record, panel, readers[name], chosen, stages)
     if name in others:
       checks.require_unseen(name, record.results[f"{name}/outputs"], data)
-  for index, name in enumerate(others):
+  compared = others if "routing" in chosen else []
+  for index, name in enumerate(compared):
     for other in ("before", *others[:index]):
-      both = readers[other], readers[name]
-      record.step(f"{other} & {name}", partial(panel.pair, *both, chosen))
+      record.step(f"{other} & {name}", partial(panel.pair, readers[other], readers[name]))
   fixed = questions.thresholds(record.results, stages, others)
   record.step(_THRESHOLDS, lambda: {each.question.name: _ends(each) for each in fixed})
 
   _measure(record, panel, readers["after"], chosen, stages)
-  for name in others:
-    record.step(f"after & {name}", partial(panel.pair, readers["after"], readers[name], chosen))
+  for name in compared:
+    record.step(f"after & {name}", partial(panel.pair, readers["after"], readers[name]))
   found = [
     judge(each, questions.after(record.results, each.question, stages, others)) for each in fixed
   ]

@@ -49,7 +49,8 @@ def linear_probe(
 
       mean over examples of -log softmax(W z + b)_y  +  |W|^2 / (2 n)
 
-  which is unique. The fit stops where no entry of the gradient is above 1e-5.
+  which is unique. The fit stops where no entry of the gradient is above 1e-5, or where float64 has
+  no lower value.
 
   If the features have lost a class, no new head can recognise it.
 

@@ -196,10 +196,8 @@ class Panel:
     found = found[: self.data.num_classes * per_class].reshape(-1, per_class)
     return plain({"triggered": trigger.trigger_rate(found, self.data.classes)})
 
-  def pair(self, first: Reader, second: Reader, chosen: tuple[str, ...]) -> Result:
+  def pair(self, first: Reader, second: Reader) -> Result:
     """What compares a model with a Retrain on the forgotten classes' test examples."""
-    if "routing" not in chosen:
-      return {}
     one, other, data = first.test, second.test, self.data
     pair, labels = (one.forgotten_logits, other.forgotten_logits), one.forgotten_labels
     goes = [logits.argmax(1) for logits in pair]
