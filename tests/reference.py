@@ -347,30 +347,28 @@ def _inverse_normal(p):
   return x
 
 
-def margin_scale(before, weights, accuracy):
-  """t that minimises sum w (Phi(m / t) - accuracy)^2, the best of very many."""
-  judges = [judge for rows in zip(before, weights, accuracy, strict=True)
-            for judge in zip(*rows, strict=True)]  # fmt: skip
-  size = sum(w * abs(m) for m, w, _ in judges) / sum(w for _, w, _ in judges)
-  off = lambda t: sum(w * (_normal(m / t) - _clipped(a)) ** 2 for m, w, a in judges)
-  return min((size * 100 ** (k / 2000) for k in range(-2000, 2001)), key=off)
-
-
 def _clipped(accuracy):
   return min(max(accuracy, 0.005), 0.995)
 
 
-def predict(before, after, weights, accuracy, forget, kept):
+def predict(before, after, weights, accuracy, spread, forget, kept):
   """(A_R, E_F) from the judges' margins; None without a judge."""
-  t = margin_scale(before, weights, accuracy)
+  mean = np.sum(weights * spread) / np.sum(weights)
   right = []
-  for judges in zip(before, after, weights, accuracy, strict=True):
+  for judges in zip(before, after, weights, accuracy, spread, strict=True):
     if not sum(judges[2]):
       right.append(None)
       continue
-    shares = [w * _normal(new / t + _inverse_normal(_clipped(a)) - old / t)
-              for old, new, w, a in zip(*judges, strict=True)]  # fmt: skip
-    right.append(sum(shares))
+    total = 0
+    for old, new, weight, share, s in zip(*judges, strict=True):
+      s = max(s, 0.05 * mean)
+      sure = _inverse_normal(_clipped(share))
+      if share >= 0.995:
+        sure = max(sure, old / s)
+      if share <= 0.005:
+        sure = min(sure, old / s)
+      total += weight * _normal(sure + (new - old) / s)
+    right.append(total)
   of_kept = [right[c] for c in kept if right[c] is not None]
   a_r = sum(of_kept) / len(of_kept) if of_kept else None
   if any(right[c] is None for c in forget):
