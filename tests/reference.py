@@ -199,20 +199,22 @@ def evaluate(predictions, labels, num_classes, classes):
   )
 
 
-def cut(means, forget, remain):
-  """D (F, C) and W (C, F) of means (C, F), by the definition: W = pinv(R D) R."""
-  means = np.asarray(means, np.float64)
-  num_classes, width = means.shape
+def cut(vectors, forget, remain):
+  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R."""
+  vectors = np.asarray(vectors, np.float64)
+  num_classes, per_class, width = vectors.shape
+  means = vectors.mean(1)
   mu = np.mean([means[c] for c in range(num_classes) if remain[c]], axis=0)
-  both, gone = np.zeros((width, num_classes)), np.zeros((width, num_classes))
+  gone, both = np.zeros((width, num_classes)), []
   for c in range(num_classes):
     if forget[c]:
-      both[:, c] = gone[:, c] = means[c] - mu
+      gone[:, c] = means[c] - mu
+      both.append(gone[:, c])
     elif remain[c]:
-      both[:, c] = means[c]
+      both += [vector / math.sqrt(per_class) for vector in vectors[c]]
+  both = np.array(both).T
   tie = 0.01 * np.linalg.norm(both, 2) ** 2
-  ridge = np.linalg.inv(both.T @ both + tie * np.eye(num_classes)) @ both.T
-  ridge = np.array([row if forget[c] else 0 * row for c, row in enumerate(ridge)])
+  ridge = gone.T @ np.linalg.inv(both @ both.T + tie * np.eye(width))
   return gone, np.linalg.pinv(ridge @ gone, rcond=1e-5, hermitian=True) @ ridge
 
 
@@ -240,7 +242,7 @@ def projected_residual_net(params, codes, forget, remain, sites):
     if site not in sites:
       continue
     z = residual_net(p, codes)[0][site]  # (C, K, positions, F)
-    directions, weights = cut(z.mean((1, 2)), forget, remain)
+    directions, weights = cut(z.mean(2), forget, remain)
     keep = np.eye(z.shape[-1]) - directions @ weights  # P, on columns
     if site == "z1":
       p["k1"], p["b1"] = p["k1"] @ keep.T, keep @ p["b1"]
