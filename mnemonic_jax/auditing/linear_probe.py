@@ -54,7 +54,7 @@ def linear_probe(
 
   If the features have lost a class, no new head can recognise it.
 
-  Cost: a few hundred passes over the (N, F) features in float64, and N F 8 bytes twice. Pitfalls:
+  Cost: some hundred passes over the (N, F) features in float64, and N F 8 bytes twice. Pitfalls:
   features also separate classes that they never saw, so only the distance to the same probe of a
   retrained model counts. A probe that is stopped early reads far less (published: 41 % where a
   converged one reads 73 %), which flatters the forgetting.
