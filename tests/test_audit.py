@@ -134,6 +134,7 @@ def test_the_report_is_json_and_a_table(told):
   lines = str(report).splitlines()
   assert lines[0].startswith("question") and any("4 of 4" in line for line in lines)
   assert any("A_R" in line and "head edited" in line for line in lines)
+  assert any("all stages: 100.0 %" in line for line in lines)
   with pytest.raises(KeyError, match="got 'taste'; this audit asked retain accuracy"):
     report.verdict("taste")
 
@@ -198,6 +199,7 @@ def test_features_may_be_given():
   assert report.stages == ("input", "shifted")
   for name in report.stages:  # nothing that a Retrain could have lost
     assert report.verdict(f"probe, {name}") == "cannot tell"
+  assert "all stages: cannot tell" in str(report)
   one = mj.Subject(model, BEFORE, lambda params, inputs: {"input": inputs})
   with pytest.raises(ValueError, match=r"retrained 0: its stages are .'input': 5., and"):
     audited(head_dropped(), retrained=[one], features_fn=features_fn, metrics=["features"])

@@ -10,7 +10,7 @@ import numpy as np
 
 from mnemonic_jax.auditing.intervals import Estimate
 from mnemonic_jax.auditing.panel import plain
-from mnemonic_jax.auditing.verdicts import LEAST, Verdict
+from mnemonic_jax.auditing.verdicts import CANNOT_TELL, LEAST, Verdict
 
 FORMAT = 1
 
@@ -79,11 +79,8 @@ class AuditReport:
     lines = _table(rows)
     for subject in ("before", "after"):
       lines += self._classes(subject)
-    if not np.isnan(self.probe_left):
-      lines.append(
-        f"probes, left of what they read beyond Retrain, all stages: {_percent(self.probe_left)} %"
-        " (a stand-in for IDI; 0 is Retrain, 100 before)"
-      )
+    if self.stages and self.num_retrained:
+      lines.append(f"probes, left of what they read beyond Retrain, all stages: {self._left()}")
     if (moved := self.results.get("after/distance")) is not None:
       named = ", ".join(f"{name} {share:.3g}" for name, share in moved.items())
       lines.append(f"params moved, relative: {named}")
@@ -94,6 +91,13 @@ class AuditReport:
 
   def __str__(self) -> str:
     return self.to_text()
+
+  def _left(self) -> str:
+    """What is left of the probes, if they read more before than Retrains get at any stage."""
+    of_probes = [each for each in self.verdicts if each.threshold.question.name.startswith("probe")]
+    if np.isnan(self.probe_left) or all(each.verdict == CANNOT_TELL for each in of_probes):
+      return "cannot tell: before, they read no more than of Retrain"
+    return f"{_percent(self.probe_left)} % (a stand-in for IDI; 0 is Retrain, 100 before)"
 
   def _classes(self, subject: str) -> list[str]:
     """One line with the accuracy of each class, and two of the controls."""
