@@ -199,8 +199,12 @@ def evaluate(predictions, labels, num_classes, classes):
   )
 
 
-def cut(vectors, forget, remain):
-  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R."""
+def cut(vectors, forget, remain, shown=None, shares=None):
+  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R.
+
+  How classes spread is shown by the codes, or by judges' vectors `shown` (C, J, F) of weights
+  `shares` (C, J), for a class that has some.
+  """
   vectors = np.asarray(vectors, np.float64)
   num_classes, per_class, width = vectors.shape
   means = vectors.mean(1)
@@ -210,6 +214,8 @@ def cut(vectors, forget, remain):
     if forget[c]:
       gone[:, c] = means[c] - mu
       both.append(gone[:, c])
+    elif remain[c] and shown is not None and sum(shares[c]) > 0:
+      both += [math.sqrt(w) * vector for w, vector in zip(shares[c], shown[c], strict=True)]
     elif remain[c]:
       both += [vector / math.sqrt(per_class) for vector in vectors[c]]
   both = np.array(both).T
@@ -235,14 +241,15 @@ def residual_net(params, x):
   return arrays, np.tanh(arrays["z3"]).mean(-2) @ p["k7"] + p["b7"]
 
 
-def projected_residual_net(params, codes, forget, remain, sites):
+def projected_residual_net(params, codes, forget, remain, sites, judges=None, shares=None):
   """Cut the sites one after the other, each time with the arrays of the net as edited so far."""
   p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
   for site in ("z1", "u", "z2", "v", "z3"):
     if site not in sites:
       continue
     z = residual_net(p, codes)[0][site]  # (C, K, positions, F)
-    directions, weights = cut(z.mean(2), forget, remain)
+    shown = None if judges is None else residual_net(p, judges)[0][site].mean(2)
+    directions, weights = cut(z.mean(2), forget, remain, shown, shares)
     keep = np.eye(z.shape[-1]) - directions @ weights  # P, on columns
     if site == "z1":
       p["k1"], p["b1"] = p["k1"] @ keep.T, keep @ p["b1"]
