@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 
@@ -60,6 +61,17 @@ def keep_what_is_compiled(config: pytest.Config) -> None:
   )
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_file():
+  """Forget the programs of a file at its end: those of all take 10 GB, and collecting them minutes.
+
+  What another file compiles again comes from the disk.
+  """
+  yield
+  jax.clear_caches()
+  gc.collect()
 
 
 @pytest.fixture(autouse=True)
