@@ -20,14 +20,18 @@ def backward(params, x, residual):
           "bias2": residual}  # fmt: skip
 
 
-def sgd(params, batches, rate, moves=None, momentum=0.9, penalty=None):
-  """SGD with momentum. A batch is (inputs, residuals), one function of the logits an example.
+def sgd(params, batches, rate, moves=None, penalty=None, relearn=False):
+  """SGD with momentum 0.9. A batch is (inputs, residuals), one function of the logits an example.
 
-  `moves` names which entries are trained; `penalty` is a function of params: more gradient.
+  `rate` is a number, or one for each step. `moves` names which entries are trained; `penalty` is a
+  function of params: more gradient. `relearn`: the gradient is clipped at 5, weights decay by 5e-4,
+  and the momentum is Nesterov's.
   """
   params = wide(params)
+  moves = dict.fromkeys(params, 1) if moves is None else moves
   speed = {name: np.zeros_like(leaf) for name, leaf in params.items()}
-  for inputs, residuals in batches:
+  rates = np.broadcast_to(rate, len(batches))
+  for (inputs, residuals), now in zip(batches, rates, strict=True):
     gradient = {name: np.zeros_like(leaf) for name, leaf in params.items()}
     for x, residual in zip(np.asarray(inputs, np.float64), residuals, strict=True):
       one = backward(params, x, residual(reference.mlp_logits(params, x)))
@@ -35,10 +39,14 @@ def sgd(params, batches, rate, moves=None, momentum=0.9, penalty=None):
         gradient[name] += one[name] / len(inputs)
     for name, more in (penalty(params) if penalty else {}).items():
       gradient[name] += more
+    norm = math.sqrt(sum(np.sum((moves[name] * g) ** 2) for name, g in gradient.items()))
     for name in params:
-      here = 1 if moves is None else moves[name]
-      speed[name] = momentum * speed[name] + here * gradient[name]
-      params[name] = params[name] - rate * here * speed[name]
+      g = moves[name] * gradient[name]
+      if relearn:
+        g = g * min(1, 5 / norm) + 5e-4 * params[name]
+      speed[name] = 0.9 * speed[name] + g
+      step = g + 0.9 * speed[name] if relearn else speed[name]
+      params[name] = params[name] - now * moves[name] * step
   return params
 
 

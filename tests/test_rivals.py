@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 import reference_rivals as twin
@@ -277,17 +280,17 @@ def test_eu_k_learns_what_lies_before_the_head_and_drops_the_row():
       forgotten("eu_k", k, **settings)
 
 
-def test_the_transform_of_eu_k_is_that_of_relearn():
-  """One step from the start: clipped, decayed, with Nesterov's momentum, at the first rate."""
-  request = request_of(epochs=1, batch_size=36)
-  found = RIVALS["eu_k"].forget_fn(request, None, (1,), 2)
+def test_eu_k_is_that_of_the_twin():
+  """Seven steps with a one-cycle rate; the row is dropped at the end."""
+  request, found = forgotten("eu_k", 2, epochs=1, batch_size=5)
   start = {**host(trained()), "kernel1": FRESH["kernel1"], "bias1": FRESH["bias1"]}
-  one = twin.sgd(start, batches(request, request.kept, 0, twin.entropy), 1.0)
-  gradient = {name: np.asarray(start[name]) - one[name] for name in ("kernel1", "bias1")}
-  norm = math.sqrt(sum(np.sum(g**2) for g in gradient.values()))
-  for name, g in gradient.items():
-    step = 1.9 * (g * min(1, 5 / norm) + 5e-4 * start[name])
-    assert_trees_close(found[name], start[name] - 0.05 / 25 * step, rtol=1e-4, atol=1e-6)
+  steps = batches(request, request.kept, 0, twin.entropy)
+  rates = [optax.cosine_onecycle_schedule(7, 0.05, pct_start=0.2)(i) for i in range(7)]
+  assert max(rates) == pytest.approx(0.05, rel=1e-3) and len(steps) == 7
+  moves = {"kernel1": 1, "bias1": 1, "kernel2": 0, "bias2": 0}
+  wanted = twin.sgd(start, steps, rates, moves, relearn=True)
+  for name in ("kernel1", "bias1"):
+    assert_trees_close(found[name], wanted[name], rtol=1e-4, atol=1e-5)
 
 
 def counting(params, statistics, inputs):
@@ -369,7 +372,9 @@ def test_kodge_is_that_of_the_twin():
   request, found = forgotten("kodge", strength)
   old, wanted = host(trained()), {}
   for name, read in (("kernel1", lambda x: x), ("kernel2", lambda x: hidden_of(old, x))):
-    kept, gone = (read(side.inputs.astype(np.float64)) for side in request[3:5])
+    kept, gone = (
+      read(side.inputs.astype(np.float64)) for side in (request.kept, request.forgotten)
+    )
     p_r, p_f = twin.importance(kept, strength[0]), twin.importance(gone, strength[1])
     w = old[name].T.astype(np.float64)
     wanted[name] = (w @ (np.eye(len(p_f)) - p_f @ (np.eye(len(p_f)) - p_r))).T
@@ -546,3 +551,16 @@ def test_all_examples_are_read_where_a_rival_prepares():
   assert len(request.side(ALL).labels) == len(LABELS)
   with pytest.raises(NotApplicable, match="it reads all examples"):
     request._replace(forgotten=None).side(ALL)
+
+
+def test_the_page_on_own_methods_and_rivals_runs(capsys):
+  names: dict = {}
+  page = (pathlib.Path(__file__).parent.parent / "docs" / "own_method.md").read_text("utf-8")
+  for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    exec(block, names)
+  assert names["result"].code_forget_error == 1.0 == names["result"].code_retain_accuracy
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split()[0] for line in lines[1:]] == ["lower_bias", "gradient_ascent", "head_edit"]
+  assert all(float(line.split()[2]) > 0.9 for line in lines[1:])
+  rows = re.findall(r"^\| (\w+) \| .*;.* \|$", page, re.MULTILINE)
+  assert rows == list(RIVALS)

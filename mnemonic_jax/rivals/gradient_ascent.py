@@ -30,7 +30,7 @@ RIVAL = Rival(
   name="gradient_ascent",
   source="Graves, Nagisetty, Ganesh (2021), arXiv 2010.10981; Thudi et al. (2022)",
   reads=Reads(FORGOTTEN, "once an epoch"),
-  strengths=(1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+  strengths=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
   forget_fn=forget,
   trains=True,
 )

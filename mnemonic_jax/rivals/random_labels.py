@@ -43,7 +43,7 @@ RIVAL = Rival(
   name="random_labels",
   source="Golatkar, Achille, Soatto (2020), arXiv 1911.04933, a baseline there",
   reads=Reads(ALL, "once an epoch"),
-  strengths=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
+  strengths=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3),
   forget_fn=forget,
   trains=True,
 )

@@ -108,7 +108,7 @@ RIVAL = Rival(
   name="synthetic_embeddings",
   source="source-free class unlearning via synthetic embeddings (TMLR 2026)",
   reads=Reads(KEPT, "100 of them, once; without them none", optional=True),
-  strengths=(1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0),
+  strengths=(1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0),
   forget_fn=forget,
   reconstruction=True,
 )
