@@ -23,6 +23,7 @@ from mnemonic_jax.rivals import (
   boundary_shrink,
   damp,
   descent,
+  kernels,
   kodge,
   lwsf,
   make_request,
@@ -34,7 +35,7 @@ from mnemonic_jax.rivals import (
   synthetic_embeddings,
   unsir,
 )
-from mnemonic_jax.rivals.protocol import ALL, NOTHING
+from mnemonic_jax.rivals.request import ALL, NOTHING
 from mnemonic_jax.training import epoch_rows
 
 CLASSES, FEATURES, EACH = 4, 5, 12
@@ -412,7 +413,7 @@ def test_synthetic_embeddings_are_drawn_and_learned_as_said():
   request = request_of()
   planned, old = model.plan_of(request), host(trained())
   head = model.network_of(request).require_head()
-  assert model.place_of(planned, head.step) == 1
+  assert kernels.place_of(planned, head.step) == 1
   mean, deviation = synthetic_embeddings.spread(request, 6)
   hidden = hidden_of(old, request.kept.inputs)
   assert_trees_close(mean, hidden.mean(0), rtol=1e-4)
@@ -462,11 +463,11 @@ def conv_request():
 
 def test_patches_are_those_of_a_loop_and_kernels_go_there_and_back():
   request = conv_request()
-  found = model.operators(model.plan_of(request))
+  found = kernels.operators(model.plan_of(request))
   assert [operator.place for operator in found] == [0, 2]  # the grouped one is left out
   pictures = request.kept.inputs
   wanted = twin.patches(pictures, 3, 2, 1, 1)
-  gram = model.grams_of(request, pictures, 4)[0]
+  gram = kernels.grams_of(request, pictures, 4)[0]
   assert_trees_close(gram, wanted.T.astype(np.float64) @ wanted, rtol=1e-4, atol=1e-4)
   kernel, leaf = found[0].kernel(taps=True), request.params["a"]
   matrix = kernel.matrix(leaf)
@@ -478,7 +479,7 @@ def test_patches_are_those_of_a_loop_and_kernels_go_there_and_back():
   by_channel = found[0].kernel()
   assert by_channel.matrix(leaf).shape == (2, 36)
   assert_trees_close(by_channel.put(leaf, 2 * by_channel.matrix(leaf)), 2 * leaf)
-  reads = model.reads_of(request, request.params, pictures)
+  reads = kernels.reads_of(request, request.params, pictures)
   assert [read.shape for read in reads] == [(6, 2), (6, 4), (6, 4)]
   assert_trees_close(reads[0], pictures.mean((1, 2)), rtol=1e-4, atol=1e-6)
 

@@ -21,10 +21,10 @@ from mnemonic_jax.rivals import (
   synthetic_embeddings,
   unsir,
 )
-from mnemonic_jax.rivals.protocol import NotApplicable as NotApplicable
-from mnemonic_jax.rivals.protocol import Request as Request
 from mnemonic_jax.rivals.protocol import Rival as Rival
-from mnemonic_jax.rivals.protocol import make_request as make_request
+from mnemonic_jax.rivals.request import NotApplicable as NotApplicable
+from mnemonic_jax.rivals.request import Request as Request
+from mnemonic_jax.rivals.request import make_request as make_request
 from mnemonic_jax.rivals.search import search as search
 
 RIVALS: dict[str, Rival] = {

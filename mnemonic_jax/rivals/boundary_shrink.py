@@ -11,7 +11,8 @@ import numpy as np
 
 from mnemonic_jax import _functions, losses
 from mnemonic_jax.rivals import descent, model
-from mnemonic_jax.rivals.protocol import FORGOTTEN, Examples, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import FORGOTTEN, Examples, Request
 
 PyTree = Any
 

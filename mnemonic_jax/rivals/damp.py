@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import ALL, Reads, Request, Rival
+from mnemonic_jax.rivals import kernels, model
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, Request
 
 PyTree = Any
 
@@ -30,17 +31,17 @@ def forget(request: Request, state: None, classes: tuple[int, ...], strength: fl
 
   Grouped convolutions, and kernels that are read at several places, stay as they are.
   """
-  found = model.operators(model.plan_of(request))
+  found = kernels.operators(model.plan_of(request))
   inputs, labels = some(request)
   gone = np.isin(labels, classes)
-  before = model.reads_of(request, request.params, inputs)
+  before = kernels.reads_of(request, request.params, inputs)
   params = request.params
   for operator in found:
     alpha = float(np.clip(strength * (2 * separability(before[operator.place], gone) - 1), 0, 1))
     if not alpha:
       continue
-    read = model.reads_of(request, params, inputs)[operator.place].astype(np.float64)
-    directions = model.basis(residuals(read, labels, classes))
+    read = kernels.reads_of(request, params, inputs)[operator.place].astype(np.float64)
+    directions = kernels.basis(residuals(read, labels, classes))
     kernel, leaf = operator.kernel(), jax.tree.leaves(params)[operator.row.leaf]
     matrix = kernel.matrix(leaf).astype(np.float64)
     edited = matrix - alpha * directions @ (directions.T @ matrix)

@@ -18,7 +18,7 @@ import optax
 from mnemonic_jax import _functions, _trees, losses
 from mnemonic_jax.methods.relearn import TrainFn
 from mnemonic_jax.rivals.model import chunks
-from mnemonic_jax.rivals.protocol import Examples, Request
+from mnemonic_jax.rivals.request import Examples, Request
 from mnemonic_jax.training import epoch_rows
 
 PyTree = Any

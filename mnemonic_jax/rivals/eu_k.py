@@ -12,14 +12,8 @@ import optax
 from mnemonic_jax.methods import network
 from mnemonic_jax.methods.relearn import TrainFn
 from mnemonic_jax.rivals import descent, model
-from mnemonic_jax.rivals.protocol import (
-  KEPT,
-  NotApplicable,
-  Reads,
-  Request,
-  Rival,
-  layout,
-)
+from mnemonic_jax.rivals.protocol import Reads, Rival, layout
+from mnemonic_jax.rivals.request import KEPT, NotApplicable, Request
 
 PyTree = Any
 

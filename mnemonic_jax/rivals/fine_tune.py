@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mnemonic_jax.rivals import descent
-from mnemonic_jax.rivals.protocol import KEPT, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import KEPT, Request
 
 PyTree = Any
 

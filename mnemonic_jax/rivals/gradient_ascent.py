@@ -7,7 +7,8 @@ from typing import Any
 import jax
 
 from mnemonic_jax.rivals import descent
-from mnemonic_jax.rivals.protocol import FORGOTTEN, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import FORGOTTEN, Request
 
 PyTree = Any
 

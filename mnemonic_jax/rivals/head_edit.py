@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import NOTHING, NotApplicable, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import NOTHING, NotApplicable, Request
 
 # Far below any logit, and still finite in float32 arithmetic.
 _VERY_LOW = -1e9

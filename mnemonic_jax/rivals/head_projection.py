@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import NOTHING, Reads, Request, Rival
+from mnemonic_jax.rivals import kernels, model
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import NOTHING, Request
 
 PyTree = Any
 
@@ -22,9 +23,9 @@ def forget(request: Request, state: None, classes: tuple[int, ...], strength: fl
   Biases stay.
   """
   head = model.head_of(request)
-  kernel, leaf = model.head_kernel(head), jax.tree.leaves(request.params)[head.kernel.leaf]
+  kernel, leaf = kernels.head_kernel(head), jax.tree.leaves(request.params)[head.kernel.leaf]
   matrix = kernel.matrix(leaf).astype(np.float64)
-  basis = model.basis(matrix[:, list(classes)])
+  basis = kernels.basis(matrix[:, list(classes)])
   projected = matrix - strength * basis @ (basis.T @ matrix)
   return model.replaced(request, request.params, {head.kernel.leaf: kernel.put(leaf, projected)})
 

@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import ALL, FORGOTTEN, KEPT, Reads, Request, Rival
+from mnemonic_jax.rivals import kernels, model
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, FORGOTTEN, KEPT, Request
 
 PyTree = Any
 
@@ -29,9 +30,9 @@ def forget(
   Grouped convolutions, and kernels that are read at several places, stay as they are.
   """
   kept_scale, forgotten_scale = strength
-  found = model.operators(model.plan_of(request))
+  found = kernels.operators(model.plan_of(request))
   kept, forgotten = (
-    model.grams_of(request, some(request, side), min(32, request.batch_size))
+    kernels.grams_of(request, some(request, side), min(32, request.batch_size))
     for side in (KEPT, FORGOTTEN)
   )
   leaves, new = jax.tree.leaves(request.params), {}

@@ -10,14 +10,8 @@ import numpy as np
 
 from mnemonic_jax.fisher import diagonal_fisher
 from mnemonic_jax.rivals import descent, model
-from mnemonic_jax.rivals.protocol import (
-  ALL,
-  NOTHING,
-  NotApplicable,
-  Reads,
-  Request,
-  Rival,
-)
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, NOTHING, NotApplicable, Request
 
 PyTree = Any
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from mnemonic_jax.rivals import descent
-from mnemonic_jax.rivals.protocol import ALL, FORGOTTEN, KEPT, Examples, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, FORGOTTEN, KEPT, Examples, Request
 
 PyTree = Any
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax.rivals import descent, random_labels
-from mnemonic_jax.rivals.protocol import ALL, FORGOTTEN, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, FORGOTTEN, Request
 
 PyTree = Any
 

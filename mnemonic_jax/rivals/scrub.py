@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from mnemonic_jax import losses
 from mnemonic_jax.methods.distilling import divergence
 from mnemonic_jax.rivals import descent, model
-from mnemonic_jax.rivals.protocol import ALL, FORGOTTEN, KEPT, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, FORGOTTEN, KEPT, Request
 
 PyTree = Any
 

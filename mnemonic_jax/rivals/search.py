@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mnemonic_jax.evaluation import Scores
-from mnemonic_jax.rivals.protocol import NotApplicable, Request, Rival, State
+from mnemonic_jax.rivals.protocol import Rival, State
+from mnemonic_jax.rivals.request import NotApplicable, Request
 
 PyTree = Any
 

@@ -11,7 +11,8 @@ import numpy as np
 from mnemonic_jax import _trees
 from mnemonic_jax.fisher import diagonal_fisher
 from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import KEPT, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import KEPT, Request
 
 PyTree = Any
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from mnemonic_jax.fisher import diagonal_fisher
 from mnemonic_jax.rivals.model import PerExampleLoss
-from mnemonic_jax.rivals.protocol import ALL, FORGOTTEN, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import ALL, FORGOTTEN, Request
 
 PyTree = Any
 

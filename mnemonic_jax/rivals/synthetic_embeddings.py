@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mnemonic_jax import losses
-from mnemonic_jax.rivals import model
-from mnemonic_jax.rivals.protocol import KEPT, NotApplicable, Reads, Request, Rival
+from mnemonic_jax.rivals import kernels, model
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import KEPT, NotApplicable, Request
 
 PyTree = Any
 
@@ -27,7 +28,7 @@ def forget(request: Request, state: None, classes: tuple[int, ...], rate: float)
   examples, or N(0, 1) where there are none. A class that no draw meets has none.
   """
   head = model.head_of(request)
-  kernel, leaves = model.head_kernel(head), jax.tree.leaves(request.params)
+  kernel, leaves = kernels.head_kernel(head), jax.tree.leaves(request.params)
   matrix = jnp.asarray(kernel.matrix(leaves[head.kernel.leaf]))
   bias = jnp.zeros(request.num_classes)
   if head.bias is not None:
@@ -54,8 +55,8 @@ def spread(request: Request, width: int) -> tuple[np.ndarray, np.ndarray]:
   head = model.network_of(request).require_head()
   inputs = request.side(KEPT).inputs
   order = np.asarray(jax.random.permutation(request.key, len(inputs)))[:_PICTURES]
-  read = model.reads_of(request, request.params, inputs[order])
-  features = read[model.place_of(planned, head.step)]
+  read = kernels.reads_of(request, request.params, inputs[order])
+  features = read[kernels.place_of(planned, head.step)]
   return features.mean(0), features.std(0)
 
 

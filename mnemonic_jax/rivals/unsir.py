@@ -12,7 +12,8 @@ import optax
 
 from mnemonic_jax import _functions, losses
 from mnemonic_jax.rivals import descent
-from mnemonic_jax.rivals.protocol import KEPT, Examples, Reads, Request, Rival
+from mnemonic_jax.rivals.protocol import Reads, Rival
+from mnemonic_jax.rivals.request import KEPT, Examples, Request
 
 PyTree = Any
 
