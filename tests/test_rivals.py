@@ -327,6 +327,8 @@ def test_ssd_is_that_of_the_twin():
     _, found = forgotten("ssd", alpha)
     wanted = twin.dampened(old, fisher(INPUTS, LABELS), fisher(INPUTS[gone], LABELS[gone]), alpha)
     assert_trees_close(found, wanted, rtol=1e-3, atol=1e-6)
+  _, found = forgotten("ssd", len(LABELS) / gone.sum() + 0.01)  # I_F <= I_D N / N_F
+  assert_trees_close(found, trained(), rtol=0)
 
 
 def test_sfdn_is_that_of_the_twin():

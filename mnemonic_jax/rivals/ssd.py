@@ -51,7 +51,7 @@ RIVAL = Rival(
     "published code squares those of mini-batches."
   ),
   reads=Reads(FORGOTTEN, "once", prepare=ALL),
-  strengths=(100.0, 50.0, 20.0, 10.0, 5.0, 2.0, 1.0, 0.5),
+  strengths=(30.0, 10.0, 6.0, 4.0, 3.0, 2.0, 1.0, 0.5),
   prepare_fn=prepare,
   forget_fn=forget,
   default=10.0,
