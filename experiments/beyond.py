@@ -96,7 +96,7 @@ def of_sources(
   inputs = jax.random.uniform(jax.random.key(0), (len(dataset.class_names), 1, *dataset.shape))
   codes = dataset.preprocess(dataset.levels * inputs)
   none = np.zeros((len(codes), 0), np.float32)
-  found["random"] = LearnedCodes(codes, codes[:, :0], none, none, codes[:, :0])
+  found["random"] = LearnedCodes(codes, codes[:, :0], none, none, none, codes[:, :0])
   return found
 
 

@@ -199,20 +199,22 @@ def evaluate(predictions, labels, num_classes, classes):
   )
 
 
-def cut(means, forget, remain):
-  """D (F, C) and W (C, F) of means (C, F), by the definition: W = pinv(R D) R."""
-  means = np.asarray(means, np.float64)
-  num_classes, width = means.shape
+def cut(vectors, forget, remain):
+  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R."""
+  vectors = np.asarray(vectors, np.float64)
+  num_classes, per_class, width = vectors.shape
+  means = vectors.mean(1)
   mu = np.mean([means[c] for c in range(num_classes) if remain[c]], axis=0)
-  both, gone = np.zeros((width, num_classes)), np.zeros((width, num_classes))
+  gone, both = np.zeros((width, num_classes)), []
   for c in range(num_classes):
     if forget[c]:
-      both[:, c] = gone[:, c] = means[c] - mu
+      gone[:, c] = means[c] - mu
+      both.append(gone[:, c])
     elif remain[c]:
-      both[:, c] = means[c]
+      both += [vector / math.sqrt(per_class) for vector in vectors[c]]
+  both = np.array(both).T
   tie = 0.01 * np.linalg.norm(both, 2) ** 2
-  ridge = np.linalg.inv(both.T @ both + tie * np.eye(num_classes)) @ both.T
-  ridge = np.array([row if forget[c] else 0 * row for c, row in enumerate(ridge)])
+  ridge = gone.T @ np.linalg.inv(both @ both.T + tie * np.eye(width))
   return gone, np.linalg.pinv(ridge @ gone, rcond=1e-5, hermitian=True) @ ridge
 
 
@@ -240,7 +242,7 @@ def projected_residual_net(params, codes, forget, remain, sites):
     if site not in sites:
       continue
     z = residual_net(p, codes)[0][site]  # (C, K, positions, F)
-    directions, weights = cut(z.mean((1, 2)), forget, remain)
+    directions, weights = cut(z.mean(2), forget, remain)
     keep = np.eye(z.shape[-1]) - directions @ weights  # P, on columns
     if site == "z1":
       p["k1"], p["b1"] = p["k1"] @ keep.T, keep @ p["b1"]
@@ -347,30 +349,28 @@ def _inverse_normal(p):
   return x
 
 
-def margin_scale(before, weights, accuracy):
-  """t that minimises sum w (Phi(m / t) - accuracy)^2, the best of very many."""
-  judges = [judge for rows in zip(before, weights, accuracy, strict=True)
-            for judge in zip(*rows, strict=True)]  # fmt: skip
-  size = sum(w * abs(m) for m, w, _ in judges) / sum(w for _, w, _ in judges)
-  off = lambda t: sum(w * (_normal(m / t) - _clipped(a)) ** 2 for m, w, a in judges)
-  return min((size * 100 ** (k / 2000) for k in range(-2000, 2001)), key=off)
-
-
 def _clipped(accuracy):
   return min(max(accuracy, 0.005), 0.995)
 
 
-def predict(before, after, weights, accuracy, forget, kept):
+def predict(before, after, weights, accuracy, spread, forget, kept):
   """(A_R, E_F) from the judges' margins; None without a judge."""
-  t = margin_scale(before, weights, accuracy)
+  mean = np.sum(weights * spread) / np.sum(weights)
   right = []
-  for judges in zip(before, after, weights, accuracy, strict=True):
+  for judges in zip(before, after, weights, accuracy, spread, strict=True):
     if not sum(judges[2]):
       right.append(None)
       continue
-    shares = [w * _normal(new / t + _inverse_normal(_clipped(a)) - old / t)
-              for old, new, w, a in zip(*judges, strict=True)]  # fmt: skip
-    right.append(sum(shares))
+    total = 0
+    for old, new, weight, share, s in zip(*judges, strict=True):
+      s = max(s, 0.05 * mean)
+      sure = _inverse_normal(_clipped(share))
+      if share >= 0.995:
+        sure = max(sure, old / s)
+      if share <= 0.005:
+        sure = min(sure, old / s)
+      total += weight * _normal(sure + (new - old) / s)
+    right.append(total)
   of_kept = [right[c] for c in kept if right[c] is not None]
   a_r = sum(of_kept) / len(of_kept) if of_kept else None
   if any(right[c] is None for c in forget):

@@ -28,7 +28,7 @@ def recalled(per_class=8, classes=CLASSES, shape=(FEATURES,), seed=0):
   """Codes as they are recalled from a model alone: no judges."""
   codes = jax.random.normal(jax.random.key(seed), (classes, per_class, *shape))
   none = jnp.zeros((classes, 0))
-  return mj.LearnedCodes(codes, codes[:, :0], none, none, codes[:, :0])
+  return mj.LearnedCodes(codes, codes[:, :0], none, none, none, codes[:, :0])
 
 
 CODES = recalled()

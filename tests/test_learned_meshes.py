@@ -116,6 +116,7 @@ def assert_same_codes(found, alone):
   """Judges stand for the same examples, and are learned to the same."""
   for name in ("judge_weights", "judge_accuracy"):
     np.testing.assert_allclose(found[name], alone[name], rtol=1e-6)
+  np.testing.assert_allclose(found["judge_spread"], alone["judge_spread"], rtol=1e-4)
   for name in ("codes", "judges"):
     np.testing.assert_allclose(found[name], alone[name], rtol=1e-4, atol=1e-4)
 

@@ -227,15 +227,22 @@ def test_centroids_stand_for_shares_of_a_class_and_few_examples_have_none():
   kept = measured(data=(inputs[rows], labels[rows])).reservoir
   found = judges.centroids(kept, 6, 3, 40, np.random.default_rng(0))
   np.testing.assert_allclose(found.weights.sum(1), [0, 1, 1, 1], rtol=1e-6)
-  assert not found.vectors[0].any() and not found.accuracy[0].any()
+  assert not any(x[0].any() for x in (found.vectors, found.accuracy, found.spread))
   for label in range(1, CLASSES):
-    vectors, right = kept.of(label)
+    vectors, of_class = kept.of(label)
+    logits = np.asarray(mlp(PARAMS, inputs[labels == label]))
+    wanted = [reference.margin(row, label) for row in logits]
+    np.testing.assert_allclose(np.sort(of_class), np.sort(wanted), rtol=1e-4, atol=1e-5)
     there = found.are_there[label]
     members = found.weights[label][there] * len(vectors)
     assert members.min() >= 40 - 1e-3 and list(members) == sorted(members, reverse=True)
     mean = found.weights[label] @ found.vectors[label]
     np.testing.assert_allclose(mean, vectors.mean(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(found.weights[label] @ found.accuracy[label], right.mean(), 1e-5)
+    accuracy = found.weights[label] @ found.accuracy[label]
+    np.testing.assert_allclose(accuracy, np.mean(of_class > 0), 1e-5)
+    whole = judges.centroids(kept, 6, 1, 40, np.random.default_rng(0))
+    np.testing.assert_allclose(whole.spread[label, 0], of_class.std(), rtol=1e-5)
+    assert (found.spread[label][there] > 0).all()
 
 
 # Predictions
@@ -247,7 +254,10 @@ def judged(seed=0, num_judges=3):
   after = before + rng.normal(-1, 1, size=before.shape)
   weights = rng.dirichlet(np.ones(num_judges), size=CLASSES)
   accuracy = rng.uniform(0.3, 0.99, size=before.shape)
-  return [jnp.asarray(x, jnp.float32) for x in (before, after, weights, accuracy)]
+  accuracy[0, 0], accuracy[1, 0], accuracy[2, 1] = 1, 1, 0
+  spread = rng.uniform(0.1, 2, size=before.shape)
+  spread[1, 1] = 0
+  return [jnp.asarray(x, jnp.float32) for x in (before, after, weights, accuracy, spread)]
 
 
 SIDES = np.array([True, False, False, False]), np.array([False, True, True, False])
@@ -262,23 +272,23 @@ def test_predictions_are_those_of_the_twin(seed):
 
 
 def test_before_forgetting_the_accuracy_is_the_measured_one():
-  before, _, weights, accuracy = judged()
+  before, _, weights, accuracy, spread = judged()
   everyone, nobody = np.ones(CLASSES, bool), np.zeros(CLASSES, bool)
-  a_r, *_ = predict(before, before, weights, accuracy, nobody, everyone)
-  np.testing.assert_allclose(a_r, jnp.sum(weights * accuracy) / CLASSES, rtol=1e-3)
+  a_r, *_ = predict(before, before, weights, accuracy, spread, nobody, everyone)
+  np.testing.assert_allclose(a_r, jnp.sum(weights * accuracy) / CLASSES, atol=0.005)
 
 
 def test_a_class_without_a_judge_is_left_out_of_a_r_and_has_no_e_f():
-  before, after, weights, accuracy = judged()
+  before, after, weights, accuracy, spread = judged()
   absent = weights.at[2].set(0)
-  a_r, e_f, _ = predict(before, after, absent, accuracy, *SIDES)
+  a_r, e_f, _ = predict(before, after, absent, accuracy, spread, *SIDES)
   wanted = reference.predict(
-    *(np.asarray(x, np.float64) for x in (before, after, absent, accuracy)), [0], [1, 2]
+    *(np.asarray(x, np.float64) for x in (before, after, absent, accuracy, spread)), [0], [1, 2]
   )
   np.testing.assert_allclose((a_r, e_f), wanted, rtol=1e-3)
-  _, nothing, _ = predict(before, after, weights.at[0].set(0), accuracy, *SIDES)
+  _, nothing, _ = predict(before, after, weights.at[0].set(0), accuracy, spread, *SIDES)
   assert np.isnan(nothing)
-  assert np.all(np.isnan(predict(before, after, 0 * weights, accuracy, *SIDES)[:2]))
+  assert np.all(np.isnan(predict(before, after, 0 * weights, accuracy, spread, *SIDES)[:2]))
 
 
 def test_margins():
@@ -594,7 +604,7 @@ def test_judges_predict_what_lowering_a_class_does_to_the_test_digits(digits):
     output = params["output"] | {"bias": params["output"]["bias"].at[3].add(-lowered)}
     edited = params | {"output": output}
     scores = mj.evaluate(logits_fn, edited, [(images, labels)], [3])
-    weights = found.judge_weights, found.judge_accuracy
+    weights = found.judge_weights, found.judge_accuracy, found.judge_spread
     a_r, e_f, _ = predict(of_judges(params), of_judges(edited), *weights, forget, ~forget)
     assert abs(a_r - scores.retain_accuracy) < 0.04
     assert abs(e_f - scores.forget_error) < 0.2

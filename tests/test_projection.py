@@ -28,22 +28,46 @@ def means(seed=0, classes=CLASSES, width=WIDTH):
   return np.random.default_rng(seed).normal(size=(classes, width)).astype(np.float32)
 
 
+def cut(means, forget=FORGET, kept=KEPT, groups=1):
+  """The cut by one code a class."""
+  one_each = jnp.eye(len(means), dtype=jnp.float32)
+  return directions.cut(
+    jnp.asarray(means), one_each, jnp.asarray(forget), jnp.asarray(kept), groups
+  )
+
+
 def as_matrix(cut):
   """D W (F, F) of a cut of one group."""
   return np.asarray(cut.directions[0], np.float64) @ np.asarray(cut.weights[0], np.float64)
 
 
+@pytest.mark.parametrize("per_class", [1, 3])
+@pytest.mark.parametrize("width", [WIDTH, 40])  # fewer channels than codes, and more
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_the_cut_is_that_of_the_twin(scale):
-  found = directions.cut(jnp.asarray(means() * scale), jnp.asarray(FORGET), jnp.asarray(KEPT))
-  gone, weights = reference.cut(means(), FORGET, KEPT)
+def test_the_cut_is_that_of_the_twin(scale, width, per_class):
+  vectors = means(classes=CLASSES * per_class, width=width).reshape(CLASSES, per_class, width)
+  weights = np.repeat(np.eye(CLASSES, dtype=np.float32), per_class, axis=1) / per_class
+  flat = jnp.asarray(vectors.reshape(-1, width) * scale)
+  found = directions.cut(flat, weights, jnp.asarray(FORGET), jnp.asarray(KEPT))
+  gone, weights = reference.cut(vectors, FORGET, KEPT)
   np.testing.assert_allclose(found.directions[0] / scale, gone, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found.weights[0] * scale, weights, rtol=1e-3, atol=1e-5)
   assert found.rank.tolist() == [2]
 
 
+def test_the_spread_of_kept_codes_is_spared():
+  """What reaches the kept codes' own channel is smaller than by their means alone."""
+  vectors = means(classes=CLASSES * 3).reshape(CLASSES, 3, WIDTH)
+  weights = np.repeat(np.eye(CLASSES, dtype=np.float32), 3, axis=1) / 3
+  spread = directions.cut(jnp.asarray(vectors.reshape(-1, WIDTH)), weights, FORGET, KEPT)
+  alone = cut(vectors.mean(1))
+  kept = vectors[KEPT].reshape(-1, WIDTH)
+  harm = lambda one: np.linalg.norm(kept @ np.asarray(one.weights[0]).T)
+  assert harm(spread) < 0.9 * harm(alone)
+
+
 def test_the_cut_moves_forgotten_means_to_the_kept_one():
-  found = directions.cut(jnp.asarray(means()), jnp.asarray(FORGET), jnp.asarray(KEPT))
+  found = cut(means())
   left = means() - np.asarray(found.taken(jnp.asarray(means() - means()[KEPT].mean(0))))
   np.testing.assert_allclose(left[FORGET], np.tile(means()[KEPT].mean(0), (2, 1)), atol=1e-5)
 
@@ -60,7 +84,7 @@ def test_dependent_directions_are_cut_exactly(same):
   mu = some[kept].mean(0)
   for to, of, factor in same:
     some[to] = mu + factor * (some[of] - mu)
-  found = directions.cut(jnp.asarray(some), jnp.asarray(forget), jnp.asarray(kept))
+  found = cut(some, forget, kept)
   gone = np.asarray(found.directions[0], np.float64)
   np.testing.assert_allclose(as_matrix(found) @ gone, gone, atol=1e-4 * np.abs(gone).max())
   assert int(found.rank[0]) == 3 - len(same)
@@ -68,7 +92,7 @@ def test_dependent_directions_are_cut_exactly(same):
 
 def test_weights_are_the_smallest_that_keep_the_kept_means():
   """W minimises ||W M_kept||^2 + (0.1 s)^2 ||W||^2 under W D = 1 on the forgotten classes."""
-  found = directions.cut(jnp.asarray(means()), jnp.asarray(FORGET), jnp.asarray(KEPT))
+  found = cut(means())
   gone, weights = (np.asarray(x[0], np.float64) for x in found[:2])
   mu = means()[KEPT].mean(0)
   both = np.concatenate([means()[FORGET] - mu, means()[KEPT]])
@@ -88,7 +112,7 @@ def test_without_a_direction_nothing_is_cut(case):
   forget = np.zeros(CLASSES, bool) if case == "nobody" else FORGET
   kept = np.zeros(CLASSES, bool) if case == "no kept class" else KEPT
   some = np.ones_like(means()) if case == "no direction" else means()
-  found = directions.cut(jnp.asarray(some), jnp.asarray(forget), jnp.asarray(kept))
+  found = cut(some, forget, kept)
   if case == "no kept class":
     assert np.isfinite(as_matrix(found)).all()
   else:
@@ -96,17 +120,16 @@ def test_without_a_direction_nothing_is_cut(case):
 
 
 def test_as_many_directions_as_channels_leave_the_array_alone():
-  found = directions.cut(jnp.asarray(means(width=2)), jnp.asarray(FORGET), jnp.asarray(KEPT))
+  found = cut(means(width=2))
   assert int(found.rank[0]) == 2 and not as_matrix(found).any()
 
 
 def test_groups_are_cut_by_themselves():
   """Two groups of 8 channels, and a third that tells nothing."""
   parts = [means(seed) for seed in (0, 1)] + [np.ones((CLASSES, WIDTH), np.float32)]
-  args = jnp.asarray(FORGET), jnp.asarray(KEPT)
-  found = directions.cut(jnp.asarray(np.concatenate(parts, axis=1)), *args, groups=3)
+  found = cut(np.concatenate(parts, axis=1), groups=3)
   for group, part in enumerate(parts):
-    alone = directions.cut(jnp.asarray(part), *args)
+    alone = cut(part)
     np.testing.assert_allclose(found.directions[group], alone.directions[0], atol=1e-6)
     np.testing.assert_allclose(found.weights[group], alone.weights[0], atol=1e-5)
   assert found.rank.tolist() == [2, 2, 0]
@@ -561,7 +584,7 @@ def test_what_was_not_cut_is_not_reported():
 
 def test_the_noise_of_a_mean_is_no_direction():
   same = np.tile(means()[:1], (CLASSES, 1))
-  found = directions.cut(jnp.asarray(same), jnp.asarray(FORGET), jnp.asarray(KEPT))
+  found = cut(same)
   assert not as_matrix(found).any() and int(found.rank[0]) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,7 +14,6 @@ import reference
 from toys import assert_trees_close, make_codes, make_params, mlp
 
 import mnemonic_jax as mj
-from mnemonic_jax.learning import LearnedCodes
 
 CLASSES = 10
 
@@ -117,13 +117,7 @@ def test_a_search_keeps_what_judges_like_best(method, digits, trained, learned):
 
 @pytest.mark.filterwarnings("ignore:The model classifies")
 def test_a_strength_that_nothing_can_be_found_for_is_refused_with_the_curve(trained, learned):
-  hopeless = LearnedCodes(
-    learned.codes[::-1],
-    learned.judges,
-    learned.judge_weights,
-    learned.judge_accuracy,
-    learned.recalled,
-  )
+  hopeless = dataclasses.replace(learned, codes=learned.codes[::-1])
   with pytest.raises(mj.CannotForget, match=r"quantile: none of 11 candidates") as caught:
     mj.forget(net, trained, hopeless, [3], method=mj.Dampening())
   assert len(caught.value.curve) == 11
@@ -156,10 +150,7 @@ def test_without_judges_a_search_is_refused_and_plain_codes_name_learn_codes(tra
       mj.forget(net, trained, learned.codes, [3], method=method)
   with pytest.raises(ValueError, match=r"got None with plain codes.*learn_codes.*Perturbation"):
     mj.forget(net, trained, learned.codes, [3])
-  weights = learned.judge_weights.at[3].set(0)
-  unjudged = LearnedCodes(
-    learned.codes, learned.judges, weights, learned.judge_accuracy, learned.recalled
-  )
+  unjudged = dataclasses.replace(learned, judge_weights=learned.judge_weights.at[3].set(0))
   with pytest.raises(ValueError, match=r"classes \[3\] have none"):
     mj.forget(net, trained, unjudged, [3], method=mj.Dampening())
   assert mj.forget(net, trained, unjudged, [3], method=mj.DropRow()).predicted.forget_error is None
@@ -174,13 +165,7 @@ def test_a_traced_step_refuses_what_must_be_searched(trained, learned):
 
 def test_judges_that_are_no_good_foresee_nothing(trained, learned):
   """Each judge stands for another class than its own."""
-  wrong = LearnedCodes(
-    learned.codes,
-    learned.judges[::-1],
-    learned.judge_weights,
-    learned.judge_accuracy,
-    learned.recalled,
-  )
+  wrong = dataclasses.replace(learned, judges=learned.judges[::-1])
   result = mj.forget(net, trained, wrong, [3])
   assert result.method == mj.Projection(depth=0)
   assert result.predicted == (None, None)

@@ -17,6 +17,7 @@ class Centroids(NamedTuple):
   vectors: np.ndarray  # (C, J, F)
   weights: np.ndarray  # (C, J), shares of the class's examples
   accuracy: np.ndarray  # (C, J), the share of them that the model classifies right
+  spread: np.ndarray  # (C, J), the standard deviation of their margins
 
   @property
   def are_there(self) -> np.ndarray:
@@ -35,11 +36,10 @@ def centroids(
   num_classes, _, channels = reservoir.vectors.shape
   found = Centroids(
     np.zeros((num_classes, num_judges, channels), np.float32),
-    np.zeros((num_classes, num_judges), np.float32),
-    np.zeros((num_classes, num_judges), np.float32),
+    *(np.zeros((num_classes, num_judges), np.float32) for _ in range(3)),
   )
   for label in range(num_classes):
-    vectors, right = reservoir.of(label)
+    vectors, margins = reservoir.of(label)
     count = min(num_judges, len(vectors) // min_members)
     if not count:
       continue
@@ -51,7 +51,8 @@ def centroids(
       rows = cluster == member
       found.vectors[label, place] = vectors[rows].mean(0)
       found.weights[label, place] = rows.mean()
-      found.accuracy[label, place] = right[rows].mean()
+      found.accuracy[label, place] = np.mean(margins[rows] > 0)
+      found.spread[label, place] = margins[rows].std()
   return found
 
 

@@ -21,6 +21,8 @@ class LearnedCodes:
     judge_weights: (C, J), the share of the class's examples in each cluster. They sum to 1, or are
       all 0 for a class without a judge.
     judge_accuracy: (C, J), the share of a cluster's examples that the model classified right.
+    judge_spread: (C, J), the standard deviation of their margins, the logit of the right class over
+      the best other.
     recalled: (C, R, *shape), codes recalled from the model alone.
   """
 
@@ -28,4 +30,5 @@ class LearnedCodes:
   judges: jax.Array
   judge_weights: jax.Array
   judge_accuracy: jax.Array
+  judge_spread: jax.Array
   recalled: jax.Array

@@ -61,7 +61,7 @@ class Learner:
     made = self._recall(start, bounds, dtype, rng)
     codes, more = np.split(made, [settings.per_class], axis=1)
     none = np.zeros((len(codes), 0), np.float32)
-    return _result(codes, codes[:, :0], none, none, more)
+    return _result(codes, codes[:, :0], none, none, none, more)
 
   def learned(self, batches: Any, shape: tuple[int, ...] | None) -> LearnedCodes:
     """Learn codes and judges from one pass over data; recall what is asked for beside them."""
@@ -99,7 +99,8 @@ class Learner:
     whole[labels, places] = made
     codes, judged = np.split(whole.astype(known.dtype), [settings.per_class], axis=1)
     recalled = self._recall(more, bounds, known.dtype, rng)
-    return _result(codes, judged, found.weights, found.accuracy, recalled)
+    of_judges = found.weights, found.accuracy, found.spread
+    return _result(codes, judged, *of_judges, recalled)
 
   def _bounds(self, known: Measured) -> Bounds:
     if self.input_range is not None:

@@ -19,6 +19,7 @@ import numpy as np
 from mnemonic_jax import _checks, _mesh, _trees
 from mnemonic_jax.fisher import loss_checks
 from mnemonic_jax.learning import reads
+from mnemonic_jax.learning.predict import margin
 from mnemonic_jax.learning.reads import Arrays, Functions
 
 RESERVOIR = 1000  # examples a class
@@ -62,7 +63,7 @@ class Seen(NamedTuple):
   """What the host takes from one batch."""
 
   vectors: Any  # (N, F), the arrays that the reservoir keeps
-  right: Any  # (N,) bool
+  margins: Any  # (N,) float32, of the logits
   labels: Any
   mask: Any
   inputs_finite: Any
@@ -76,9 +77,9 @@ class Reservoir:
     self.seed, self.seen = seed, 0
     self.hashes = np.full((num_classes, size), _NONE)
     self.vectors = np.zeros((num_classes, size, width), np.float32)
-    self.right = np.zeros((num_classes, size), bool)
+    self.margins = np.zeros((num_classes, size), np.float32)
 
-  def add(self, vectors: np.ndarray, right: np.ndarray, labels: np.ndarray) -> None:
+  def add(self, vectors: np.ndarray, margins: np.ndarray, labels: np.ndarray) -> None:
     """Take the next examples of the data."""
     hashes = hashed(self.seed, self.seen + np.arange(len(labels)))
     self.seen += len(labels)
@@ -89,13 +90,13 @@ class Reservoir:
       if hashes[row] < of_class[slot]:
         of_class[slot] = hashes[row]
         self.vectors[labels[row], slot] = vectors[row]
-        self.right[labels[row], slot] = right[row]
+        self.margins[labels[row], slot] = margins[row]
 
   def of(self, label: int) -> tuple[np.ndarray, np.ndarray]:
-    """The vectors (n, F) of a class, and whether the model was right, (n,) bool."""
+    """The vectors (n, F) of a class, and the margins (n,) by which the model was right."""
     order = np.argsort(self.hashes[label])
     order = order[self.hashes[label][order] != _NONE]
-    return self.vectors[label][order], self.right[label][order]
+    return self.vectors[label][order], self.margins[label][order]
 
 
 _NONE = np.uint64(2**32)  # where the reservoir is empty: larger than any hash
@@ -158,7 +159,7 @@ def _keep(reservoir: Reservoir, seen: Seen, index: int, num_classes: int) -> Non
     )
   _require_labels(seen.labels, seen.mask, num_classes)
   mask = seen.mask
-  reservoir.add(seen.vectors[mask], seen.right[mask], seen.labels[mask].astype(np.int64))
+  reservoir.add(seen.vectors[mask], seen.margins[mask], seen.labels[mask].astype(np.int64))
 
 
 def _require_every_class(count: np.ndarray) -> None:
@@ -224,9 +225,9 @@ def _with_batch(
   smallest = jnp.min(jnp.where(real, inputs, jnp.inf), axis=others)
   largest = jnp.max(jnp.where(real, inputs, -jnp.inf), axis=others)
   low, high = jnp.minimum(running.low, smallest), jnp.maximum(running.high, largest)
-  right = jnp.argmax(logits, axis=-1).astype(jnp.int32) == labels.astype(jnp.int32)
+  margins = margin(logits.astype(jnp.float32), labels.astype(jnp.int32))
   vectors = jnp.concatenate([x.astype(jnp.float32) for x in found[-kept:]], axis=1)
-  seen = Seen(vectors, right, labels, mask, inputs_finite, reads_finite)
+  seen = Seen(vectors, margins, labels, mask, inputs_finite, reads_finite)
   return reads.copied(functions.placement, (running._replace(low=low, high=high), seen))
 
 

@@ -73,7 +73,7 @@ class Reader(NamedTuple):
   """The contraction that makes the logits, where its kernel is cut by what it reads."""
 
   step: Step
-  means: jax.Array | None  # (C, F), what it reads for each class in the model as it was
+  vectors: jax.Array | None  # (N, F), what it reads of each code in the model as it was
 
 
 def cut_writes(
@@ -207,10 +207,11 @@ class _Walk(Engine):
     """Cut the kernel of the head by what it reads; without means, only look at that."""
     rule, (weight, data) = step.rule, (args[step.rule.index], args[step.rule.data_index])
     wide = sites.mean_over_positions(_value(data), rule.read or ())
-    self.read = jnp.einsum("cn,nf->cf", self.groups.weights, wide, precision=_HIGHEST)
-    if self.reader is None or self.reader.means is None or rule.groups > 1:
+    self.read = wide
+    if self.reader is None or self.reader.vectors is None or rule.groups > 1:
       return args
-    one, inputs = directions.cut(self.reader.means, *self.sides), rule.leaf_axes[0]
+    one = directions.cut(self.reader.vectors, self.groups.weights, *self.sides)
+    inputs = rule.leaf_axes[0]
     last = range(-len(inputs), 0)
     kernel = jnp.moveaxis(weight.value.astype(jnp.float32), inputs, last)
     flat = kernel.reshape(*kernel.shape[: kernel.ndim - len(inputs)], -1)
@@ -281,9 +282,9 @@ class _Walk(Engine):
   def _cut(self, written: Written, at: int) -> Data:
     """Cut at one site."""
     wide = _channels_last(written.value, written.channels)
-    means = jnp.einsum("cn,nf->cf", self.groups.weights, wide.mean(1), precision=_HIGHEST)
     groups = math.lcm(*(term.rule.groups for term in written.terms))
-    one, active = directions.cut(means, *self.sides, groups), self.active[at]
+    one = directions.cut(wide.mean(1), self.groups.weights, *self.sides, groups)
+    active = self.active[at]
     taken = jnp.zeros_like(wide)
     for term in written.terms:
       live = jnp.where(active, term.scale != 0, 0).astype(jnp.float32)

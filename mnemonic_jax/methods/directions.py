@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-_TIE = 0.1  # times the largest singular value: how far W may grow to keep the kept means
+_TIE = 0.1  # times the largest singular value: how far W may grow to keep the kept codes
 _SMALLEST = 1e-5  # eigenvalues of R D below this part of the largest count as 0
 _ROUNDING = 2e-6  # times the largest entry of B: a class's mean is the kept one
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -39,15 +39,19 @@ def _through(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
   return jnp.einsum("...gc,gcf->...gf", share, second, precision=_HIGHEST).reshape(x.shape)
 
 
-def cut(means: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1) -> Cut:
-  """Make the cut that moves the forgotten classes' means and leaves the kept ones where they are.
+def cut(
+  vectors: jax.Array, weights: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1
+) -> Cut:
+  """Make the cut that moves the forgotten classes' means and leaves the kept codes where they are.
 
-      mu = mean of M over the kept classes
-      B[:, c] = M_c - mu if forgotten, M_c if kept, else 0        D = B, forgotten columns alone
-      R = (B^T B + (0.1 s)^2)^-1 B^T, forgotten rows alone        s^2 = largest eigenvalue of B^T B
+      M_c = sum_n weights[c, n] z_n        mu = mean of M over the kept classes
+      D[:, c] = M_c - mu if c is forgotten, else 0
+      Z[:, n] = sqrt(sum of weights[c, n] over the kept classes) z_n        B = [D, Z]
+      R = D^T (B B^T + (0.1 s)^2)^-1        s^2 = largest eigenvalue of B B^T
       W = pinv(R D) R
 
-  W minimises ||W M_kept||^2 + (0.1 s)^2 ||W||^2 under D W D = D.
+  W minimises ||W Z||^2 + (0.1 s)^2 ||W||^2 under D W D = D. With one code a class Z holds the kept
+  means; with more it knows their spread, and less is lost.
 
   Guarantees:
     D W D = D, also where columns of D are equal or dependent. Traceable in all arguments.
@@ -57,7 +61,8 @@ def cut(means: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1)
     a group whose D has rank F: nothing would be left of it, so its D and W are 0; `rank` says so.
 
   Args:
-    means: M (C, G * F), the mean array of each class.
+    vectors: z (N, G * F), the array of each code.
+    weights: (C, N), those of each class's mean, not negative.
     forget, remain: (C,) bool; a class of neither side has no say.
     groups: G, that no map may mix: each is cut by itself.
 
@@ -65,31 +70,41 @@ def cut(means: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1)
   orthogonally, with prototypes of real data.
   """
   kept, gone = remain.astype(jnp.float32), (forget & jnp.any(remain)).astype(jnp.float32)
-  parts = means.astype(jnp.float32).reshape(len(means), groups, -1)
-  return jax.vmap(_cut_of_group, (1, None, None))(parts, gone, kept)
+  parts = vectors.astype(jnp.float32).reshape(len(vectors), groups, -1)
+  return jax.vmap(_cut_of_group, (1, None, None, None))(parts, weights, gone, kept)
 
 
-def _cut_of_group(means: jax.Array, gone: jax.Array, kept: jax.Array) -> Cut:
-  num_classes, width = means.shape
-  mu = (kept @ means) / jnp.maximum(kept.sum(), 1)
-  columns = gone[:, None] * (means - mu) + kept[:, None] * means  # B^T
-  largest = jnp.max(jnp.abs(columns))
-  unit = jnp.where(largest > 0, largest, 1)
-  columns = columns / unit
-  gone = gone * (jnp.max(jnp.abs(gone[:, None] * columns), axis=1) > _ROUNDING)
-  columns = jnp.where((gone + kept > 0)[:, None], columns, 0)
-  directions = gone[:, None] * columns  # D^T
+def _cut_of_group(vectors: jax.Array, weights: jax.Array, gone: jax.Array, kept: jax.Array) -> Cut:
+  width = vectors.shape[1]
   product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
-  gram = product(columns, columns.T)
-  tie = _TIE**2 * jnp.linalg.eigvalsh(gram)[-1] + jnp.finfo(gram.dtype).tiny
-  ridge = gone[:, None] * jnp.linalg.solve(gram + tie * jnp.eye(num_classes), columns)
-  values, vectors = jnp.linalg.eigh(_symmetric(product(ridge, directions.T)))
+  means = product(weights, vectors)
+  apart = gone[:, None] * (means - product(kept, means) / jnp.maximum(kept.sum(), 1))  # D^T
+  shown = jnp.sqrt(product(kept, weights))[:, None] * vectors  # Z^T
+  largest = jnp.maximum(jnp.max(jnp.abs(apart)), jnp.max(jnp.abs(shown)))
+  unit = jnp.where(largest > 0, largest, 1)
+  apart, shown = apart / unit, shown / unit
+  gone = gone * (jnp.max(jnp.abs(apart), axis=1) > _ROUNDING)
+  apart = gone[:, None] * apart
+  ridge = gone[:, None] * _ridge(apart, jnp.concatenate([apart, shown]))
+  values, vectors = jnp.linalg.eigh(_symmetric(product(ridge, apart.T)))
   counts = values > _SMALLEST * values[-1]
   inverse = jnp.where(counts, 1 / jnp.where(counts, values, 1), 0)
-  weights = product(vectors * inverse, product(vectors.T, ridge))
+  found = product(vectors * inverse, product(vectors.T, ridge))
   rank = counts.sum(dtype=jnp.int32)
   whole = rank < width
-  return Cut(jnp.where(whole, directions.T * unit, 0), jnp.where(whole, weights / unit, 0), rank)
+  return Cut(jnp.where(whole, apart.T * unit, 0), jnp.where(whole, found / unit, 0), rank)
+
+
+def _ridge(apart: jax.Array, columns: jax.Array) -> jax.Array:
+  """R = D^T (B B^T + tie)^-1 from D^T (C, F) and B^T (N, F), by the smaller of two systems."""
+  count, width = columns.shape
+  product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
+  gram = product(columns, columns.T) if count < width else product(columns.T, columns)
+  tie = _TIE**2 * jnp.linalg.eigvalsh(gram)[-1] + jnp.finfo(gram.dtype).tiny
+  gram = gram + tie * jnp.eye(len(gram))
+  if count < width:  # (B B^T + tie)^-1 B = B (B^T B + tie)^-1
+    return jnp.linalg.solve(gram, columns)[: len(apart)]
+  return jnp.linalg.solve(gram, apart.T).T
 
 
 def _symmetric(x: jax.Array) -> jax.Array:

@@ -55,6 +55,7 @@ class Judges(NamedTuple):
   inputs: jax.Array  # (C, J, *shape)
   weights: jax.Array  # (C, J)
   accuracy: jax.Array  # (C, J)
+  spread: jax.Array  # (C, J)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,12 +355,13 @@ def _scores(
   return CodeScores(retain_accuracy, forget_error, mean_loss(forget) - mean_loss(remain))
 
 
-@partial(jax.jit, static_argnums=6)
+@partial(jax.jit, static_argnums=7)
 def _predict(
   before: jax.Array,
   after: jax.Array,
   weights: jax.Array,
   accuracy: jax.Array,
+  spread: jax.Array,
   forget: jax.Array,
   remain: jax.Array,
   head_edited: bool,
@@ -368,8 +370,8 @@ def _predict(
   if head_edited:
     after = jnp.where(forget, -jnp.inf, after)
   both = learning.margins(before), learning.margins(after)
-  good = learning.calibrated(both[0], weights, accuracy)
-  found = learning.predict(*both, weights, accuracy, forget, remain)
+  good = learning.calibrated(both[0], weights, accuracy, spread)
+  found = learning.predict(*both, weights, accuracy, spread, forget, remain)
   return Predicted(*(jnp.where(good, value, jnp.nan) for value in found))
 
 

@@ -85,7 +85,8 @@ def taken_apart(codes: jax.Array | LearnedCodes) -> tuple[Any, Judges | None, An
   recalled = codes.recalled if codes.recalled.shape[1] else None
   if not codes.judges.shape[1]:
     return codes.codes, None, codes.codes if recalled is None else recalled
-  judges = Judges(codes.judges, codes.judge_weights, codes.judge_accuracy)
+  measured = codes.judge_weights, codes.judge_accuracy, codes.judge_spread
+  judges = Judges(codes.judges, *measured)
   return codes.codes, judges, recalled
 
 

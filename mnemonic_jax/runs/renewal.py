@@ -75,7 +75,7 @@ def with_recalled(
   codes = trained.codes
   if not isinstance(codes, LearnedCodes):
     none = jnp.zeros((len(codes), 0))
-    codes = LearnedCodes(codes, codes[:, :0], none, none, codes[:, :0])
+    codes = LearnedCodes(codes, codes[:, :0], none, none, none, codes[:, :0])
   own = codes.recalled if codes.judges.shape[1] or codes.recalled.shape[1] else codes.codes
   from_model = isinstance(trained.codes, LearnedCodes) and own.shape[1] >= per_class
   if from_model:

@@ -112,7 +112,7 @@ def _programs(
   learned = mj.LearnedCodes(
     of(num_classes, 1, *shape),
     of(num_classes, judges, *shape),
-    *(of(num_classes, judges) for _ in range(2)),
+    *(of(num_classes, judges) for _ in range(3)),
     of(num_classes, 0, *shape),
   )
   forgets = {
