@@ -514,6 +514,31 @@ def test_a_grouped_convolution_stays_as_it_is(name):
   assert name == "damp" or not np.allclose(found["a"], request.params["a"])
 
 
+LAYOUTS = {
+  "class axis first": (lambda p, x: (p["kernel"] @ x.T).T, lambda kernel: kernel.T),
+  "scaled": (lambda p, x: (x @ p["kernel"].reshape(FEATURES, CLASSES)) / 2, jnp.ravel),
+  "with taps": (
+    lambda p, x: jax.lax.conv_general_dilated(
+      x[:, None], p["kernel"], (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC")
+    )[:, 0],
+    lambda kernel: kernel[None],
+  ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_head_is_edited_in_any_layout(name):
+  """As that of `inputs @ kernel`, by the rows and by random vectors."""
+  logits_fn, laid_out = LAYOUTS[name]
+  kernel = make_params("regression")["kernel"]
+  plain = lambda p, x: x @ p["kernel"] / (2 if name == "scaled" else 1)
+  for rival, strength in (("head_projection", 1.0), ("synthetic_embeddings", 0.1)):
+    _, wanted = forgotten(rival, strength, params={"kernel": kernel}, logits_fn=plain)
+    params = {"kernel": laid_out(kernel)}
+    _, found = forgotten(rival, strength, params=params, logits_fn=logits_fn)
+    assert_trees_close(found["kernel"], laid_out(wanted["kernel"]), rtol=1e-4, atol=1e-5)
+
+
 def scanned(params, inputs):
   return jax.lax.scan(lambda x, k: (jnp.tanh(x @ k), None), inputs, params["layers"])[0]
 
