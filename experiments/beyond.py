@@ -2,7 +2,7 @@
 
 Command:  python experiments/beyond.py CONFIG --data-dir DIR [--seeds 0] [--cases 0 3 0,1,2]
           [--retrain 0 3] [--heal 0 3] [--relearn 0] [--paths 0 3] [--sources 0]
-          [--equinox] [--runs FOLDER]
+          [--depth 8] [--equinox] [--runs FOLDER]
 
 Trains what is missing with codes.rate 0 (a training that was stopped resumes), learns codes from
 the training data and recalls others from the model alone, and forgets each case by each method.
@@ -43,11 +43,10 @@ from mnemonic_jax.runs import config as configs
 from mnemonic_jax.runs import files, learned, renewal, setup
 from mnemonic_jax.runs.trained import Trained
 
-DEPTHS = range(9)
 CASES = ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9", "0,1,2", "3,4,5", "2,4,8"]
 CASES += ["0,2,4,6,8", "1,3,5,7,9"]
-# Codes recalled a class: those that Projection takes, and those that stages are learned anew from.
-RECALLED, MANY = 8, 64
+# Codes recalled a class: few, and as many as healing and stages that are learned anew want.
+FEW, MANY = 8, 64
 HEAL_STEPS, RELEARN_STEPS = 150, 800
 SHARES = (0.01, 0.1)
 QUANTILES = (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.7, 0.5)
@@ -55,19 +54,17 @@ STRENGTHS = tuple((a, b) for a in (1e-3, 1e-2, 1e-1) for b in (1e-1, 1e0, 1e1, 1
 
 
 def codes_of(
-  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path, many: bool
+  model: Trained, config: Any, dataset: Dataset, folder: pathlib.Path
 ) -> dict[str, LearnedCodes]:
   """Learn and recall the codes of a model, or read those that are there."""
-  alone = learned.Request(from_model=True, per_class=RECALLED)
-  found = {
-    "learned": codes_in(folder, "learned", model, config, dataset, learned.Request()),
-    "recalled": codes_in(folder, "recalled", model, config, dataset, alone),
+  requests = {"learned": learned.Request()}
+  for count in (FEW, MANY):
+    requests[f"recalled {count}"] = learned.Request(from_model=True, per_class=count)
+  named = {name: name.replace(" ", "_") for name in requests}
+  return {
+    name: codes_in(folder, named[name], model, config, dataset, request)
+    for name, request in requests.items()
   }
-  if many:
-    request = alone._replace(per_class=MANY)
-    codes = codes_in(folder, "many", model, config, dataset, request).codes
-    found["many"] = dataclasses.replace(found["learned"], recalled=codes)
-  return found
 
 
 def codes_in(
@@ -103,11 +100,11 @@ def of_sources(
 def ways(depths: int) -> Iterator[tuple[str, str, Any]]:
   """The rows of a case: a name, which codes, and the method; None for the default."""
   yield "drop_row", "learned", mj.DropRow()
-  for name in ("learned", "recalled"):
+  for name in ("learned", f"recalled {FEW}", f"recalled {MANY}"):
     yield f"default, {name}", name, None
-    for depth in range(1, min(depths, DEPTHS[-1]) + 1):
+    for depth in range(1, depths + 1):
       yield f"projection {depth}, {name}", name, mj.Projection(depth=depth)
-  for depth in range(min(depths, DEPTHS[-1]) + 1):
+  for depth in range(depths + 1):
     method = mj.Projection(depth=depth, drop_row=False)
     yield f"projection {depth}, row kept, learned", "learned", method
   yield "dampening, searched", "learned", mj.Dampening()
@@ -118,7 +115,7 @@ def deeper(
   depths: int, case: str, arguments: Any, model: Trained, shape: Any
 ) -> Iterator[tuple[str, Any]]:
   """The rows with healing, and with stages learned anew, both from many recalled codes."""
-  for depth in range(1, min(depths, DEPTHS[-1]) + 1) if case in arguments.heal else ():
+  for depth in range(1, depths + 1) if case in arguments.heal else ():
     yield f"projection {depth}, healed", mj.Projection(depth=depth, heal=HEAL_STEPS)
   for depth in (1, 2) if case in arguments.relearn else ():
     wanted = mj.Relearn(depth, None, RELEARN_STEPS)
@@ -205,12 +202,11 @@ def study(
 ) -> None:
   """All rows of one seed that are missing."""
   seed = config.train.seed
-  many = bool({*arguments.heal, *arguments.relearn})
-  rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder, many)
+  rows, codes = Study(model, dataset, out, seed), codes_of(model, config, dataset, folder)
   others = of_sources(model, config, dataset, folder) if arguments.sources else {}
   images = jax.ShapeDtypeStruct((1, *dataset.shape), "float32")
   plan = mj.explain_projection(model.logits_fn, model.params, images)
-  depths = max((site.depth or 0 for site in plan.sites), default=0)
+  depths = min(arguments.depth, max((site.depth or 0 for site in plan.sites), default=0))
   for case in arguments.cases:
     classes, probe = [int(c) for c in case.split(",")], case in arguments.retrain
     if not rows.has(case, "before"):
@@ -224,7 +220,7 @@ def study(
         rows.forget(case, name, codes[source], method, probed)
     for name, method in deeper(depths, case, arguments, model, dataset.shape):
       if not rows.has(case, name):
-        rows.forget(case, name, codes["many"], method, probe)
+        rows.forget(case, name, codes[f"recalled {MANY}"], method, probe)
     for source, own in others.items() if case in arguments.sources else ():
       for depth in range(min(depths, 3) + 1):
         for kept in (False, True) if depth < 2 else (False,):
@@ -303,6 +299,7 @@ def main() -> None:
   parser.add_argument(
     "--retrain", nargs="*", default=[], help="cases that get a Retrain and probes"
   )
+  parser.add_argument("--depth", type=int, default=8, help="the deepest projection that is tried")
   for name, what in (("heal", "rows of healing"), ("relearn", "stages learned anew")):
     parser.add_argument(f"--{name}", nargs="*", default=[], help=f"cases that get {what}")
   help = "cases with codes from 1 %% and 10 %% of the data, and random ones"

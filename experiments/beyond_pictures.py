@@ -24,7 +24,8 @@ DOCS = HERE.parent / "docs"
 # How the names of rows start -> how they are drawn. Those of one kind are joined, in order.
 KINDS = {
   "projection": ("o", "learned"),
-  "recalled": ("s", "recalled"),
+  "recalled 8": ("s", "8 recalled"),
+  "recalled 64": ("v", "64 recalled"),
   "healed": ("^", "healed"),
   "relearn": ("D", "last stages anew"),
 }
@@ -44,7 +45,7 @@ def kind_of(name: str) -> str | None:
     return "relearn"
   if not name.startswith("projection"):
     return None
-  ends = {"healed": "healed", "recalled": "recalled", "learned": "projection"}
+  ends = {kind: kind for kind in KINDS} | {"learned": "projection"}
   return next((kind for end, kind in ends.items() if name.endswith(end)), None)
 
 

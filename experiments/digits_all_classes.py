@@ -20,7 +20,7 @@ import numpy as np
 
 import mnemonic_jax as mj
 from mnemonic_jax import data
-from mnemonic_jax.audit.linear_probe import probe_accuracy
+from mnemonic_jax.auditing.linear_probe import probe_accuracy
 from mnemonic_jax.rivals.head_edit import head_edit
 from mnemonic_jax.runs import config as configs
 

@@ -21,7 +21,7 @@ import numpy as np
 
 import mnemonic_jax as mj
 from mnemonic_jax import evaluation
-from mnemonic_jax.audit.linear_probe import probe_accuracy
+from mnemonic_jax.auditing.linear_probe import probe_accuracy
 from mnemonic_jax.cli.parser import dotted_overrides
 from mnemonic_jax.data import Dataset, Split
 from mnemonic_jax.rivals.head_edit import head_edit

@@ -12,6 +12,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from mnemonic_jax.auditing.door import audit
+  from mnemonic_jax.auditing.report import AuditReport
+  from mnemonic_jax.auditing.subjects import Subject
   from mnemonic_jax.codes import make_codes, mix
   from mnemonic_jax.evaluation import Scores, evaluate
   from mnemonic_jax.fisher.door import (
@@ -73,6 +76,9 @@ _MODULE_OF = {
   "ForgetResult": "forgetting",
   "forget": "forgetting",
   "forget_step": "forgetting",
+  "Subject": "auditing.subjects",
+  "audit": "auditing.door",
+  "AuditReport": "auditing.report",
 }
 
 __all__ = list(_MODULE_OF)

@@ -84,7 +84,7 @@ def evaluate(
   if isinstance(classes, Iterable) and not isinstance(classes, (str, bytes)):
     classes = list(classes)
   right = total = np.zeros(0, np.int64)
-  for batch in _unpacked(batches):
+  for batch in batches_of(batches):
     num_classes = model.num_classes(params, batch)
     if not len(total):
       _checks.require_classes("classes", classes, num_classes)
@@ -133,7 +133,7 @@ def predict(
   """
   model = _model(logits_fn, preprocess)
   found: list[list[Predictions]] = [[] for _ in candidates]
-  for batch in _unpacked(batches):
+  for batch in batches_of(batches):
     for params, parts in zip(candidates, found, strict=True):
       parts.append(model.predictions(params, batch, model.num_classes(params, batch)))
   return [_joined(parts) for parts in found]
@@ -226,8 +226,11 @@ def retain_and_forget(
   return share(remain, right), share(forget, ~right)
 
 
-class _Batch(NamedTuple):
-  """One batch; labels that lie on several processes stay there."""
+class Batch(NamedTuple):
+  """One batch; labels that lie on several processes stay there.
+
+  The mask is False for rows that do not count.
+  """
 
   inputs: Any
   labels: Any
@@ -241,7 +244,7 @@ class _Model(NamedTuple):
   preprocess: Preprocess | None
   arrays: list[Any]
 
-  def num_classes(self, params: PyTree, batch: _Batch) -> int:
+  def num_classes(self, params: PyTree, batch: Batch) -> int:
     """Tell how many classes the logits have, and refuse what is no logits."""
     logits = _logits.eval_shape(*self, params, batch.inputs)
     shape, size = getattr(logits, "shape", None), len(batch.mask)
@@ -252,7 +255,7 @@ class _Model(NamedTuple):
       )
     return int(shape[1])
 
-  def predictions(self, params: PyTree, batch: _Batch, num_classes: int) -> Predictions:
+  def predictions(self, params: PyTree, batch: Batch, num_classes: int) -> Predictions:
     """Predict one batch, and leave out its masked rows."""
     _, labels, mask = batch
     refuse = lambda labels: _checks.require_labels(
@@ -298,7 +301,12 @@ def _joined(parts: list[Predictions]) -> Predictions:
   return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def _unpacked(batches: Any) -> Iterable[_Batch]:
+def batches_of(batches: Any) -> Iterable[Batch]:
+  """Check each batch, (inputs, labels) or (inputs, labels, mask), as it comes.
+
+  >>> next(iter(batches_of([(np.zeros((2, 3)), [0, 1])]))).mask
+  array([ True,  True])
+  """
   if not isinstance(batches, Iterable):
     raise TypeError(
       f"batches: got {_checks.kind(batches)}; expected an iterable of (inputs, labels)."
@@ -306,7 +314,7 @@ def _unpacked(batches: Any) -> Iterable[_Batch]:
   return map(_unpack, batches)
 
 
-def _unpack(batch: Any) -> _Batch:
+def _unpack(batch: Any) -> Batch:
   """Check one batch; its mask is all True where none is given."""
   if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
     raise ValueError(
@@ -326,4 +334,4 @@ def _unpack(batch: Any) -> _Batch:
     )
   if labels.shape != (size,):
     raise ValueError(f"labels: got shape {labels.shape}; expected ({size},), one label per image.")
-  return _Batch(inputs, labels, mask)
+  return Batch(inputs, labels, mask)

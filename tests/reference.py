@@ -199,8 +199,12 @@ def evaluate(predictions, labels, num_classes, classes):
   )
 
 
-def cut(vectors, forget, remain):
-  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R."""
+def cut(vectors, forget, remain, shown=None, shares=None):
+  """D (F, C) and W (C, F) of the vectors (C, K, F) of codes, by the definition: W = pinv(R D) R.
+
+  How classes spread is shown by the codes, or by judges' vectors `shown` (C, J, F) of weights
+  `shares` (C, J), for a class that has some.
+  """
   vectors = np.asarray(vectors, np.float64)
   num_classes, per_class, width = vectors.shape
   means = vectors.mean(1)
@@ -210,6 +214,8 @@ def cut(vectors, forget, remain):
     if forget[c]:
       gone[:, c] = means[c] - mu
       both.append(gone[:, c])
+    elif remain[c] and shown is not None and sum(shares[c]) > 0:
+      both += [math.sqrt(w) * vector for w, vector in zip(shares[c], shown[c], strict=True)]
     elif remain[c]:
       both += [vector / math.sqrt(per_class) for vector in vectors[c]]
   both = np.array(both).T
@@ -235,14 +241,15 @@ def residual_net(params, x):
   return arrays, np.tanh(arrays["z3"]).mean(-2) @ p["k7"] + p["b7"]
 
 
-def projected_residual_net(params, codes, forget, remain, sites):
+def projected_residual_net(params, codes, forget, remain, sites, judges=None, shares=None):
   """Cut the sites one after the other, each time with the arrays of the net as edited so far."""
   p = {name: np.asarray(leaf, np.float64) for name, leaf in params.items()}
   for site in ("z1", "u", "z2", "v", "z3"):
     if site not in sites:
       continue
     z = residual_net(p, codes)[0][site]  # (C, K, positions, F)
-    directions, weights = cut(z.mean(2), forget, remain)
+    shown = None if judges is None else residual_net(p, judges)[0][site].mean(2)
+    directions, weights = cut(z.mean(2), forget, remain, shown, shares)
     keep = np.eye(z.shape[-1]) - directions @ weights  # P, on columns
     if site == "z1":
       p["k1"], p["b1"] = p["k1"] @ keep.T, keep @ p["b1"]
@@ -444,3 +451,109 @@ def healed(params, old, batches, kept, trained, rate, momentum, largest):
       speed[name] = momentum * speed[name] + step
       params[name] = params[name] - rate * speed[name]
   return params
+
+
+def wilson(right, total, z):
+  """The two shares p for which `right` of `total` is exactly z standard errors away, by bisection.
+
+  (right / total - p)^2 = z^2 p (1 - p) / total
+  """
+  share, ends = right / total, []
+  for outer in (0.0, 1.0):
+    near, far = share, outer
+    for _ in range(200):
+      middle = (near + far) / 2
+      if (share - middle) ** 2 <= z**2 * middle * (1 - middle) / total:
+        near = middle
+      else:
+        far = middle
+    ends.append((near + far) / 2)
+  return tuple(ends)
+
+
+def auc(positives, negatives):
+  """The area under the ROC and DeLong's variance of it, pair by pair."""
+  wins = [[(a > b) + 0.5 * (a == b) for b in negatives] for a in positives]
+  of_positive = [sum(row) / len(negatives) for row in wins]
+  of_negative = [sum(column) / len(positives) for column in zip(*wins, strict=True)]
+
+  def variance_of_mean(values):
+    mean = sum(values) / len(values)
+    return sum((x - mean) ** 2 for x in values) / (len(values) - 1) / len(values)
+
+  area = sum(of_positive) / len(of_positive)
+  return area, variance_of_mean(of_positive) + variance_of_mean(of_negative)
+
+
+def softmax_regression(features, labels, num_classes, ridge, steps=30):
+  """Minimise sum of -log softmax(W z + b)_y + ridge / 2 |W|^2 by Newton's method.
+
+  The intercepts have no penalty; adding a constant to all of them changes nothing, so the step is
+  the shortest one.
+  """
+  count, width = features.shape
+  z = np.column_stack([features, np.ones(count)])
+  penalty = np.append(np.full(width, ridge), 0.0)
+  weights = np.zeros((num_classes, width + 1))
+  for _ in range(steps):
+    logits = z @ weights.T
+    p = np.exp(logits - logits.max(1, keepdims=True))
+    p /= p.sum(1, keepdims=True)
+    gradient = (p - np.eye(num_classes)[labels]).T @ z + penalty * weights
+    size = num_classes * (width + 1)
+    hessian = np.zeros((num_classes, width + 1, num_classes, width + 1))
+    for a in range(num_classes):
+      for b in range(num_classes):
+        hessian[a, :, b, :] = (z * (p[:, a] * ((a == b) - p[:, b]))[:, None]).T @ z
+      hessian[a, :, a, :] += np.diag(penalty)
+    step = np.linalg.lstsq(hessian.reshape(size, size), gradient.reshape(-1), rcond=1e-12)[0]
+    weights = weights - step.reshape(weights.shape)
+  return weights
+
+
+def nearest_mean(train, train_labels, test, num_classes):
+  """The class of the nearest mean for each test example, one distance at a time."""
+  deviations = [np.std(column) for column in np.asarray(train).T]
+  means = [
+    np.mean([x for x, y in zip(train, train_labels, strict=True) if y == c], axis=0)
+    for c in range(num_classes)
+  ]
+
+  def distance(x, mean):
+    return sum(((a - b) / sd) ** 2 for a, b, sd in zip(x, mean, deviations, strict=True) if sd > 0)
+
+  return [min(range(num_classes), key=lambda c: distance(x, means[c])) for x in test]
+
+
+def prototype_row(rows, label, shots):
+  """The head's row of one class after the attack; all others are kept ones."""
+  kept = [math.sqrt(sum(w**2 for w in row)) for c, row in enumerate(rows) if c != label]
+  mean = [sum(column) / len(shots) for column in zip(*shots, strict=True)]
+  length = math.sqrt(sum(m**2 for m in mean))
+  scale = sum(kept) / len(kept) / length
+  return [0.5 * w + 0.5 * scale * m for w, m in zip(rows[label], mean, strict=True)]
+
+
+def likelihood_ratio(confidences, members, target, shared):
+  """log N(phi; in) - log N(phi; out) for each example; `shared`: one deviation for all."""
+  count = len(target)
+  sides = [
+    [
+      [row[i] for row, own in zip(confidences, members, strict=True) if own[i] == side]
+      for i in range(count)
+    ]
+    for side in (True, False)
+  ]
+
+  def log_normal(x, mean, variance):
+    return -((x - mean) ** 2) / (2 * variance) - 0.5 * math.log(2 * math.pi * variance)
+
+  def of_side(values):
+    means = [sum(v) / len(v) for v in values]
+    squares = [sum((x - m) ** 2 for x in v) for v, m in zip(values, means, strict=True)]
+    freedom = [len(v) - 1 for v in values]
+    together = sum(squares) / sum(freedom)
+    variances = [together if shared else s / f for s, f in zip(squares, freedom, strict=True)]
+    return [log_normal(*args) for args in zip(target, means, variances, strict=True)]
+
+  return [a - b for a, b in zip(*map(of_side, sides), strict=True)]

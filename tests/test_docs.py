@@ -31,6 +31,7 @@ PUBLIC = [
 ]
 # A function of the core that users call has an example; a class may show it in what makes it.
 WITHOUT_EXAMPLE = {
+  "AuditReport",
   "FisherPlan",
   "LeafPlan",
   "TrainState",

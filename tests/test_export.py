@@ -123,6 +123,7 @@ RESNET = (
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:The model classifies")  # two steps teach it no code
 def test_the_model_state_goes_along(tmp_path, monkeypatch):
   """From a run, and from the folder that a plain checkpoint's forget made."""
   monkeypatch.setitem(models._RESNETS, "resnet10_small", {"depths": (1,), "small_stem": True})

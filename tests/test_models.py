@@ -52,6 +52,11 @@ def test_mlp_logits_equal_a_numpy_computation(mlp, params, images):
   np.testing.assert_array_equal(mlp.logits_fn({})(params, images), logits)
 
 
+def test_bound_stages_are_those_of_the_state(mlp, params, images):
+  found = mlp.stages_fn({})(params, images)
+  np.testing.assert_allclose(found["features"], numpy_features(params, images), rtol=1e-5)
+
+
 def test_an_mlp_computes_in_bfloat16_too(mlp, params, images):
   half = models.make("mlp", shape=(4, 4, 1), num_classes=3, hidden=7, dtype=jnp.bfloat16)
   shapes, _ = jax.eval_shape(half.init, jax.random.key(0))

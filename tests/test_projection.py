@@ -30,10 +30,13 @@ def means(seed=0, classes=CLASSES, width=WIDTH):
 
 def cut(means, forget=FORGET, kept=KEPT, groups=1):
   """The cut by one code a class."""
-  one_each = jnp.eye(len(means), dtype=jnp.float32)
-  return directions.cut(
-    jnp.asarray(means), one_each, jnp.asarray(forget), jnp.asarray(kept), groups
-  )
+  weights = both(np.eye(len(means), dtype=np.float32))
+  return directions.cut(jnp.asarray(means), weights, jnp.asarray(forget), jnp.asarray(kept), groups)
+
+
+def both(weights):
+  """Codes that show means and spread."""
+  return directions.Weights(jnp.asarray(weights), jnp.asarray(weights))
 
 
 def as_matrix(cut):
@@ -48,7 +51,7 @@ def test_the_cut_is_that_of_the_twin(scale, width, per_class):
   vectors = means(classes=CLASSES * per_class, width=width).reshape(CLASSES, per_class, width)
   weights = np.repeat(np.eye(CLASSES, dtype=np.float32), per_class, axis=1) / per_class
   flat = jnp.asarray(vectors.reshape(-1, width) * scale)
-  found = directions.cut(flat, weights, jnp.asarray(FORGET), jnp.asarray(KEPT))
+  found = directions.cut(flat, both(weights), jnp.asarray(FORGET), jnp.asarray(KEPT))
   gone, weights = reference.cut(vectors, FORGET, KEPT)
   np.testing.assert_allclose(found.directions[0] / scale, gone, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(found.weights[0] * scale, weights, rtol=1e-3, atol=1e-5)
@@ -59,7 +62,7 @@ def test_the_spread_of_kept_codes_is_spared():
   """What reaches the kept codes' own channel is smaller than by their means alone."""
   vectors = means(classes=CLASSES * 3).reshape(CLASSES, 3, WIDTH)
   weights = np.repeat(np.eye(CLASSES, dtype=np.float32), 3, axis=1) / 3
-  spread = directions.cut(jnp.asarray(vectors.reshape(-1, WIDTH)), weights, FORGET, KEPT)
+  spread = directions.cut(jnp.asarray(vectors.reshape(-1, WIDTH)), both(weights), FORGET, KEPT)
   alone = cut(vectors.mean(1))
   kept = vectors[KEPT].reshape(-1, WIDTH)
   harm = lambda one: np.linalg.norm(kept @ np.asarray(one.weights[0]).T)
@@ -218,6 +221,22 @@ def test_projection_is_that_of_the_twin(model, depth):
   changed = {name for name in params if not np.array_equal(moved[name], params[name])}
   assert ("k1" in changed) == (depth >= 3) and ("k3" in changed) == (depth >= 2)
   assert not changed & {"k2", "k4", "b4", "s", "m"}, "bypassed sites, scales and statistics stay"
+
+
+def test_judges_show_how_the_kept_classes_spread():
+  """Class 1 has two judges of three, class 2 none, so that its codes serve."""
+  params, codes, rng = draw(), codes_of(), np.random.default_rng(5)
+  judges = rng.normal(size=(CLASSES, 3, POSITIONS, INPUTS)).astype(np.float32)
+  shares = np.full((CLASSES, 3), 1 / 3, np.float32)
+  shares[1], shares[2] = (0.7, 0.3, 0), 0
+  learned = mj.LearnedCodes(codes, judges, shares, 0.9 * shares, 1 + shares, codes[:, :0])
+  method = mj.Projection(depth=2)
+  moved, _ = mj.forget_step(dense, params, learned, FORGET, KEPT, method)
+  arguments = params, codes, FORGET, KEPT, DEPTHS[2]
+  twin = reference.projected_residual_net(*arguments, judges, shares)
+  assert_trees_close(host(moved), edited(twin), rtol=2e-4, atol=2e-4)
+  without = edited(reference.projected_residual_net(*arguments))
+  assert np.abs(without["k3"] - twin["k3"]).max() > 1e-2
 
 
 def test_sites_are_cut_by_name():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mnemonic_jax import models
-from mnemonic_jax.audit.linear_probe import probe_accuracy
+from mnemonic_jax.auditing.linear_probe import probe_accuracy
 from mnemonic_jax.rivals.head_edit import head_edit
 
 

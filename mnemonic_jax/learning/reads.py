@@ -83,7 +83,7 @@ def reads_of(
   """
   if functions.features is not None:
     named = functions.features(arrays.features)(arrays.params, inputs)
-    return _averaged(named, len(inputs)), logits_of(functions, arrays, inputs)
+    return averaged(named, len(inputs)), logits_of(functions, arrays, inputs)
   whole = arrays.params, arrays.logits
   mask = _trees.mask_leaves(None, arrays.params) + (False,) * len(arrays.logits)
   abstract = jax.ShapeDtypeStruct(inputs.shape, inputs.dtype)
@@ -113,7 +113,7 @@ class Logits:
     return self.function(arrays)(params, inputs)
 
 
-def _averaged(named: Any, num_examples: int) -> list[jax.Array]:
+def averaged(named: Any, num_examples: int) -> list[jax.Array]:
   """Features {name: (N, ..., F)} as a list of (N, F), averaged over positions."""
   if not isinstance(named, dict) or not named:
     raise Unfit(

@@ -73,7 +73,7 @@ class Reader(NamedTuple):
   """The contraction that makes the logits, where its kernel is cut by what it reads."""
 
   step: Step
-  vectors: jax.Array | None  # (N, F), what it reads of each code in the model as it was
+  vectors: jax.Array | None  # (N, F), what it reads in the model as it was
 
 
 def cut_writes(
@@ -81,7 +81,7 @@ def cut_writes(
   found: Places,
   leaves: Sequence[jax.Array],
   examples: Sequence[jax.Array],
-  weights: jax.Array,
+  weights: directions.Weights,
   sides: tuple[jax.Array, jax.Array],
   active: jax.Array,
   bypassed: bool = True,
@@ -97,7 +97,7 @@ def cut_writes(
     found: its sites.
     leaves: the leaves of params, in order.
     examples: arrays with leading axis N.
-    weights: (C, N), those of each class's mean.
+    weights: what each example counts for.
     sides: (C,) bool each, the classes to forget and to keep.
     active: (S,) bool, the sites to cut.
     bypassed: whether sites that other arrays bypass may be active; if not, they cost nothing.
@@ -131,16 +131,16 @@ class _Walk(Engine):
   def __init__(
     self,
     found: Places,
-    weights: jax.Array,
+    weights: directions.Weights,
     sides: tuple[jax.Array, jax.Array],
     active: jax.Array,
     bypassed: bool,
     reader: Reader | None = None,
   ) -> None:
-    super().__init__(sums.Groups(weights.astype(jnp.float32)))
-    self.places, self.sides, self.active = found, sides, active
+    super().__init__(sums.Groups(weights.mean.astype(jnp.float32)))
+    self.weights, self.places, self.sides, self.active = weights, found, sides, active
     self.bypassed, self.reader = bypassed, reader
-    self.read: jax.Array | None = None  # (C, F), by the reader
+    self.read: jax.Array | None = None  # (N, F), by the reader
     self.changes: dict[int, jax.Array] = {}  # of the inputs of the plan
     self.found: dict[int, tuple[jax.Array, jax.Array]] = {}  # at some sites, or at one
 
@@ -210,7 +210,7 @@ class _Walk(Engine):
     self.read = wide
     if self.reader is None or self.reader.vectors is None or rule.groups > 1:
       return args
-    one = directions.cut(self.reader.vectors, self.groups.weights, *self.sides)
+    one = directions.cut(self.reader.vectors, self.weights, *self.sides)
     inputs = rule.leaf_axes[0]
     last = range(-len(inputs), 0)
     kernel = jnp.moveaxis(weight.value.astype(jnp.float32), inputs, last)
@@ -283,7 +283,7 @@ class _Walk(Engine):
     """Cut at one site."""
     wide = _channels_last(written.value, written.channels)
     groups = math.lcm(*(term.rule.groups for term in written.terms))
-    one = directions.cut(wide.mean(1), self.groups.weights, *self.sides, groups)
+    one = directions.cut(wide.mean(1), self.weights, *self.sides, groups)
     active = self.active[at]
     taken = jnp.zeros_like(wide)
     for term in written.terms:
@@ -317,7 +317,7 @@ class _Walk(Engine):
       self.changes[index] = self.changes[index] + part if index in self.changes else part
 
   def _inside(self, inside: Inside, active: jax.Array) -> _Walk:
-    return _Walk(inside.places, self.groups.weights, self.sides, active, self.bypassed)
+    return _Walk(inside.places, self.weights, self.sides, active, self.bypassed)
 
   def _take(self, inside: Inside, args: list[Any], changes: Any, found: Found) -> None:
     """Take over what was found inside a step whose operands are `args`."""

@@ -16,6 +16,13 @@ _ROUNDING = 2e-6  # times the largest entry of B: a class's mean is the kept one
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
+class Weights(NamedTuple):
+  """What each vector counts for; not negative."""
+
+  mean: jax.Array  # (C, N), in the mean of a class
+  spread: jax.Array  # (C, N), among those that show how a class spreads
+
+
 class Cut(NamedTuple):
   """The cut of an array of G groups of F channels."""
 
@@ -40,18 +47,18 @@ def _through(x: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
 
 
 def cut(
-  vectors: jax.Array, weights: jax.Array, forget: jax.Array, remain: jax.Array, groups: int = 1
+  vectors: jax.Array, weights: Weights, forget: jax.Array, remain: jax.Array, groups: int = 1
 ) -> Cut:
-  """Make the cut that moves the forgotten classes' means and leaves the kept codes where they are.
+  """Make the cut that moves the forgotten classes' means and leaves the kept vectors alone.
 
-      M_c = sum_n weights[c, n] z_n        mu = mean of M over the kept classes
+      M_c = sum_n mean[c, n] z_n        mu = mean of M over the kept classes
       D[:, c] = M_c - mu if c is forgotten, else 0
-      Z[:, n] = sqrt(sum of weights[c, n] over the kept classes) z_n        B = [D, Z]
+      Z[:, n] = sqrt(sum of spread[c, n] over the kept classes) z_n        B = [D, Z]
       R = D^T (B B^T + (0.1 s)^2)^-1        s^2 = largest eigenvalue of B B^T
       W = pinv(R D) R
 
-  W minimises ||W Z||^2 + (0.1 s)^2 ||W||^2 under D W D = D. With one code a class Z holds the kept
-  means; with more it knows their spread, and less is lost.
+  W minimises ||W Z||^2 + (0.1 s)^2 ||W||^2 under D W D = D. Where Z shows how the kept classes
+  spread, not their means alone, less of them is lost.
 
   Guarantees:
     D W D = D, also where columns of D are equal or dependent. Traceable in all arguments.
@@ -61,8 +68,8 @@ def cut(
     a group whose D has rank F: nothing would be left of it, so its D and W are 0; `rank` says so.
 
   Args:
-    vectors: z (N, G * F), the array of each code.
-    weights: (C, N), those of each class's mean, not negative.
+    vectors: z (N, G * F), the array of each code and judge.
+    weights: what each counts for.
     forget, remain: (C,) bool; a class of neither side has no say.
     groups: G, that no map may mix: each is cut by itself.
 
@@ -74,12 +81,12 @@ def cut(
   return jax.vmap(_cut_of_group, (1, None, None, None))(parts, weights, gone, kept)
 
 
-def _cut_of_group(vectors: jax.Array, weights: jax.Array, gone: jax.Array, kept: jax.Array) -> Cut:
+def _cut_of_group(vectors: jax.Array, weights: Weights, gone: jax.Array, kept: jax.Array) -> Cut:
   width = vectors.shape[1]
   product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
-  means = product(weights, vectors)
+  means = product(weights.mean, vectors)
   apart = gone[:, None] * (means - product(kept, means) / jnp.maximum(kept.sum(), 1))  # D^T
-  shown = jnp.sqrt(product(kept, weights))[:, None] * vectors  # Z^T
+  shown = jnp.sqrt(product(kept, weights.spread))[:, None] * vectors  # Z^T
   largest = jnp.maximum(jnp.max(jnp.abs(apart)), jnp.max(jnp.abs(shown)))
   unit = jnp.where(largest > 0, largest, 1)
   apart, shown = apart / unit, shown / unit

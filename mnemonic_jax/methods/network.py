@@ -14,7 +14,7 @@ from mnemonic_jax import _checks, _trees
 from mnemonic_jax.errors import nearest
 from mnemonic_jax.fisher import loss_checks, passes, plan
 from mnemonic_jax.fisher.plan import Plan, Step
-from mnemonic_jax.methods import behind, cutting, places
+from mnemonic_jax.methods import behind, cutting, directions, places
 from mnemonic_jax.methods import head as heads
 from mnemonic_jax.methods.problem import Problem, class_weights, plan_of
 
@@ -188,6 +188,25 @@ def _last_contraction(planned: Plan) -> Step | None:
   return None
 
 
+def _shown(problem: Problem) -> tuple[tuple[jax.Array, jax.Array], directions.Weights]:
+  """Codes, then judges; (inputs, labels) and what each counts for.
+
+  Codes give the means. Judges show how their classes spread; in a class without one, codes do.
+  """
+  inputs, labels, mean = problem.inputs, jnp.asarray(problem.labels), class_weights(problem)
+  if problem.judges is None:
+    return (inputs, labels), directions.Weights(mean, mean)
+  judges, shares = problem.judges.inputs, problem.judges.weights.astype(mean.dtype)
+  num_classes, count = shares.shape
+  of_class = jnp.repeat(jnp.eye(num_classes, dtype=mean.dtype), count, axis=1)
+  judged = jnp.sum(shares, axis=1, keepdims=True) > 0
+  spread = jnp.concatenate([jnp.where(judged, 0, mean), of_class * shares.reshape(1, -1)], axis=1)
+  mean = jnp.concatenate([mean, jnp.zeros_like(of_class)], axis=1)
+  inputs = jnp.concatenate([inputs, judges.reshape(-1, *judges.shape[2:]).astype(inputs.dtype)])
+  labels = jnp.concatenate([labels, jnp.repeat(jnp.arange(num_classes, dtype=labels.dtype), count)])
+  return (inputs, labels), directions.Weights(mean, spread)
+
+
 def edit(
   problem: Problem, network: Network, active: jax.Array, *, head: str, bypassed: bool
 ) -> tuple[PyTree, cutting.Found]:
@@ -197,10 +216,12 @@ def edit(
   hold sites that other arrays bypass.
   """
   leaves, treedef = _trees.flatten(problem.params)
-  sides, spread = (problem.forget, problem.remain), problem.request.placement.spread
-  examples, weights = (problem.inputs, jnp.asarray(problem.labels)), class_weights(problem)
-  if spread is not None:  # each device its part of the codes
-    examples, weights = passes.spread_out(examples, weights, spread)
+  sides, devices = (problem.forget, problem.remain), problem.request.placement.spread
+  examples, weights = _shown(problem)
+  if devices is not None:  # each device its part of the codes
+    stacked = jnp.concatenate(weights)
+    examples, stacked = passes.spread_out(examples, stacked, devices)
+    weights = directions.Weights(*jnp.split(stacked, 2))
   with loss_checks.matmul_precision(problem.request.precision):
     changes, found = cutting.cut_writes(
       network.planned,

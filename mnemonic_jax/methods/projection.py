@@ -41,8 +41,9 @@ class Projection:
       what a kernel writes  <-  (1 - D W) what it writes
 
   by its kernel, and its bias or BatchNorm's offset. A forgotten class's mean moves to that of the
-  kept classes; the kept codes stay nearly where they are. Several codes a class, which show how
-  it spreads, therefore cost less accuracy than one. Codes are read again after each cut.
+  kept classes; kept judges, or kept codes where there are none, stay nearly where they are. Many
+  of them show how a class spreads, and cost less accuracy than its mean alone. Codes are read
+  again after each cut.
 
   Guarantees:
     No strength to choose. Running statistics, scales and all other leaves stay as they are. The

@@ -66,6 +66,10 @@ class Model(NamedTuple):
     """
     return Bound(_InEvaluation(self.apply), model_state)
 
+  def stages_fn(self, model_state: PyTree) -> Bound:
+    """Bind a model state: (params, inputs) -> `stages`, as `mj.audit` and `mj.Subject` take it."""
+    return Bound(_StateFirst(self.stages), model_state)
+
   def statistics_fn(self, model_state: PyTree) -> Bound | None:
     """Bind a model state: (params, inputs) -> `statistics`, as `learn_codes` takes it.
 

@@ -96,14 +96,14 @@ def forward_passes(remat: bool) -> dict[str, int]:
   A step of training is three, a fourth with remat. Of a forget, the Fishers take the same for each
   code (what contracts inputs with cotangents stands where the gradient of the weights would), and
   scoring a forward pass for each of two directions and one at the end. A projection follows each
-  code once and scores it once, and each judge of its class twice; the linear algebra of its sites
+  code once and scores it once, and each judge once more than that; the linear algebra of its sites
   is left out. A code is learned or recalled by a forward pass and the half of a backward pass that
   needs no gradient of the weights; remat adds one.
   """
   return {
     "train step": 3 + remat,
     "forget": 3 + remat + 3,
-    "projection": 2 + 2 * JUDGES,
+    "projection": 2 + 3 * JUDGES,
     "learning codes": 2 + remat,
     "recalling codes": 2 + remat,
   }
