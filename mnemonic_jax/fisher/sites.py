@@ -42,8 +42,8 @@ def sites(
     examples: arrays with leading axis N.
     weights: (G, N), those of each group's mean.
   """
-  walk = _Walk(sums.Groups(weights))
-  walk.evaluate_all(planned, *_arguments(planned, leaves, examples, weights))
+  walk = Walk(sums.Groups(weights))
+  walk.evaluate_all(planned, *arguments(planned, leaves, examples, weights))
   mean = lambda x: jnp.einsum("gn,...nf->...gf", weights, x, precision=jax.lax.Precision.HIGHEST)
   pairs = zip(known(planned), walk.found, strict=True)
   return [Site(*site, *map(mean, arrays)) for site, arrays in pairs]
@@ -75,11 +75,11 @@ def reads(
   """
   weights = jnp.zeros((1, len(examples[0])))
   walk = _Reading(sums.Groups(weights))
-  results = walk.evaluate_all(planned, *_arguments(planned, leaves, examples, weights))
+  results = walk.evaluate_all(planned, *arguments(planned, leaves, examples, weights))
   return [read for read, _ in walk.found], results
 
 
-def _arguments(
+def arguments(
   planned: Plan, leaves: Sequence[jax.Array], examples: Sequence[jax.Array], weights: jax.Array
 ) -> list[Any]:
   """The inputs of a plan as the engine takes them."""
@@ -90,7 +90,7 @@ def _arguments(
   return args
 
 
-class _Walk(Engine):
+class Walk(Engine):
   """Follows a plan forward and keeps what contractions read (..., N, F) and write (..., N, O)."""
 
   def __init__(self, groups: sums.Groups) -> None:
@@ -138,7 +138,7 @@ class _Walk(Engine):
     self.found = [tuple(pair) for pair in found]
 
 
-class _Reading(_Walk):
+class _Reading(Walk):
   """Keeps one read a contraction, in the order of the data; the writes stand beside them."""
 
   def tie(self, tie: Any, param: Param) -> Any:
@@ -172,7 +172,7 @@ class _Reading(_Walk):
 
 
 class _Used:
-  def __init__(self, walk: _Walk) -> None:
+  def __init__(self, walk: Walk) -> None:
     self.walk = walk
 
   def use(self, step: Step, run: Callable[..., Any], args: list[Any]) -> list[Any]:

@@ -53,16 +53,20 @@ class Row:
 
   def put(self, leaf: jax.Array, classes: jax.Array, entry: jax.Array) -> jax.Array:
     """The leaf with `entry` (one slice of the arranged leaf) for each of `classes` (C,) bool."""
-    wide = jax.ShapeDtypeStruct(self.shape, jnp.float32)
-    arranged = jax.eval_shape(self.arranged, wide)
-    back = lambda x: jax.linear_transpose(self.arranged, wide)(x)[0]
+    arranged = jax.eval_shape(self.arranged, jax.ShapeDtypeStruct(self.shape, jnp.float32))
     along = [1] * len(arranged.shape)
     along[self.axis] = -1
     chosen = jnp.broadcast_to(classes.reshape(along), arranged.shape)
+    values = self.restored(jnp.where(chosen, entry, 0))
+    return jnp.where(self.restored(chosen) != 0, values.astype(leaf.dtype), leaf)
+
+  def restored(self, arranged: jax.Array) -> jax.Array:
+    """The inverse of `arranged`, float32."""
+    wide = jax.ShapeDtypeStruct(self.shape, jnp.float32)
+    back = jax.linear_transpose(self.arranged, wide)(arranged.astype(jnp.float32))[0]
     # `arranged` is a permutation times a number c, so its transpose is its inverse times c^2.
     scale = self.arranged(jnp.ones(self.shape, jnp.float32)).reshape(-1)[0]
-    values = back(jnp.where(chosen, entry, 0).astype(jnp.float32)) / scale**2
-    return jnp.where(back(chosen.astype(jnp.float32)) != 0, values.astype(leaf.dtype), leaf)
+    return back / scale**2
 
   def mean(self, leaf: jax.Array, classes: jax.Array) -> jax.Array:
     """The mean of the arranged leaf over classes (C,) bool; the axis of classes has size 1."""
@@ -128,11 +132,11 @@ def find(planned: Plan) -> Head:
     raise NoHead("it has several biases")
   rule = step.rule
   classes = rule.leaf_axes[1][axis - channels.start]
-  kernel = _row(step.equation.invars[rule.index], classes, made, planned, alone)
-  return Head(kernel, _row(*biases[0], made, planned, alone) if biases else None, step)
+  kernel = row(step.equation.invars[rule.index], classes, made, planned, alone)
+  return Head(kernel, row(*biases[0], made, planned, alone) if biases else None, step)
 
 
-def _row(var: Any, axis: int, made: dict[Any, Step], planned: Plan, alone: frozenset[Any]) -> Row:
+def row(var: Any, axis: int, made: dict[Any, Step], planned: Plan, alone: frozenset[Any]) -> Row:
   """Follow an operand back to its leaf."""
   steps, operand = [], var
   while (step := made.get(var)) is not None:
