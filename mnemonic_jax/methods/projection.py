@@ -41,8 +41,8 @@ class Projection:
       what a kernel writes  <-  (1 - D W) what it writes
 
   by its kernel, and its bias or BatchNorm's offset. A forgotten class's mean moves to that of the
-  kept classes; the kept codes stay nearly where they are, so that eight codes a class or more, which
-  show how a class spreads, cost less accuracy than one. Codes are read again after each cut.
+  kept classes; the kept codes stay nearly where they are. Several codes a class, which show how
+  it spreads, therefore cost less accuracy than one. Codes are read again after each cut.
 
   Guarantees:
     No strength to choose. Running statistics, scales and all other leaves stay as they are. The
