@@ -26,7 +26,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.learning import match, reads, recall
 from mnemonic_jax.learning.learner import RECALLED
 from mnemonic_jax.multihost.sharding import Layout
-from mnemonic_jax.runs import learned, setup
+from mnemonic_jax.runs import learned, ledger, setup
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.config import Config
 
@@ -89,7 +89,7 @@ def learn(job: Job) -> dict[str, Any]:
     learned.refuse_existing(path)
     job.watchdog.phase("restoring the checkpoint")
     trained = trained_run.restore(job.run, job.dataset, layout)
-    return learned.learn(
+    told = learned.learn(
       trained,
       job.config,
       job.dataset,
@@ -99,6 +99,8 @@ def learn(job: Job) -> dict[str, Any]:
       watchdog=job.watchdog,
       microbatch=_at_once(job.config, job.mesh),
     )
+    ledger.record(job.run)
+    return told
 
 
 SCRIPT = jobs.Script(

@@ -34,7 +34,7 @@ from mnemonic_jax.models import Model
 from mnemonic_jax.multihost import sharding
 from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.runs import forget as forget_run
-from mnemonic_jax.runs import learned, setup
+from mnemonic_jax.runs import learned, ledger, setup
 from mnemonic_jax.runs import trained as trained_run
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.files import to_host
@@ -125,6 +125,7 @@ def forget(job: Job) -> dict[str, Any]:
     report, fill = forget_run.described(trained, config, dataset, asked, one_shot, predict)
     job.watchdog.phase("writing the forget")
     folder = run.add_forget(fill)
+    ledger.record(run)
   return {**report, "folder": str(folder)}
 
 

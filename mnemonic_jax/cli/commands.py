@@ -15,16 +15,17 @@ from etils import epath
 
 from mnemonic_jax.cli import compilation_cache
 from mnemonic_jax.data import prepared
-from mnemonic_jax.errors import UsageError, nearest
+from mnemonic_jax.errors import MnemonicError, UsageError, nearest
 from mnemonic_jax.methods.search import CannotForget
 from mnemonic_jax.multihost import processes
 from mnemonic_jax.multihost.processes import Watchdog
 from mnemonic_jax.report import schema, wording
 from mnemonic_jax.runs import config as configs
-from mnemonic_jax.runs import files, finished, learned, setup
+from mnemonic_jax.runs import files, finished, learned, ledger, setup
 from mnemonic_jax.runs import forget as forget_run
 from mnemonic_jax.runs import train as train_run
 from mnemonic_jax.runs import trained as trained_run
+from mnemonic_jax.runs import verify as verify_run
 from mnemonic_jax.runs.checkpoints import is_checkpoint, newest
 from mnemonic_jax.runs.folder import RunFolder
 
@@ -158,6 +159,7 @@ def _codes(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   with folder.locked():
     trained = trained_run.restore(folder, dataset)
     result = learned.learn(trained, folder.config, dataset, path, request)
+    ledger.record(folder)
   return result, _codes_text(result)
 
 
@@ -297,6 +299,28 @@ def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   return result, text
 
 
+def _verify(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+  folder = RunFolder.open(options.run)
+  try:
+    dataset = setup.load_data(folder.config, options.data_dir, training=False)
+  except MnemonicError as error:
+    print(f"numbers are not run again: {error}", file=sys.stderr, flush=True)
+    dataset = None
+  result = verify_run.verify(folder, dataset, options.head)
+  if result["problems"]:
+    if options.json and processes.is_writer():
+      print(files.dumps(result), flush=True)
+    raise MnemonicError(f"{options.run}: " + " ".join(result["problems"][:5]))
+  numbers = (
+    "not run again" if result["numbers"] is None else f"{result['numbers']} forgets, as told"
+  )
+  text = (
+    f"{result['lines']} lines, {result['files']} files: all as recorded\n"
+    f"  numbers  {numbers}\n  head     {result['head']}"
+  )
+  return result, text
+
+
 def _configs(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
   known = configs.names()
   if options.name is None:
@@ -317,5 +341,6 @@ _VERBS = {
   "evaluate": _evaluate,
   "report": _report,
   "export": _export,
+  "verify": _verify,
   "configs": _configs,
 }

@@ -255,6 +255,13 @@ def _add_reading(verbs: Any) -> None:
     "--ema", action="store_true", help="export the moving average of the params (--train.ema)"
   )
 
+  purpose = "check a run against its ledger: every hash, and the numbers of each forget again"
+  verify = _verb(verbs, "verify", purpose, "mnemonic verify runs/a --head HASH")
+  verify.add_argument("run", metavar="RUN", type=epath.Path, help="a run folder")
+  verify.add_argument(
+    "--head", metavar="HASH", help="of a line noted earlier: finds what was cut off or written anew"
+  )
+
   purpose = "list the named configs, or show one"
   configs = _verb(verbs, "configs", purpose, "mnemonic configs digits", data=False)
   configs.add_argument(

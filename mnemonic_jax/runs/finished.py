@@ -18,7 +18,7 @@ from mnemonic_jax import _trees, evaluation
 from mnemonic_jax import report as reports
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError, UsageError
-from mnemonic_jax.runs import files, format1, learned
+from mnemonic_jax.runs import files, format1, learned, ledger
 from mnemonic_jax.runs.checkpoints import (
   is_checkpoint,
   newest,
@@ -152,6 +152,7 @@ def write_page(
   page = folder / "report.html"
   with run.locked():
     files.write_text(page, reports.render(report, evidence, codes))
+    ledger.record_page(run, page)
   return page
 
 

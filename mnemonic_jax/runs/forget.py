@@ -19,7 +19,7 @@ from mnemonic_jax.fisher import Execution
 from mnemonic_jax.forgetting import ForgetResult
 from mnemonic_jax.report import wording
 from mnemonic_jax.rivals.head_edit import head_edit
-from mnemonic_jax.runs import files, renewal, scoring, stepwise
+from mnemonic_jax.runs import files, ledger, renewal, scoring, stepwise
 from mnemonic_jax.runs import learned as learned_codes
 from mnemonic_jax.runs.checkpoints import require_plain, save_params
 from mnemonic_jax.runs.config import Config, make_method
@@ -87,6 +87,7 @@ def forget(run: RunFolder, dataset: Dataset, requested: Sequence[int | str]) -> 
     keeper = _keeper(run.path / "forgets", trained, run.config, asked)
     report, fill = described(trained, run.config, dataset, asked, keeper=keeper)
     folder = run.add_forget(fill)
+    ledger.record(run)
     keeper.remove()
   return _placed(report, folder)
 

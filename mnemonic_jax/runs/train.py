@@ -20,7 +20,7 @@ from mnemonic_jax.errors import MnemonicError
 from mnemonic_jax.multihost.processes import Watchdog, is_writer
 from mnemonic_jax.multihost.sharding import Layout
 from mnemonic_jax.progress import Progress
-from mnemonic_jax.runs import setup, signals
+from mnemonic_jax.runs import ledger, setup, signals
 from mnemonic_jax.runs.checkpoints import Checkpoints
 from mnemonic_jax.runs.files import array_sha256, params_sha256
 from mnemonic_jax.runs.folder import RunFolder
@@ -83,6 +83,8 @@ def train(run: RunFolder, dataset: Dataset, options: Options | None = None) -> d
     scored = (dataset.test, dataset.preprocess, layout, options.watchdog)
     (test,) = predict_each(logits_fn, [state.params], *scored)
     steps, per_epoch = planned.total_steps, planned.steps_per_epoch
+    params = params_sha256(state.params)
+    ledger.record(run, params)
     lines = run.metrics()
     return {
       "run": str(run.path),
@@ -98,7 +100,7 @@ def train(run: RunFolder, dataset: Dataset, options: Options | None = None) -> d
       "seconds": seconds,
       "checkpoint": str(run.checkpoints / str(int(state.step))),
       "codes_sha256": array_sha256(codes),
-      "params_sha256": params_sha256(state.params),
+      "params_sha256": params,
     }
 
 
