@@ -67,6 +67,7 @@ def test_run_trains_forgets_and_reports(tmp_path):
     "checkpoints",
     "config.json",
     "forgets",
+    "ledger.jsonl",
     "metrics.jsonl",
     "tensorboard",
   ]
