@@ -39,7 +39,8 @@ def _scale_and_bias(
   scale, bias = (params[name].astype(jnp.float32) for name in ("scale", "bias"))
   own = jnp.sqrt(new["var"] + epsilon)
   changed = {
-    "scale": scale * jnp.sqrt(old["var"] + epsilon) / own,
+    # In this order statistics that stayed change no bit.
+    "scale": scale * (jnp.sqrt(old["var"] + epsilon) / own),
     "bias": bias + (old["mean"] - new["mean"]) * scale / own,
   }
   return {name: value.astype(params[name].dtype) for name, value in changed.items()}
