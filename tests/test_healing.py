@@ -192,7 +192,7 @@ def kept_distance(params):
 def test_healing_brings_the_kept_logits_back_and_nothing_of_the_class():
   run = lambda heal: mj.forget(mlp, PARAMS, CODES, FORGET, method=mj.Projection(depth=1, heal=heal))
   cut, healed = run(0), run(300)
-  assert kept_distance(healed.params) < 0.5 * kept_distance(cut.params)
+  assert kept_distance(healed.params) < 0.6 * kept_distance(cut.params)
   logits = np.asarray(mlp(healed.params, jax.random.normal(jax.random.key(5), (50, FEATURES))))
   np.testing.assert_allclose(logits[:, 1], logits[:, KEPT].mean(1) - 1, atol=1e-4)
   assert healed.info["margin"] and healed.method == mj.Projection(depth=1, heal=300)
