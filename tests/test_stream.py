@@ -456,6 +456,7 @@ def test_the_configs_of_streamed_sets_train(name, prepared_sets, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore:Classes without a judge")  # three pictures a class
+@pytest.mark.filterwarnings("ignore:The model classifies")
 def test_a_vit_trained_without_codes_learns_them_and_forgets_by_the_default(
   prepared_sets, tmp_path
 ):

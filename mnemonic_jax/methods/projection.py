@@ -211,9 +211,9 @@ class Projection:
     """The depth to take, and what judges foresee of each that was tried."""
     if problem.judges is None and self.drop_row:
       return min(_RECALLED_DEPTH, depths), {}
-    search.require_judges(problem, "depth")
     tried = np.arange(min(_DEEPEST, depths) + 1, dtype=np.int32)
     if not self.drop_row:
+      search.require_judges(problem, "depth")
       return search.best(problem, "depth", tried, apply, tried)
     found = search.predictions(problem, tried, apply)
     retain = np.asarray(found.retain_accuracy, np.float64)
