@@ -156,6 +156,16 @@ def test_without_judges_a_search_is_refused_and_plain_codes_name_learn_codes(tra
   assert mj.forget(net, trained, unjudged, [3], method=mj.DropRow()).predicted.forget_error is None
 
 
+def test_the_default_drops_the_row_of_a_class_without_a_judge(digits, trained, learned):
+  """Its own E_F is not foreseen; where no class has a judge nothing is, and depth 0 is taken."""
+  some = dataclasses.replace(learned, judge_weights=learned.judge_weights.at[3].set(0))
+  result = mj.forget(net, trained, some, [3])
+  assert result.predicted.retain_accuracy > 0.8 and result.predicted.forget_error is None
+  assert scores(result.params, digits, [3])[1] == 1
+  none = dataclasses.replace(learned, judge_weights=0 * learned.judge_weights)
+  assert mj.forget(net, trained, none, [3]).method == mj.Projection(depth=0)
+
+
 def test_a_traced_step_refuses_what_must_be_searched(trained, learned):
   forget = jnp.arange(CLASSES) == 3
   for method in (mj.Projection(), mj.Dampening(), mj.Perturbation()):
