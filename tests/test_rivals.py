@@ -156,6 +156,8 @@ def test_a_request_is_checked():
   in_batches = make_request(mlp, trained(), [(INPUTS[:5], LABELS[:5]), (INPUTS[5:], LABELS[5:])],
                             key=KEY)  # fmt: skip
   assert np.array_equal(in_batches.kept.inputs, INPUTS)
+  masked = make_request(mlp, trained(), [(INPUTS, LABELS, np.arange(len(LABELS)) < 5)], key=KEY)
+  assert np.array_equal(masked.kept.inputs, INPUTS[:5]), "padding counts nowhere"
 
 
 # Training ----------------------------------------------------------------------------------------

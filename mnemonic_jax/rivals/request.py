@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mnemonic_jax import _checks, _trees
+from mnemonic_jax import _checks, _trees, evaluation
 from mnemonic_jax._types import LogitsFn
 from mnemonic_jax.methods.relearn import FoldFn, TrainFn
 
@@ -101,8 +101,9 @@ def make_request(
   """Gather a model and its training data, for `Rival.prepare` and `Rival.forget`.
 
   Args:
-    kept, forgotten: (inputs, labels), or an iterable of such batches, of each side; inputs are
-      floating, in the space that the model sees. None: a rival that reads them does not apply.
+    kept, forgotten: (inputs, labels), or an iterable of batches as `evaluate` takes them, of each
+      side; inputs are floating, in the space that the model sees. None: a rival that reads them
+      does not apply.
     shape: of one input, where no examples are given.
     logits_fn, params, key, epochs, batch_size, train_fn, fold_fn, statistics, train_some, fresh,
       codes: see `Request`.
@@ -148,10 +149,11 @@ def _gathered(name: str, given: Any) -> Examples | None:
   if given is None:
     return None
   arrays = isinstance(given, tuple) and len(given) == 2 and hasattr(given[0], "dtype")
-  batches = [given] if arrays else [tuple(batch)[:2] for batch in given]
-  if not batches or any(len(batch) != 2 for batch in batches):
+  batches = list(evaluation.batches_of([given] if arrays else given))
+  if not batches:
     raise ValueError(f"{name}: got no batches (inputs, labels); expected at least one, or None.")
-  inputs, labels = (np.concatenate([np.asarray(b[i]) for b in batches]) for i in (0, 1))
+  parts = [(np.asarray(b.inputs)[b.mask], np.asarray(b.labels)[b.mask]) for b in batches]
+  inputs, labels = map(np.concatenate, zip(*parts, strict=True))
   if not jnp.issubdtype(inputs.dtype, jnp.floating):
     raise TypeError(
       f"{name}: got inputs of dtype {inputs.dtype}; expected floats, in the space that the model "
