@@ -13,7 +13,6 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +24,6 @@ from mnemonic_jax.runs import files, learned
 from mnemonic_jax.runs.folder import RunFolder
 
 START = "0" * 64  # what the first line names as the hash of the line before
-_CHUNK = 2**24  # bytes that are hashed at once
 _REMEDY = "Do not repair it: compare with a copy, and ask who changed it."
 
 
@@ -79,9 +77,8 @@ def record(run: RunFolder, params_sha256: str | None = None) -> None:
 
 def record_page(run: RunFolder, page: epath.Path) -> None:
   """Add a line for a page that was written again; call it with the run locked."""
-  lines = read(run)
-  if lines:
-    _append(run, lines, {"event": "page", "of": _name(run, page)}, [page])
+  if lines := read(run):
+    _write(run, [*lines, _next(run, lines, {"event": "page", "of": _name(run, page)}, [page])])
 
 
 def hashes(lines: list[dict[str, Any]]) -> dict[str, str]:
@@ -95,19 +92,18 @@ def hashes(lines: list[dict[str, Any]]) -> dict[str, str]:
 
 def file_sha256(path: epath.Path) -> str:
   """Hash the bytes of a file."""
-  digest = hashlib.sha256()
   with path.open("rb") as file:
-    while chunk := file.read(_CHUNK):
-      digest.update(chunk)
-  return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _record(run: RunFolder, params_sha256: str | None) -> None:
   lines = read(run)
-  known = {line["of"] for line in lines}
-  new = [entry for entry in _artifacts(run, params_sha256) if entry[0]["of"] not in known]
-  for entry, paths in new:
-    lines = _append(run, lines, entry, paths)
+  known, count = {line["of"] for line in lines}, len(lines)
+  for entry, paths in _artifacts(run, params_sha256):
+    if entry["of"] not in known:
+      lines = [*lines, _next(run, lines, entry, paths)]
+  if len(lines) > count:
+    _write(run, lines)
 
 
 def _artifacts(
@@ -117,18 +113,14 @@ def _artifacts(
   steps = sorted(files.children(run.checkpoints, "[0-9]*"), key=lambda path: int(path.name))
   for step in steps:
     more = {"params_sha256": params_sha256} if params_sha256 and step == steps[-1] else {}
-    yield (
-      {"event": "trained", "of": f"checkpoints/{step.name}", **more},
-      [
-        run.path / "config.json",
-        *_files(step),
-      ],
-    )
+    entry: dict[str, Any] = {"event": "trained", "of": f"checkpoints/{step.name}", **more}
+    yield entry, [run.path / "config.json", *_files(step)]
   for path in sorted(files.children(learned.path_in(run).parent, "*.safetensors")):
     yield {"event": "codes", "of": f"codes/{path.name}"}, [path]
   for folder in run.forgets():
     report = run.report_of(folder)
-    copies = {name: copy.get("params_sha256_after") for name, copy in _copies(report).items()}
+    others = report.get("copies", {}).items()
+    copies = {name: copy.get("params_sha256_after") for name, copy in others}
     entry = {
       "event": "forgot",
       "of": f"forgets/{folder.name}",
@@ -141,10 +133,6 @@ def _artifacts(
     yield entry | ({"copies": copies} if copies else {}), _files(folder)
 
 
-def _copies(report: dict[str, Any]) -> dict[str, Any]:
-  return report.get("copies") or {}
-
-
 def _files(folder: epath.Path) -> list[epath.Path]:
   """All files below a folder."""
   found: list[epath.Path] = []
@@ -153,13 +141,10 @@ def _files(folder: epath.Path) -> list[epath.Path]:
   return found
 
 
-def _append(
-  run: RunFolder,
-  lines: list[dict[str, Any]],
-  entry: dict[str, Any],
-  paths: list[epath.Path],
-) -> list[dict[str, Any]]:
-  """Write the ledger with one more line, atomically; return its lines."""
+def _next(
+  run: RunFolder, lines: list[dict[str, Any]], entry: dict[str, Any], paths: list[epath.Path]
+) -> dict[str, Any]:
+  """Make the line that follows."""
   line = {
     "number": len(lines) + 1,
     "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -167,13 +152,16 @@ def _append(
     "files": {_name(run, path): file_sha256(path) for path in paths},
     "previous": lines[-1]["hash"] if lines else START,
   }
-  lines = [*lines, {**line, "hash": _hash(line)}]
-  files.write_text(path_in(run), "".join(f"{_line(one)}\n" for one in lines))
-  return lines
+  return {**line, "hash": _hash(line)}
+
+
+def _write(run: RunFolder, lines: list[dict[str, Any]]) -> None:
+  """Write all lines, atomically."""
+  files.write_text(path_in(run), "".join(f"{_line(line)}\n" for line in lines))
 
 
 def _name(run: RunFolder, path: epath.Path) -> str:
-  return os.fspath(path)[len(os.fspath(run.path)) :].lstrip("/")
+  return path.relative_to(run.path).as_posix()
 
 
 def _hash(line: dict[str, Any]) -> str:

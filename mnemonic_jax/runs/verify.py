@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from etils import epath
-
 from mnemonic_jax import evaluation
 from mnemonic_jax.data import Dataset
 from mnemonic_jax.errors import MnemonicError
@@ -13,7 +11,7 @@ from mnemonic_jax.runs import files, ledger
 from mnemonic_jax.runs.checkpoints import restore_params, restore_parts, stored_shapes
 from mnemonic_jax.runs.folder import RunFolder
 from mnemonic_jax.runs.scoring import predict_each
-from mnemonic_jax.runs.trained import Trained, restore
+from mnemonic_jax.runs.trained import restore
 
 _ROUNDING = 1e-3  # of a share of examples: another machine may round a tie the other way
 
@@ -42,11 +40,8 @@ def verify(run: RunFolder, dataset: Dataset | None, head: str | None = None) -> 
   if not problems:
     problems += _of_params(run)
   if not problems and dataset is not None and dataset.test.num_examples:
-    trained = restore(run, dataset)
-    finished = run.forgets()
-    again = len(finished)
-    for folder in finished:
-      problems += _of_numbers(run, folder, trained, dataset)
+    again = len(run.forgets())
+    problems += _of_numbers(run, dataset) if again else []
   return {
     "run": str(run.path),
     "head": lines[-1]["hash"],
@@ -100,17 +95,16 @@ def _of_params(run: RunFolder) -> list[str]:
   return problems
 
 
-def _of_numbers(
-  run: RunFolder, folder: epath.Path, trained: Trained, dataset: Dataset
-) -> list[str]:
-  """Numbers of a report that do not come out again."""
-  report = run.report_of(folder)
-  params = restore_params(folder / "params", trained.params)
-  (seen,) = predict_each(trained.logits_fn, [params], dataset.test, dataset.preprocess)
-  scores = evaluation.scores(seen, len(dataset.class_names), report["classes"])
-  problems = []
-  for name in ("retain_accuracy", "forget_error"):
-    told, found = report.get(f"{name}_after"), float(getattr(scores, name))
-    if told is None or abs(told - found) > _ROUNDING:
-      problems.append(f"forgets/{folder.name}: {name}_after is {told} there, {found:.4f} now.")
+def _of_numbers(run: RunFolder, dataset: Dataset) -> list[str]:
+  """Numbers of reports that do not come out again, from one pass over the test examples."""
+  trained, finished, problems = restore(run, dataset), run.forgets(), []
+  candidates = [restore_params(folder / "params", trained.params) for folder in finished]
+  every = predict_each(trained.logits_fn, candidates, dataset.test, dataset.preprocess)
+  for folder, seen in zip(finished, every, strict=True):
+    report = run.report_of(folder)
+    scores = evaluation.scores(seen, len(dataset.class_names), report["classes"])
+    for name in ("retain_accuracy", "forget_error"):
+      told, found = report.get(f"{name}_after"), float(getattr(scores, name))
+      if told is None or abs(told - found) > _ROUNDING:
+        problems.append(f"forgets/{folder.name}: {name}_after is {told} there, {found:.4f} now.")
   return problems
