@@ -17,7 +17,7 @@ PACKAGE = pathlib.Path(mnemonic_jax.__file__).parent
 # One entry per module or package directly under mnemonic_jax; each imports from its own stage and
 # from earlier ones only. To add a module, add it here at the place where it belongs in the data
 # flow.
-BASE = ("errors", "_types", "_functions", "_checks", "_trees", "_mesh")
+BASE = ("errors", "_types", "_functions", "_checks", "_trees", "_mesh", "_records")
 CORE = (
   "losses",
   "codes",

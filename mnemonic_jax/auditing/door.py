@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mnemonic_jax._records import array_sha256, params_sha256, plain
 from mnemonic_jax._types import LogitsFn
 from mnemonic_jax.auditing import checks, questions
-from mnemonic_jax.auditing.panel import Panel, Result, plain
+from mnemonic_jax.auditing.panel import Panel, Result
 from mnemonic_jax.auditing.report import AuditReport
 from mnemonic_jax.auditing.subjects import FeaturesFn, Reader
 from mnemonic_jax.auditing.verdicts import Threshold, judge
@@ -170,13 +170,12 @@ def _request(
 ) -> Result:
   """What tells one audit from another."""
   data = readers["before"].data
-  hashed = lambda x: hashlib.sha256(x.tobytes()).hexdigest()
   return {
     "classes": list(data.classes),
     "metrics": list(chosen),
     "stages": list(stages),
-    "test": hashed(data.test_labels),
-    "train": hashed(data.train_labels),
-    "codes": None if codes is None else hashed(codes),
-    "params": {name: reader.sha256() for name, reader in readers.items()},
+    "test": array_sha256(data.test_labels),
+    "train": array_sha256(data.train_labels),
+    "codes": None if codes is None else array_sha256(codes),
+    "params": {name: params_sha256(reader.subject.params) for name, reader in readers.items()},
   }

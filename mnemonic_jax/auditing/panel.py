@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-import jax
 import numpy as np
 
+from mnemonic_jax._records import plain
 from mnemonic_jax.auditing import (
   distance,
   linear_probe,
@@ -266,18 +266,3 @@ def grouped(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
     groups[-1].append(name)
     room -= size
   return groups
-
-
-def plain(value: Any) -> Any:
-  """Take a result apart into what JSON has: arrays and tuples to lists, NaN and inf to None.
-
-  >>> plain({"a": np.array([1.0, np.nan]), 2: Estimate(0.5, 0.4, 0.6)})
-  {'a': [1.0, None], '2': [0.5, 0.4, 0.6]}
-  """
-  if isinstance(value, Mapping):
-    return {str(key): plain(item) for key, item in value.items()}
-  if isinstance(value, (np.ndarray, jax.Array, np.generic)):
-    return plain(value.tolist())
-  if isinstance(value, (list, tuple)):
-    return [plain(item) for item in value]
-  return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from mnemonic_jax._records import plain
 from mnemonic_jax.auditing.intervals import Estimate
-from mnemonic_jax.auditing.panel import plain
 from mnemonic_jax.auditing.verdicts import CANNOT_TELL, LEAST, Verdict
 
 FORMAT = 1

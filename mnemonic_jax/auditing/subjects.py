@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -142,16 +141,6 @@ class Reader:
     if self.features_fn is None:
       return stages.of_program, *self.logits_fn, self.subject.params
     return stages.of_function, *self.features_fn, self.subject.params
-
-  def sha256(self) -> str:
-    """A hash of the params' paths and bytes."""
-    made = hashlib.sha256()
-    for path, leaf in zip(
-      _trees.leaf_paths(self.subject.params), jax.tree.leaves(self.subject.params), strict=True
-    ):
-      made.update(f"{path} {leaf.dtype} {leaf.shape}".encode())
-      made.update(np.ascontiguousarray(leaf).tobytes())
-    return made.hexdigest()
 
 
 @partial(jax.jit, static_argnums=0)
