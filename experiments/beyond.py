@@ -24,7 +24,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import equinox_cnn
@@ -262,25 +262,41 @@ def table(lines: list[dict[str, Any]]) -> str:
   return "\n".join(shown)
 
 
+class Followed(NamedTuple):
+  """One strength of one method, in %: what was measured and what judges foresaw."""
+
+  row: dict[str, Any]
+  forget_error: tuple[float, float]
+  cost: tuple[float, float]  # A_R less the dropped row's
+
+
+def followed(lines: list[dict[str, Any]]) -> Iterator[Followed]:
+  """The rows that follow judges along whole paths, as far as they foresaw anything."""
+  heads = {(row["seed"], row["case"]): row for row in lines if row["method"] == "drop_row"}
+  for row in lines:
+    on_path = row["method"].startswith("path") or "row kept" in row["method"]
+    if not on_path or not row.get("predicted") or None in row["predicted"].values():
+      continue
+    head, foreseen = heads[row["seed"], row["case"]], row["predicted"]
+    cost = foreseen["retain_accuracy"] - head["predicted"]["retain_accuracy"]
+    yield Followed(
+      row,
+      (row["forget_error"], 100 * foreseen["forget_error"]),
+      (row["retain_accuracy"] - head["retain_accuracy"], 100 * cost),
+    )
+
+
 def of_judges(lines: list[dict[str, Any]]) -> str:
   """How well judges foretell, along whole paths; each point is one strength of one method."""
-  heads = {(row["seed"], row["case"]): row for row in lines if row["method"] == "drop_row"}
-  errors, costs = [], []
-  for row in lines:
-    followed = row["method"].startswith("path") or "row kept" in row["method"]
-    if not followed or not row.get("predicted") or None in row["predicted"].values():
-      continue
-    head = heads[row["seed"], row["case"]]
-    if 5 <= row["forget_error"] <= 95:
-      errors.append(100 * row["predicted"]["forget_error"] - row["forget_error"])
-    foreseen = row["predicted"]["retain_accuracy"] - head["predicted"]["retain_accuracy"]
-    costs.append(100 * foreseen - (row["retain_accuracy"] - head["retain_accuracy"]))
-  if not errors:
+  points = list(followed(lines))
+  costs = np.array([foreseen - measured for _, _, (measured, foreseen) in points])
+  errors = np.array([foreseen - real for _, (real, foreseen), _ in points if 5 <= real <= 95])
+  if not len(errors):
     return ""
   size = np.abs(errors)
   return (
     f"Judges, {len(size)} points with E_F between 5 and 95: off by {size.mean():.1f} on average "
-    f"(bias {np.mean(errors):+.1f}), at most 10 in {100 * np.mean(size <= 10):.0f} %. A_R against "
+    f"(bias {errors.mean():+.1f}), at most 10 in {100 * np.mean(size <= 10):.0f} %. A_R against "
     f"the head edit's, {len(costs)} points: off by {np.abs(costs).mean():.1f} on average, at most "
     f"2 in {100 * np.mean(np.abs(costs) <= 2):.0f} %."
   )

@@ -13,6 +13,7 @@ import json
 import pathlib
 from typing import Any
 
+import beyond
 import matplotlib
 
 matplotlib.use("Agg")
@@ -95,26 +96,14 @@ def judges(studies: dict[str, list[dict[str, Any]]]) -> None:
   figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.6), layout="constrained")
   drawn = False
   for name, rows in studies.items():
-    heads = {(row["seed"], row["case"]): row for row in rows if row["method"] == "drop_row"}
-    followed = [
-      row
-      for row in rows
-      if (row["method"].startswith("path") or "row kept, learned" in row["method"])
-      and row.get("predicted")
-      and None not in row["predicted"].values()
-    ]
+    points = list(beyond.followed(rows))
     kinds = ("projection", "path: dampening", "path: perturbation")
     for marker, kind in zip("o^s", kinds, strict=True):
-      own = [row for row in followed if row["method"].startswith(kind)]
+      own = [point for point in points if point.row["method"].startswith(kind)]
       if not own:
         continue
       drawn, label = True, f"{name}, {kind.removeprefix('path: ')}"
-      forget = [(row["forget_error"], 100 * row["predicted"]["forget_error"]) for row in own]
-      cost = []
-      for row in own:
-        head = heads[row["seed"], row["case"]]
-        foreseen = row["predicted"]["retain_accuracy"] - head["predicted"]["retain_accuracy"]
-        cost.append((row["retain_accuracy"] - head["retain_accuracy"], 100 * foreseen))
+      forget, cost = ([getattr(p, what) for p in own] for what in ("forget_error", "cost"))
       for panel, pairs in ((left, forget), (right, cost)):
         panel.plot(*zip(*pairs, strict=True), marker, ms=4, alpha=0.7, label=label)
   if not drawn:
