@@ -83,20 +83,19 @@ def cut(
 
 def _cut_of_group(vectors: jax.Array, weights: Weights, gone: jax.Array, kept: jax.Array) -> Cut:
   width = vectors.shape[1]
-  product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
-  means = product(weights.mean, vectors)
-  apart = gone[:, None] * (means - product(kept, means) / jnp.maximum(kept.sum(), 1))  # D^T
-  shown = jnp.sqrt(product(kept, weights.spread))[:, None] * vectors  # Z^T
+  means = _product(weights.mean, vectors)
+  apart = gone[:, None] * (means - _product(kept, means) / jnp.maximum(kept.sum(), 1))  # D^T
+  shown = jnp.sqrt(_product(kept, weights.spread))[:, None] * vectors  # Z^T
   largest = jnp.maximum(jnp.max(jnp.abs(apart)), jnp.max(jnp.abs(shown)))
   unit = jnp.where(largest > 0, largest, 1)
   apart, shown = apart / unit, shown / unit
   gone = gone * (jnp.max(jnp.abs(apart), axis=1) > _ROUNDING)
   apart = gone[:, None] * apart
   ridge = gone[:, None] * _ridge(apart, jnp.concatenate([apart, shown]))
-  values, vectors = jnp.linalg.eigh(_symmetric(product(ridge, apart.T)))
+  values, basis = jnp.linalg.eigh(_symmetric(_product(ridge, apart.T)))
   counts = values > _SMALLEST * values[-1]
   inverse = jnp.where(counts, 1 / jnp.where(counts, values, 1), 0)
-  found = product(vectors * inverse, product(vectors.T, ridge))
+  found = _product(basis * inverse, _product(basis.T, ridge))
   rank = counts.sum(dtype=jnp.int32)
   whole = rank < width
   return Cut(jnp.where(whole, apart.T * unit, 0), jnp.where(whole, found / unit, 0), rank)
@@ -105,13 +104,16 @@ def _cut_of_group(vectors: jax.Array, weights: Weights, gone: jax.Array, kept: j
 def _ridge(apart: jax.Array, columns: jax.Array) -> jax.Array:
   """R = D^T (B B^T + tie)^-1 from D^T (C, F) and B^T (N, F), by the smaller of two systems."""
   count, width = columns.shape
-  product = lambda a, b: jnp.matmul(a, b, precision=_HIGHEST)
-  gram = product(columns, columns.T) if count < width else product(columns.T, columns)
+  gram = _product(columns, columns.T) if count < width else _product(columns.T, columns)
   tie = _TIE**2 * jnp.linalg.eigvalsh(gram)[-1] + jnp.finfo(gram.dtype).tiny
   gram = gram + tie * jnp.eye(len(gram))
   if count < width:  # (B B^T + tie)^-1 B = B (B^T B + tie)^-1
     return jnp.linalg.solve(gram, columns)[: len(apart)]
   return jnp.linalg.solve(gram, apart.T).T
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+  return jnp.matmul(a, b, precision=_HIGHEST)
 
 
 def _symmetric(x: jax.Array) -> jax.Array:

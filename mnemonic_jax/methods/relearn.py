@@ -233,6 +233,15 @@ def renewed(logits_fn: LogitsFn, params: PyTree, inputs: Any, depth: int) -> PyT
   return _trees.like(params, network.of_plan(planned, params).stage(depth, params))
 
 
+def modules(which: PyTree) -> tuple[str, ...]:
+  """Name the submodules of which `renewed` tells some leaf, those that need training mode.
+
+  >>> modules({"stem": {"kernel": np.bool_(False)}, "stage": {"kernel": np.bool_(True)}})
+  ('stage',)
+  """
+  return tuple(name for name, part in which.items() if any(map(np.any, jax.tree.leaves(part))))
+
+
 @partial(jax.jit, static_argnums=0)
 def _renewed(depth: int, problem: Problem) -> list[jax.Array]:
   """What is learned anew: bools for each leaf. A mask does not move where a stage starts."""

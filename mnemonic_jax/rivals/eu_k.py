@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mnemonic_jax.methods import network
+from mnemonic_jax import _trees
+from mnemonic_jax.methods import network, relearn
 from mnemonic_jax.methods.relearn import TrainFn
 from mnemonic_jax.rivals import descent, model
 from mnemonic_jax.rivals.protocol import Reads, Rival, layout
@@ -76,12 +77,7 @@ def _train_fn(request: Request, renewed: list[jax.Array]) -> TrainFn | None:
   """Training mode for the stages that are learned anew alone, where the request can tell them."""
   if request.train_some is None or request.train_fn is None:
     return request.train_fn
-  names: dict[str, bool] = {}
-  paths = jax.tree_util.tree_leaves_with_path(request.params)
-  for (path, _), here in zip(paths, renewed, strict=True):
-    name = str(getattr(path[0], "key", path[0]))
-    names[name] = names.get(name, False) or bool(np.any(here))
-  return request.train_some(tuple(name for name, any_here in names.items() if any_here))
+  return request.train_some(relearn.modules(_trees.like(request.params, renewed)))
 
 
 RIVAL = Rival(

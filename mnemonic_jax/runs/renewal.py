@@ -16,7 +16,7 @@ from mnemonic_jax.data import Dataset
 from mnemonic_jax.forgetting import forget_step
 from mnemonic_jax.learning import LearnedCodes
 from mnemonic_jax.methods import DropRow, Projection, Relearn
-from mnemonic_jax.methods.relearn import renewed
+from mnemonic_jax.methods.relearn import modules, renewed
 from mnemonic_jax.runs import files, learned
 from mnemonic_jax.runs.config import Config
 from mnemonic_jax.runs.trained import Trained
@@ -54,11 +54,10 @@ def completed(method: Relearn, trained: Trained, shape: Any) -> Relearn:
     return dataclasses.replace(method, fresh=fresh)
   one = jax.ShapeDtypeStruct((1, *shape), "float32")
   which = renewed(trained.logits_fn, trained.params, one, method.depth)
-  names = [name for name, part in which.items() if any(map(np.any, jax.tree.leaves(part)))]
   return dataclasses.replace(
     method,
     fresh=fresh,
-    train_fn=model.train_fn(tuple(names)),
+    train_fn=model.train_fn(modules(which)),
     fold_fn=model.fold_fn(state),
     statistics=state,
   )
